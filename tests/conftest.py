@@ -1,0 +1,120 @@
+"""A sandbox that copies the one file into an empty folder and runs it as a person would."""
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parents[1]
+ENGINE_MARK = "# === ENGINE"
+sys.path.insert(0, str(TOP))
+
+SQLITE = '''
+def get_connection():
+    import sqlite3
+    return sqlite3.connect(Path(__file__).with_name("data.db"))
+'''
+
+
+class Sandbox:
+    """A folder with orchestrator.py, a pipeline of its own above the mark, and its tools."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def pipeline(self, text, file="orchestrator.py"):
+        """Write the file: `text` above the engine of this checkout."""
+        source = (TOP / "orchestrator.py").read_text(encoding="utf-8")
+        engine = source[source.index(ENGINE_MARK):]
+        head = '"""A pipeline under test."""\nfrom pathlib import Path\n\n'
+        (self.folder / file).write_text(head + textwrap.dedent(text) + "\n\n" + engine,
+                                        encoding="utf-8")
+        return self
+
+    def tool(self, name, body):
+        """Write a tool's module, `name` with dots."""
+        path = self.folder.joinpath(*name.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(body), encoding="utf-8")
+        return self
+
+    def start(self, *words, file="orchestrator.py", cwd=None, env=None, **popen):
+        """Start the pipeline in a process group of its own and return the process."""
+        popen.setdefault("stdout", subprocess.PIPE)
+        popen.setdefault("stderr", subprocess.PIPE)
+        return subprocess.Popen(
+            [sys.executable, str(self.folder / file), *words], cwd=cwd or self.folder, text=True,
+            encoding="utf-8", stdin=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8", **(env or {})}, **popen)
+
+    def run(self, *words, timeout=60, **start):
+        """Run the pipeline to its end; the result has .code, .out and .err."""
+        process = self.start(*words, **start)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        return Ended(process.returncode, out, err)
+
+    def read(self, name):
+        """Return the text of a file in the sandbox."""
+        return (self.folder / name).read_text(encoding="utf-8")
+
+    def query(self, sql, *values):
+        """Return the rows of a query on the pipeline's data.db."""
+        import sqlite3
+        conn = sqlite3.connect(self.folder / "data.db")
+        try:
+            return conn.execute(sql, values).fetchall()
+        finally:
+            conn.close()
+
+
+class Ended:
+    """How a process ended."""
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+    def __repr__(self):
+        return f"exit {self.code}\n--- out\n{self.out}\n--- err\n{self.err}"
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+    return Sandbox(tmp_path)
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """Write modules that run_pipeline() in this process can import: modules(name="source")."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+
+    def write(**sources):
+        for name, source in sources.items():
+            (tmp_path / f"{name}.py").write_text(textwrap.dedent(source), encoding="utf-8")
+        return tmp_path
+
+    yield write
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def wait_until(is_true, timeout_s=20.0):
+    """Return once a condition holds; fail if it never does. No test sleeps a fixed time."""
+    end_s = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < end_s, "the awaited condition never came true"
+        time.sleep(0.005)
+
+
+def summary(err):
+    """Return the closing table of a run as {tool: its line}."""
+    lines = err[err.rindex("\ntool "):].splitlines()[2:]
+    rows = lines[:lines.index("")]
+    return {row.split()[0]: row for row in rows}
