@@ -42,7 +42,7 @@ def get_connection():
 
 def add_arguments(parser):
     """Declare the command-line flags that reach every tool as keyword arguments."""
-    parser.add_argument("--since", metavar="DATE", help="only flights from this day on (2013-01-03)")
+    parser.add_argument("--since", metavar="DATE", help="only flights since this day: 2013-01-03")
     parser.add_argument("--source", metavar="PLACE", help="folder or http(s) URL of the raw files")
 
 
@@ -61,17 +61,18 @@ def add_arguments(parser):
 #   7 VIEWS        text and JSON for people and programs
 #   8 DOOR         the command line
 
+# ruff: noqa: E402
 _YOURS = dict(globals())  # your names, before the engine adds its own: see the last lines
 
-import argparse  # noqa: E402
-import gc  # noqa: E402
-import operator  # noqa: E402
-import os  # noqa: E402
-import re  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-from types import MappingProxyType  # noqa: E402
-from typing import (  # noqa: E402
+import argparse
+import gc
+import operator
+import os
+import re
+import sys
+import time
+from types import MappingProxyType
+from typing import (
     Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
     Tuple, Union,
 )
@@ -709,8 +710,9 @@ def missing_module(tool: Tool) -> UserError:
     import pkgutil
     package, _, _ = tool.module.rpartition(".")
     spec = find_module(package) if package else None
-    places = list(getattr(spec, "submodule_search_locations", None) or ([] if package else sys.path))
-    there = [(package + "." if package else "") + each.name for each in pkgutil.iter_modules(places)]
+    places = getattr(spec, "submodule_search_locations", None) or (() if package else sys.path)
+    prefix = package + "." if package else ""
+    there = [prefix + each.name for each in pkgutil.iter_modules(list(places))]
     fix = format_nearest(tool.module, there) if there else ""
     return UserError(f"TOOL_MAP[{tool.name!r}]: there is no module {tool.module!r}.",
                      (fix if fix.startswith("Did") else "Write it, or correct its path")
@@ -747,9 +749,12 @@ def find_summary(tool: Tool) -> str:
         _, tree = read_module(tool)
     except UserError as error:
         return f"({error.problem})"
-    function = find_definition(tree, tool.function) if tree else None
-    both = [tree, function] if tool.function == "run" else [function, tree]
-    return next(filter(None, map(read_summary, both)), "")
+    if tree is None:
+        return ""
+    of_module = read_summary(tree)
+    if of_module and tool.function == "run":
+        return of_module
+    return read_summary(find_definition(tree, tool.function)) or of_module
 
 
 def read_summary(node: Any) -> str:
@@ -993,7 +998,8 @@ def find_parameters_by_signature(function: Callable[..., Any]) -> Parameters:
                       any(p.kind is p.VAR_KEYWORD for p in parameters))
 
 
-def check_parameters(tool: Tool, function: str, takes: Parameters, available: Iterable[str]) -> None:
+def check_parameters(tool: Tool, function: str, takes: Parameters,
+                     available: Iterable[str]) -> None:
     """Raise UserError if a function can not be called with the arguments that there will be."""
     where = f"TOOL_MAP[{tool.name!r}]: {function}() of {tool.module}"
     if takes.positional_only:
@@ -1321,7 +1327,8 @@ def format_table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), statu
     return lines
 
 
-def make_list(pipeline: Pipeline, tools: Sequence[str], find_summary: Callable[[Tool], str]) -> Dict:
+def make_list(pipeline: Pipeline, tools: Sequence[str],
+              find_summary: Callable[[Tool], str]) -> Dict[str, Any]:
     """Return what --list shows, as data, for some of the tools and the stages made of them."""
     stages = [s for s in pipeline.stages.values() if set(s.tools) <= set(tools)]
     return {
@@ -1514,7 +1521,8 @@ def declare_arguments(parser: Parser, group: Any, add_arguments: Callable[[Any],
         add_arguments(group)
     except argparse.ArgumentError as error:
         raise UserError(f"{where}: {error.message}.",
-                        "Choose another flag: that one is the engine's, or declared twice.") from error
+                        "Choose another flag: that one is the engine's, or declared twice."
+                        ) from error
     except Exception as error:
         raise UserError(f"{where} failed: {format_one_line(error)}",
                         "Mend it; -v shows where.") from error

@@ -1,0 +1,209 @@
+"""The room DOOR: the command line as its user meets it."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import SQLITE
+
+from orchestrator import VERSION, main
+
+TABLES = '''
+TOOL_MAP = {"fetch": "t.say", "parse": "t.say", "render": "t.say"}
+STAGES = {"ingest": ["fetch", "parse"]}
+def add_arguments(parser):
+    parser.add_argument("--since")
+    parser.add_argument("--limit", type=int, default=9)
+'''
+SAY = "def run(context, **kwargs): print(context.tool, kwargs.get('since'), kwargs.get('limit'))"
+
+
+@pytest.fixture
+def three(sandbox):
+    return sandbox.pipeline(TABLES).tool("t.say", SAY)
+
+
+@pytest.mark.parametrize("words, printed", [
+    ("", "fetch parse render"),
+    ("ingest", "fetch parse"),
+    ("render fetch", "render fetch"),
+    ("render ingest fetch", "render fetch parse"),
+    ("--exclude parse", "fetch render"),
+    ("--from parse", "parse render"),
+    ("fetch --since 2013-01-03 parse", "fetch parse"),
+    ("-q fetch -x parse", "fetch parse"),
+])
+def test_words_and_flags_choose_what_runs(three, words, printed):
+    ended = three.run(*words.split())
+    assert ended.code == 0, ended
+    assert [line.split()[0] for line in ended.out.splitlines()] == printed.split()
+
+
+def test_flags_of_add_arguments_reach_every_tool(three):
+    ended = three.run("fetch", "--since", "2013-01-03", "parse", "--limit=4")
+    assert ended.out == "fetch 2013-01-03 4\nparse 2013-01-03 4\n"
+
+
+def test_flags_of_add_arguments_are_in_help_under_their_own_heading(three):
+    out = three.run("--help").out
+    assert out.index("arguments of the tools:") < out.index("--since") < out.index("--limit")
+
+
+@pytest.mark.parametrize("words, says", [
+    (["fetsh"], "no tool or stage 'fetsh'"),
+    (["--sinc", "x"], "no flag '--sinc'"),
+    (["--lis"], "no flag '--lis'"),
+    (["--limit", "many"], "invalid int value: 'many'"),
+    (["--since"], "expected one argument"),
+    (["--list", "--plan"], "not allowed with argument"),
+    (["--json"], "--json goes with --list or --plan"),
+    (["--exclude", "ingest", "--exclude", "render"], "Nothing is left to run"),
+    (["--from", "fetch", "render"], "'fetch' is not in this plan"),
+    (["--exclude", "nobody"], "no tool or stage 'nobody'"),
+])
+def test_a_mistake_on_the_command_line_is_told_in_two_sentences(three, words, says):
+    ended = three.run(*words)
+    assert ended.code == 2 and ended.out == ""
+    problem, fix = ended.err.rstrip().split("\n")
+    assert says in problem and fix.startswith("  ") and fix.rstrip().endswith((".", "?", "render",
+                                                                               "ingest"))
+
+
+@pytest.mark.parametrize("declaration, says", [
+    ('"--list"', "conflicting option string: --list"),
+    ('"-x"', "conflicting option string: -x"),
+    ('"--conn"', "would reach tools as 'conn'"),
+    ('"--context"', "would reach tools as 'context'"),
+    ('"--item"', "would reach tools as 'item'"),
+    ('"--mine", dest="item"', "would reach tools as 'item'"),
+    ('"--mine", dest="targets"', "would reach tools as 'targets'"),
+    ('"since"', "'since' is not a flag"),
+    ('"--a", type="x"', "failed: ValueError: 'x' is not callable"),
+])
+def test_a_flag_that_can_not_be_is_refused_with_a_sentence(sandbox, declaration, says):
+    sandbox.pipeline(f'''
+        TOOL_MAP = {{"t": "t"}}
+        def add_arguments(parser):
+            parser.add_argument({declaration})
+    ''').tool("t", "print('imported')\ndef run(): pass")
+    ended = sandbox.run()
+    assert ended.code == 2 and ended.out == "" and says in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_required_flag_is_required_for_a_run_and_not_for_looking(sandbox):
+    sandbox.pipeline('''
+        TOOL_MAP = {"t": "t"}
+        def add_arguments(parser):
+            parser.add_argument("--day", required=True)
+    ''').tool("t", "def run(day): print(day)")
+    assert sandbox.run("--list").code == 0
+    ended = sandbox.run()
+    assert ended.code == 2 and "--day is required" in ended.err
+    assert sandbox.run("--day", "monday").out == "monday\n"
+
+
+def test_flags_may_be_declared_in_a_mutually_exclusive_group(sandbox):
+    sandbox.pipeline('''
+        TOOL_MAP = {"t": "t"}
+        def add_arguments(parser):
+            group = parser.add_mutually_exclusive_group()
+            group.add_argument("--day")
+            group.add_argument("--week")
+            parser.set_defaults()
+    ''').tool("t", "def run(day, week): print(day, week)")
+    assert sandbox.run("--week", "2").out == "None 2\n"
+    assert "not allowed with" in sandbox.run("--week", "2", "--day", "1").err
+
+
+def test_version_names_the_engine_and_python(three):
+    assert three.run("--version").out == (
+        f"orchestrator.py {VERSION}, Python {sys.version.split()[0]}\n")
+
+
+def test_quiet_says_nothing_of_a_success_and_all_of_a_failure(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"a": "a", "b": "b"}').tool("a", "def run(): pass").tool(
+        "b", "def run(): raise ValueError('no way')")
+    assert sandbox.run("-q", "a").err == ""
+    assert "ValueError: no way" in sandbox.run("-q").err
+
+
+def test_a_helper_that_an_engine_name_replaces_is_told(sandbox):
+    sandbox.pipeline('''
+        TOOL_MAP = {"t": "t"}
+        def find_module(): pass
+        def mine(): pass
+    ''').tool("t", "def run(): pass")
+    ended = sandbox.run()
+    assert ended.code == 2 and ": find_module." in ended.err and "mine" not in ended.err
+
+
+def test_a_name_of_the_module_is_no_clash_when_both_import_it(sandbox):
+    sandbox.pipeline('import os, sys, re, time\nTOOL_MAP = {"t": "t"}').tool(
+        "t", "def run(): pass")
+    assert sandbox.run().code == 0
+
+
+def test_a_pipeline_without_tables_is_told_what_to_write(sandbox):
+    ended = sandbox.pipeline("").run()
+    assert ended.code == 2 and "TOOL_MAP" in ended.err and "Traceback" not in ended.err
+
+
+def test_the_working_folder_does_not_matter(sandbox, tmp_path_factory):
+    sandbox.pipeline('TOOL_MAP = {"t": "tools.make"}' + SQLITE).tool("tools.make", """
+        def run(conn):
+            conn.execute("CREATE TABLE here AS SELECT 1 AS x")
+    """)
+    assert sandbox.run(cwd=tmp_path_factory.mktemp("elsewhere")).code == 0
+    assert sandbox.query("SELECT x FROM here") == [(1,)]
+
+
+def test_a_reader_that_leaves_is_no_error(three):
+    shell = f'"{sys.executable}" orchestrator.py --help | head -c 5'
+    ended = subprocess.run(shell, shell=True, cwd=three.folder, capture_output=True, text=True)
+    assert ended.stdout == "usage" and ended.stderr == ""
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(three):
+    read, write = os.pipe()
+    os.close(read)
+    process = three.start(stderr=write, stdout=subprocess.PIPE)
+    os.close(write)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and out.splitlines()[-1].startswith("render")
+
+
+def test_letters_that_the_terminal_can_not_show_are_escaped(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"t": "t"}').tool(
+        "t", "def run(): raise ValueError('caf\u00e9')")
+    ended = sandbox.run(env={"PYTHONIOENCODING": "ascii"})
+    assert ended.code == 1 and "caf\\xe9" in ended.err
+
+
+def test_a_bug_of_the_engine_is_told_as_such(sandbox):
+    path = sandbox.pipeline('TOOL_MAP = {"t": "t"}').folder / "orchestrator.py"
+    path.write_text(path.read_text().replace("return options.command(",
+                                             "return 1 / 0 or options.command("))
+    ended = sandbox.run("--list", "--json")
+    assert ended.code == 3
+    assert "ZeroDivisionError" in ended.err and "['--list', '--json']" in ended.err
+
+
+def test_main_runs_a_second_pipeline_on_the_same_engine(modules, capsys):
+    modules(m="def run(day): print(day)")
+    code = main({"t": "m"}, {}, None, argv=["--day", "monday"],
+                add_arguments=lambda parser: parser.add_argument("--day"))
+    assert (code, capsys.readouterr().out) == (0, "monday\n")
+
+
+def test_json_of_a_list_is_for_programs(three):
+    shown = json.loads(three.run("--list", "--json").out)
+    assert [tool["name"] for tool in shown["tools"]] == ["fetch", "parse", "render"]
+
+
+def test_a_program_started_as_a_module_is_named_so_in_the_next_command(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"t": "t"}').tool("t", "def run(): raise ValueError")
+    ended = subprocess.run([sys.executable, "-m", "orchestrator"], cwd=sandbox.folder, text=True,
+                           capture_output=True)
+    assert ended.stderr.rstrip().endswith("-m orchestrator --from t")

@@ -1,0 +1,262 @@
+"""The room RUNNING: order, failures, interrupts, the one connection, run_pipeline()."""
+import signal
+import threading
+
+import pytest
+from conftest import SQLITE, summary, wait_until
+
+from orchestrator import UserError, run_pipeline
+
+FAILS = "def run(**kwargs): raise ValueError('no way')"
+WORKS = "def run(**kwargs): return 3"
+TOOLS = {"a": "works", "b": "fails", "c": "works", "d": "works"}
+
+POSIX = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="signals of POSIX")
+
+
+class Connection:
+    """A connection that counts how often it is closed."""
+    closed_times = 0
+
+    def close(self):
+        self.closed_times += 1
+
+
+def test_tools_run_in_the_order_of_the_plan(modules):
+    modules(order="def run(context): order = context.results; return list(order)")
+    result = run_pipeline(["c", "a"], dict.fromkeys("abc", "order"))
+    assert result.succeeded == ["c", "a"]
+    assert result.results == {"c": [], "a": ["c"]}
+
+
+def test_after_a_failure_the_rest_is_skipped_with_its_cause(modules):
+    modules(works=WORKS, fails=FAILS)
+    result = run_pipeline([], TOOLS)
+    assert (result.status, result.succeeded, result.failed, result.skipped) == (
+        "failed", ["a"], ["b"], ["c", "d"])
+    assert result.errors == {"b": "ValueError: no way"}
+    assert [result.outcomes[t].reason for t in "cd"] == ["needs b, which failed"] * 2
+
+
+def test_fail_fast_says_that_it_stopped_the_run(modules):
+    modules(works=WORKS, fails=FAILS)
+    result = run_pipeline([], TOOLS, fail_fast=True)
+    assert "--fail-fast" in result.outcomes["c"].reason
+
+
+def test_the_connection_is_opened_once_shared_and_closed_once(modules):
+    modules(a="seen = []\ndef run(conn): seen.append(conn)",
+            b="import a\ndef run(conn): a.seen.append(conn)")
+    opened = []
+
+    def get_connection():
+        opened.append(Connection())
+        return opened[-1]
+
+    run_pipeline([], {"a": "a", "b": "b"}, {}, get_connection)
+    import a
+    assert a.seen == [opened[0], opened[0]]
+    assert [conn.closed_times for conn in opened] == [1]
+
+
+def test_a_get_connection_that_raises_fails_the_tool_with_its_own_line(modules):
+    modules(a="def run(conn): pass")
+
+    def get_connection():
+        raise OSError("the database is away")
+
+    result = run_pipeline([], {"a": "a", "b": "a"}, {}, get_connection)
+    assert result.errors == {"a": "OSError: the database is away"}
+    assert "test_running.py" in result.outcomes["a"].traceback
+    assert result.skipped == ["b"]
+
+
+def test_a_listener_that_raises_leaves_no_connection_open(modules):
+    modules(a="def run(conn): pass")
+    conn = Connection()
+
+    def on_event(event):
+        if event.kind == "tool_ended":
+            raise RuntimeError("listener")
+
+    with pytest.raises(RuntimeError, match="listener"):
+        run_pipeline([], {"a": "a"}, {}, lambda: conn, on_event=on_event)
+    assert conn.closed_times == 1
+
+
+def test_run_pipeline_prints_nothing(modules, capfd):
+    modules(works=WORKS, fails=FAILS)
+    run_pipeline([], TOOLS)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_arguments_of_the_engine_are_refused(modules):
+    modules(works=WORKS)
+    with pytest.raises(UserError, match="'item' is the engine's own"):
+        run_pipeline([], {"a": "works"}, arguments={"item": 1})
+
+
+def test_a_single_target_may_be_given_as_text(modules):
+    modules(works=WORKS)
+    assert run_pipeline("b", {"a": "works", "b": "works"}).succeeded == ["b"]
+
+
+def test_signals_are_left_alone_off_the_main_thread(modules):
+    modules(m="import signal\ndef run(): return signal.getsignal(signal.SIGINT)")
+    before = signal.getsignal(signal.SIGINT)
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run_pipeline([], {"t": "m"})))
+    thread.start()
+    thread.join()
+    assert results[0].results == {"t": before}
+
+
+def test_signal_handlers_are_put_back(modules):
+    modules(m="import signal\ndef run(): return signal.getsignal(signal.SIGINT)")
+    before = signal.getsignal(signal.SIGINT)
+    assert run_pipeline([], {"t": "m"}).results["t"] is not before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@POSIX
+def test_ctrl_c_in_run_pipeline_ends_the_run_and_then_raises(modules):
+    modules(a="import os, signal\ndef run(conn): os.kill(os.getpid(), signal.SIGINT)",
+            b="ran = []\ndef run(conn): ran.append(1)")
+    conn, events = Connection(), []
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline([], {"a": "a", "b": "b"}, {}, lambda: conn, on_event=events.append)
+    result = events[-1].result
+    assert result.status == "interrupted"
+    assert [o.status for o in result.outcomes.values()] == ["interrupted", "pending"]
+    assert conn.closed_times == 1
+
+
+@POSIX
+def test_a_tool_that_swallows_the_interrupt_is_kept_and_the_run_ends(modules):
+    modules(a="""
+        import os, signal
+        def run(conn):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                return 7
+    """)
+    events = []
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline([], {"a": "a", "b": "a"}, on_event=events.append)
+    result = events[-1].result
+    assert (result.status, result.results) == ("interrupted", {"a": 7})
+
+
+CLOSES_ONCE = '''
+TOOL_MAP = {"first": "t.first", "slow": "t.slow", "last": "t.first"}
+class Connection:
+    def close(self):
+        with open(Path(__file__).with_name("closed"), "a") as file:
+            file.write("closed\\n")
+def get_connection():
+    return Connection()
+'''
+
+SLOW = """
+    import pathlib, time
+    def run(conn, **kwargs):
+        pathlib.Path("started").touch()
+        time.sleep(60)
+"""
+
+
+@POSIX
+@pytest.mark.parametrize("number, code, says", [
+    (signal.SIGINT, 130, "interrupted by Ctrl-C"),
+    (signal.SIGTERM, 143, "interrupted by SIGTERM"),
+])
+def test_a_signal_ends_the_run_with_its_code_and_closes_once(sandbox, number, code, says):
+    sandbox.pipeline(CLOSES_ONCE).tool("t.first", WORKS).tool("t.slow", SLOW)
+    process = sandbox.start()
+    wait_until((sandbox.folder / "started").exists)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    rows = summary(err)
+    assert says in rows["slow"] and "pending" in rows["last"] and "success" in rows["first"]
+    assert sandbox.read("closed") == "closed\n"
+    assert "--from slow" in err and "Traceback" not in err
+
+
+@POSIX
+def test_a_second_ctrl_c_ends_a_tool_that_ignores_the_first(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"stubborn": "t"}').tool("t", """
+        import pathlib, time
+        def run():
+            while True:
+                try:
+                    pathlib.Path("started").touch()
+                    time.sleep(60)
+                except KeyboardInterrupt:
+                    pathlib.Path("heard").touch()
+    """)
+    process = sandbox.start()
+    wait_until((sandbox.folder / "started").exists)
+    process.send_signal(signal.SIGINT)
+    wait_until((sandbox.folder / "heard").exists)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    process.communicate()
+
+
+@POSIX
+def test_a_process_that_a_tool_forks_takes_signals_as_if_there_were_no_engine(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"forks": "t"}').tool("t", """
+        import os, signal, time
+        def run():
+            pid = os.fork()
+            if not pid:
+                time.sleep(60)
+            os.kill(pid, signal.SIGTERM)
+            _, status = os.waitpid(pid, 0)
+            return os.WTERMSIG(status)
+    """)
+    ended = sandbox.run()
+    assert ended.code == 0 and "15 rows" in ended.err
+
+
+def test_a_failing_tool_is_told_with_its_cause_and_the_next_command(sandbox):
+    sandbox.pipeline('''
+        TOOL_MAP = {"a": "works", "b": "fails", "c": "works"}
+        def add_arguments(parser):
+            parser.add_argument("--since")
+    ''').tool("works", WORKS).tool("fails", FAILS)
+    ended = sandbox.run("--since", "2013-01-03 00:00", "--from", "b")
+    assert ended.code == 1
+    assert 'fails.py", line 1, in run' in ended.err and "in run_attempt" not in ended.err
+    rows = summary(ended.err)
+    assert "ValueError: no way" in rows["b"] and "needs b, which failed" in rows["c"]
+    assert ended.err.rstrip().endswith("orchestrator.py --since '2013-01-03 00:00' --from b")
+
+
+def test_what_ran_before_a_failure_is_kept(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"a": "a", "b": "b"}' + SQLITE).tool("a", """
+        def run(conn):
+            conn.execute("CREATE TABLE t AS SELECT 1 AS x")
+    """).tool("b", """
+        def run(conn):
+            conn.execute("INSERT INTO t VALUES (2)")
+            raise ValueError
+    """)
+    assert sandbox.run().code == 1
+    assert sandbox.query("SELECT x FROM t") == [(1,)]
+
+
+def test_pdb_works_in_a_tool(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"t": "t"}').tool("t", """
+        def run():
+            secret = 41
+            import pdb; pdb.set_trace()
+            return secret
+    """)
+    import subprocess
+    import sys
+    ended = subprocess.run([sys.executable, "orchestrator.py"], cwd=sandbox.folder, text=True,
+                           input="p secret + 1\ncontinue\n", capture_output=True, timeout=60)
+    assert ended.returncode == 0 and "42" in ended.stdout and "41 rows" in ended.stderr
