@@ -1,0 +1,123 @@
+"""Every command of the README runs, and what it shows is what is printed."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import TOP
+
+README = (TOP / "README.md").read_text(encoding="utf-8")
+BLOCKS = [(kind, textwrap.dedent(body)) for kind, body in
+          re.findall(r"^ *```(\w+)\n(.*?)^ *```$", README, re.M | re.S)]
+FILES = ["orchestrator.py", "example"]
+
+
+def blocks(kind, having=""):
+    """Return the code blocks of a kind that hold some text."""
+    found = [body for each, body in BLOCKS if each == kind and having in body]
+    assert found, f"the README has no {kind} block with {having!r}"
+    return found
+
+
+def commands(body):
+    """Return the commands of a shell block, without the comments behind them."""
+    return [line.split("  #")[0].rstrip() for line in body.splitlines()]
+
+
+def run(command, cwd):
+    """Run a command line of the README with this Python."""
+    assert command.startswith("python ")
+    return subprocess.run(f'"{sys.executable}"{command[len("python"):]}', shell=True, cwd=cwd,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          encoding="utf-8",
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+
+
+def normal(text):
+    """Return output without what differs from run to run: moments, durations, run ids, blanks."""
+    text = re.sub(r"\d\d:\d\d:\d\d", "HH:MM:SS", text)
+    text = re.sub(r"\d{8}T\d{6}Z-\w{4}", "RUN", text)
+    text = re.sub(r"\d+\.\d+ s\b", "TIME", text)
+    return [" ".join(line.split()) for line in text.strip().splitlines()]
+
+
+@pytest.fixture
+def example(tmp_path):
+    """A copy of what the README's first commands run in."""
+    for name in FILES:
+        copy = shutil.copytree if (TOP / name).is_dir() else shutil.copy
+        copy(TOP / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def copied(sandbox):
+    """The pipeline that the README tells to write, in an empty folder."""
+    sandbox.pipeline(blocks("python", "TOOL_MAP = {")[0])
+    sandbox.tool("sales.load", blocks("python", '"""Load')[0])
+    sandbox.tool("sales.report", blocks("python", '"""Print')[0])
+    return sandbox
+
+
+@pytest.mark.parametrize("session", [body for kind, body in BLOCKS if kind == "console"])
+def test_a_screen_of_the_readme_is_what_is_printed(example, session):
+    _, *parts = re.split(r"^\$ (.*)\n", session, flags=re.M)
+    for command, shown in zip(parts[::2], parts[1::2]):
+        ended = run(command, example)
+        assert ended.returncode == 0, ended.stdout
+        assert normal(ended.stdout) == normal(shown)
+
+
+def test_the_first_command_makes_the_page(example):
+    command = commands(blocks("sh")[0])[0]
+    assert run(command, example).returncode == 0
+    assert "<svg" in (example / "output" / "flights.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", [c for kind, body in BLOCKS if kind == "sh"
+                                     for c in commands(body) if "orchestrator.py" in c])
+def test_a_command_of_the_readme_works_in_the_pipeline_that_it_tells_to_write(copied, command):
+    (copied.folder / "sales.db").unlink(missing_ok=True)
+    assert run("python orchestrator.py", copied.folder).returncode == 0
+    ended = run(command, copied.folder)
+    assert ended.returncode == 0, ended.stdout
+
+
+def test_the_tests_are_one_line_that_makes_its_own_environment():
+    line, = [c for kind, body in BLOCKS if kind == "sh" for c in commands(body) if "pytest" in c]
+    assert line.startswith("python -m venv") and line.endswith("-m pytest -q")
+    assert "pip install" in line
+
+
+def test_every_python_block_is_python():
+    for body in blocks("python"):
+        compile(body, "README.md", "exec")
+
+
+@pytest.mark.parametrize("hook", ["def add_arguments", "PRAGMA"])
+def test_a_hook_of_the_readme_works_above_the_mark(copied, hook):
+    tables = blocks("python", "TOOL_MAP = {")[0]
+    copied.pipeline(tables + "\n\n" + blocks("python", hook)[0])
+    ended = run("python orchestrator.py load", copied.folder)
+    assert ended.returncode == 0, ended.stdout
+    if hook == "def add_arguments":
+        assert "--since DATE" in run("python orchestrator.py --help", copied.folder).stdout
+
+
+def test_the_python_lines_of_the_readme_run(copied):
+    (copied.folder / "notebook.py").write_text(
+        "import sqlite3\n" + blocks("python", "from orchestrator import run_pipeline")[0]
+        .replace("lambda: None", 'lambda: sqlite3.connect("sales.db")'))
+    assert "success {'load': 2} {}" in run("python notebook.py", copied.folder).stdout
+
+
+def test_a_second_pipeline_runs_on_the_same_engine(copied):
+    copied.pipeline(blocks("python", "TOOL_MAP = {")[0])
+    tables = "from pathlib import Path\n" + blocks("python", "TOOL_MAP = {")[0]
+    (copied.folder / "second.py").write_text(
+        tables + blocks("python", "from orchestrator import main")[0])
+    assert "report" in run("python second.py --list", copied.folder).stdout
+    assert run("python second.py", copied.folder).returncode == 0
