@@ -42,7 +42,10 @@ def get_connection():
 
 def add_arguments(parser):
     """Declare the command-line flags that reach every tool as keyword arguments."""
-    parser.add_argument("--since", metavar="DATE", help="only flights since this day: 2013-01-03")
+    def date(text):
+        import datetime
+        return str(datetime.date.fromisoformat(text))
+    parser.add_argument("--since", type=date, help="only flights since this day: 2013-01-03")
     parser.add_argument("--source", metavar="PLACE", help="folder or http(s) URL of the raw files")
 
 
@@ -1376,7 +1379,7 @@ def format_event(event: Event, width: int, style: Style) -> str:
     """Return the line of an event of a tool; `width` is that of the longest name."""
     line = format_start(event, width)
     if event.outcome is None:
-        return line + (event.text or "running")
+        return line + "warning: " * (event.level >= 30) + (event.text or "running")
     status = style.paint(event.outcome.status.ljust(11), event.outcome.status)
     return (line + status + "  " + format_details(event.outcome)).rstrip()
 
