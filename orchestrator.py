@@ -263,8 +263,7 @@ def load_pipeline(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any
     errors: List[UserError] = []
     tools = make_all(errors, make_tool, tool_map)
     members = make_all(errors, make_members, stages or {})
-    if not errors:
-        errors += find_unknown_members(tools, members)
+    errors += find_unknown_members(tool_map, {**dict.fromkeys(stages or {}, ()), **members})
     if errors:
         raise merge_errors(errors)
     return Pipeline(name or "pipeline", tools, expand_stages(tools, members),
@@ -273,6 +272,8 @@ def load_pipeline(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any
 
 def check_table(where: str, table: Any) -> None:
     """Raise UserError if a table is no table."""
+    if table is None:
+        raise UserError(f"There is no {where}.", f"Write {where} = {{...}} above the ENGINE mark.")
     if not isinstance(table, Mapping):
         raise UserError(f"{where} is {format_type(table)}, not a dict.",
                         f"Write {where} = {{...}}, names on the left.")
@@ -356,11 +357,11 @@ def make_members(name: str, value: Any) -> Tuple[str, ...]:
     return tuple(value)
 
 
-def find_unknown_members(tools: Mapping[str, Tool],
+def find_unknown_members(tools: Iterable[Any],
                          members: Mapping[str, Tuple[str, ...]]) -> List[UserError]:
     """Return an error for each name in a stage that is neither a tool nor a stage."""
     return [UserError(f"STAGES[{stage!r}]: no tool or stage {name!r}.",
-                      format_nearest(name, [*tools, *members]))
+                      format_nearest(name, map(str, [*tools, *members])))
             for stage, names in members.items() for name in names
             if name not in tools and name not in members]
 
@@ -410,7 +411,7 @@ def make_plan(pipeline: Pipeline, targets: Sequence[str] = (), *, exclude: Seque
 
     Raise UserError for a word that is neither a stage nor a tool, and if nothing is left to run.
     """
-    if not targets and DEFAULT_STAGE in [*pipeline.stages, *pipeline.tools]:
+    if not targets and DEFAULT_STAGE in pipeline.stages:
         targets = (DEFAULT_STAGE,)
     reasons: Dict[str, str] = {}
     for target in targets:
@@ -467,7 +468,8 @@ class Database:
     """The connection of a run, opened at its first use and closed exactly once.
 
     State: `conn`, what get_connection() returned; `is_open`, whether it was asked; `autocommit`,
-    the mode in which the connection came, to which it is put back after each attempt.
+    the mode in which the connection came, to which it is put back after each attempt; `is_begun`,
+    whether begin() was called for this attempt.
     """
 
     def __init__(self, get_connection: Callable[[], Any],
@@ -476,6 +478,7 @@ class Database:
         self.conn: Any = None
         self.is_open = False
         self.autocommit: Any = None
+        self.is_begun = False
 
     def open(self) -> Any:
         """Return the connection, opened if it is not. Whatever get_connection() raises, raises."""
@@ -493,6 +496,7 @@ class Database:
         would survive a rollback.
         """
         conn = self.open()
+        self.is_begun = True
         if is_sqlite(conn):
             if not conn.in_transaction:
                 conn.execute("BEGIN")
@@ -503,10 +507,12 @@ class Database:
 
     def commit(self) -> None:
         """Commit what is open. Raise what the driver raises, or if it would have been lost."""
-        info = getattr(self.conn, "info", None)
-        if getattr(info, "transaction_status", None) == _POSTGRES_INERROR:
+        if is_aborted(self.conn):
             raise RuntimeError("the transaction had failed and could not be committed: "
                                "an error of the database was caught and ignored")
+        if self.is_cancelled() and self.is_begun and is_sqlite(self.conn) \
+                and not self.conn.in_transaction:
+            raise RuntimeError("SQLite undid the transaction when a statement was interrupted")
         self._end("commit")
 
     def rollback(self) -> None:
@@ -528,9 +534,10 @@ class Database:
             pass  # what was committed is safe; what was not is gone with the connection
 
     def _end(self, how: str) -> None:
-        conn = self.conn
-        if is_sqlite(conn) and getattr(conn, "autocommit", None) is True:
-            if conn.in_transaction:  # commit() and rollback() do nothing in this mode
+        conn, self.is_begun = self.conn, False
+        if is_sqlite(conn) and (getattr(conn, "autocommit", None) is True
+                                or not hasattr(conn, how)):
+            if conn.in_transaction:  # commit() and rollback() do nothing here, or are not there
                 conn.execute(how.upper())
             return
         try:
@@ -546,6 +553,28 @@ class Database:
 def is_sqlite(conn: Any) -> bool:
     """Return whether a connection is Python's sqlite3, or a driver made in its image."""
     return isinstance(getattr(conn, "in_transaction", None), bool) and hasattr(conn, "execute")
+
+
+def is_aborted(conn: Any) -> bool:
+    """Return whether an error has aborted the transaction, so that a COMMIT would roll it back.
+
+    PostgreSQL and DuckDB then do so without a word. The drivers of the one tell; another is asked
+    for something harmless. SQLAlchemy keeps the driver's connection inside its own.
+    """
+    if conn is None or is_sqlite(conn) or not hasattr(conn, "commit"):
+        return False
+    conn = getattr(conn, "connection", conn)
+    conn = getattr(conn, "dbapi_connection", conn)
+    status = getattr(getattr(conn, "info", None), "transaction_status", None)
+    if status is not None:
+        return status == _POSTGRES_INERROR
+    try:
+        asked = conn if hasattr(conn, "execute") else conn.cursor()
+        asked.execute("SELECT 1")
+        call_if_there(asked, "fetchall")
+    except Exception as error:
+        return "abort" in str(error).lower()
+    return False
 
 
 def call_if_there(thing: Any, method: str) -> None:
@@ -713,7 +742,8 @@ def missing_module(tool: Tool) -> UserError:
     import pkgutil
     package, _, _ = tool.module.rpartition(".")
     spec = find_module(package) if package else None
-    places = getattr(spec, "submodule_search_locations", None) or (() if package else sys.path)
+    places = getattr(spec, "submodule_search_locations", None) or (
+        () if package else sys.path[:1])
     prefix = package + "." if package else ""
     there = [prefix + each.name for each in pkgutil.iter_modules(list(places))]
     fix = format_nearest(tool.module, there) if there else ""
@@ -792,6 +822,9 @@ def find_mistakes_of(tool: Tool, available: Iterable[str]) -> Iterator[UserError
         yield error
         return
     if tree is None:
+        spec = find_module(tool.module)
+        if getattr(spec, "origin", None) is None and hasattr(spec, "submodule_search_locations"):
+            yield missing_run(tool, tool.module.replace(".", os.sep), ())
         return
     with tokenize.open(path) as file:
         lines = file.read().splitlines()
@@ -836,10 +869,12 @@ def find_definition(tree: Any, name: str) -> Optional[Any]:
 def walk_scope(scope: Any) -> Iterator[Any]:
     """Yield the nodes of a module or function in order, but not those inside its functions."""
     import ast
-    for node in ast.iter_child_nodes(scope):
+    left = [*ast.iter_child_nodes(scope)][::-1]
+    while left:
+        node = left.pop()
         yield node
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
-            yield from walk_scope(node)
+            left += [*ast.iter_child_nodes(node)][::-1]
 
 
 def read_parameters(node: Any) -> Parameters:
@@ -863,8 +898,10 @@ def find_built_sql(tree: Any, lines: Sequence[str]) -> List[int]:
     for scope in [tree, *scopes]:
         safe, built = set(), set()  # names that hold constant text, and text with values in it
         for node in walk_scope(scope):
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                name = node.targets[0].id
+            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", 0)
+            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)) \
+                    and isinstance(target, ast.Name) and node.value is not None:
+                name = target.id
                 (safe.add if is_constant(node.value, safe) else safe.discard)(name)
                 (built.add if is_built(node.value, safe, built) else built.discard)(name)
             elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
@@ -905,9 +942,11 @@ def is_constant(node: Any, safe: Iterable[str]) -> bool:
     if isinstance(node, ast.Attribute):
         return node.attr.isupper()
     if isinstance(node, ast.Call):  # "?, ?".join(...) of constants, and numbers
-        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        return name in ("int", "float", "len", "range") or name in ("join", "format") and all(
-            is_constant(part, safe) for part in [node.func.value, *node.args])
+        if isinstance(node.func, ast.Name):
+            return node.func.id in ("int", "float", "len", "range")
+        parts = [getattr(node.func, "value", None), *node.args, *(k.value for k in node.keywords)]
+        return getattr(node.func, "attr", "") in ("join", "format") and all(
+            is_constant(part, safe) for part in parts)
     if isinstance(node, (ast.GeneratorExp, ast.ListComp)):
         return is_constant(node.elt, safe)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):  # "?" * n
@@ -1008,11 +1047,11 @@ def check_parameters(tool: Tool, function: str, takes: Parameters,
     if takes.positional_only:
         raise UserError(f"{where} takes {takes.positional_only[0]!r} by position only.",
                         "Take the `/` out of its parameters: arguments are passed by name.")
-    for name in takes.required:
-        if name not in available:
-            raise UserError(f"{where} asks for {name!r}, which nothing supplies.",
-                            f"Give it a default ({name}=None), or declare --"
-                            f"{name.replace('_', '-')} in add_arguments().")
+    missing = [name for name in takes.required if name not in available]
+    if missing:
+        raise UserError(f"{where} asks for {', '.join(map(repr, missing))}, which nothing gives.",
+                        f"Give it a default ({missing[0]}=None), or declare "
+                        f"--{missing[0].replace('_', '-')} in add_arguments().")
 
 
 def choose_arguments(takes: Parameters, available: Mapping[str, Any]) -> Dict[str, Any]:
@@ -1572,7 +1611,7 @@ def command_list(pipeline: Pipeline, options: Any, arguments: Mapping[str, Any],
     if options.targets:
         tools = [step.tool for step in make_plan(pipeline, options.targets).steps]
     shown = make_list(pipeline, tools, find_summary)
-    print(to_json(shown) if options.json else format_list(shown, make_style(sys.stdout)))
+    show(to_json(shown) if options.json else format_list(shown, make_style(sys.stdout)))
     return EXIT_SUCCESS
 
 
@@ -1581,19 +1620,21 @@ def command_plan(pipeline: Pipeline, options: Any, arguments: Mapping[str, Any],
     """Show the plan."""
     plan = make_plan(pipeline, options.targets, exclude=options.exclude,
                      start_from=options.start_from)
-    print(to_json(make_plan_view(plan)) if options.json
-          else format_plan(plan, make_style(sys.stdout)))
+    show(to_json(make_plan_view(plan)) if options.json
+         else format_plan(plan, make_style(sys.stdout)))
     return EXIT_SUCCESS
 
 
 def command_check(pipeline: Pipeline, options: Any, arguments: Mapping[str, Any],
                   argv: Sequence[str]) -> int:
     """Read every module, and report all mistakes."""
+    for target in options.targets:
+        expand_target(pipeline, target)
     mistakes = find_mistakes(pipeline.tools.values(), {*arguments, "conn", "context"})
     for mistake in mistakes:
-        print(mistake)
+        show(str(mistake))
     count = len(pipeline.tools)
-    print(f"{count} tool{'s' * (count > 1)} read, {len(mistakes) or 'no'} "
+    show(f"{count} tool{'s' * (count > 1)} read, {len(mistakes) or 'no'} "
           f"mistake{'s' * (len(mistakes) != 1)} found")
     return EXIT_USAGE if mistakes else EXIT_SUCCESS
 
@@ -1663,12 +1704,22 @@ class Screen:
         say(text, self.stream)
 
 
-def say(text: str, stream: Any = None) -> None:
-    """Write a line to stderr; letters that it can not show are escaped, not an error."""
-    stream = sys.stderr if stream is None else stream
+def show(text: str) -> None:
+    """Write a line to stdout: what a command was asked for."""
+    print(fit(text, sys.stdout))
+
+
+def fit(text: str, stream: Any) -> str:
+    """Return a text in which letters that a stream can not show are escaped."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def say(text: str, stream: Any = None) -> None:
+    """Write a line to stderr: what there is to say beside that."""
+    stream = sys.stderr if stream is None else stream
     try:
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.write(fit(text, stream) + "\n")
         stream.flush()
     except (OSError, ValueError, AttributeError):
         pass  # nobody reads it, or there is none (pythonw): no reason for a run to end

@@ -67,7 +67,7 @@ def test_run_may_be_any_callable(modules, definition):
 
 
 @pytest.mark.parametrize("signature, word", [
-    ("conn, sinse", "asks for 'sinse', which nothing supplies"),
+    ("conn, sinse", "asks for 'sinse', which nothing gives"),
     ("conn, /", "takes 'conn' by position only"),
 ])
 def test_a_run_that_can_not_be_called_is_refused_before_anything_runs(modules, signature, word):

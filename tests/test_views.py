@@ -1,0 +1,420 @@
+"""What people and programs get to see: --list, --plan, the lines of a run, the closing table."""
+import json
+import os
+import re
+import sys
+
+import pytest
+from conftest import summary
+
+from orchestrator import (
+    Event, Outcome, RunResult, Step, Style, Tool, format_details, format_event, format_needs,
+    format_progress, format_summary, format_table, load_pipeline, main, make_list, make_plan,
+    make_plan_view, make_style, run_pipeline,
+)
+
+PLAIN, COLOURED = Style(False), Style(True)
+ESCAPE = re.compile(r"\x1b\[\d*m")
+
+TOOLS = {"fetch": "fetch_files", "parse": "parse_files", "render": "render_page"}
+STAGES = {"ingest": ["fetch", "parse"], "full": ["ingest", "render"]}
+
+LIST = """\
+Tools
+  fetch   Fetch the files.
+  parse   Make rows of them.
+  render
+
+Stages
+  ingest  fetch parse
+  full    fetch parse render
+"""
+PLAN = """\
+wave  tool    action  reason
+   1  fetch   run     in stage full
+   2  parse   run     in stage full; after all before it
+   3  render  run     in stage full; after all before it
+"""
+
+
+@pytest.fixture
+def look(modules, capsys):
+    """Return look(*words) -> what main() printed, in a pipeline of three tools."""
+    modules(fetch_files='"""Fetch the files.\n\nMore of it."""\nraise Exception("imported")\n',
+            parse_files='def run(conn):\n    """\n    Make rows of them.\n    """\n',
+            render_page="def run(conn):\n    pass\n")
+
+    def get_connection():
+        raise AssertionError("a connection was opened for looking")
+
+    def call(*words, tools=TOOLS, stages=STAGES):
+        code = main(tools, stages, get_connection, argv=words)
+        printed = capsys.readouterr()
+        assert (code, printed.err) == (0, "")
+        return printed.out
+
+    return call
+
+
+# --- --list ---
+
+def test_list_shows_tools_with_their_summaries_and_stages_with_their_tools(look):
+    assert look("--list") == LIST
+
+
+def test_list_as_json_has_the_documented_shape(look):
+    assert json.loads(look("--list", "--json")) == {
+        "tools": [
+            {"name": "fetch", "module": "fetch_files", "summary": "Fetch the files.",
+             "needs": "*", "stages": ["ingest", "full"], "last": None},
+            {"name": "parse", "module": "parse_files", "summary": "Make rows of them.",
+             "needs": "*", "stages": ["ingest", "full"], "last": None},
+            {"name": "render", "module": "render_page", "summary": "",
+             "needs": "*", "stages": ["full"], "last": None},
+        ],
+        "stages": [{"name": "ingest", "tools": ["fetch", "parse"]},
+                   {"name": "full", "tools": ["fetch", "parse", "render"]}],
+    }
+
+
+def test_list_with_a_target_shows_what_belongs_to_it(look):
+    shown = json.loads(look("--list", "--json", "ingest"))
+
+    assert [tool["name"] for tool in shown["tools"]] == ["fetch", "parse"]
+    assert [stage["name"] for stage in shown["stages"]] == ["ingest"]
+
+
+def test_list_without_stages_has_no_heading_for_them(look):
+    assert "Stages" not in look("--list", stages={})
+
+
+def test_list_imports_no_module(look):
+    look("--list")
+
+    assert not {"fetch_files", "parse_files", "render_page"} & set(sys.modules)
+
+
+@pytest.mark.parametrize("source, value, shown", [
+    ('"""Of the module."""\ndef run(conn):\n    """Of run."""', "m_sum", "Of the module."),
+    ('def run(conn):\n    """Of run."""', "m_sum", "Of run."),
+    ('async def run(conn):\n    """Of run."""', "m_sum", "Of run."),
+    ('"""Of the module."""\ndef load(conn):\n    """Of load."""', "m_sum:load", "Of load."),
+    ('"""Of the module."""\ndef load(conn):\n    pass', "m_sum:load", "Of the module."),
+    ('"""\n\n   First line.   \nSecond."""', "m_sum", "First line."),
+    ("'''été — ☃'''", "m_sum", "été — ☃"),
+    ('f"""No docstring."""', "m_sum", ""),
+    ('b"""No docstring."""', "m_sum", ""),
+    ("run = 1", "m_sum", ""),
+    ("", "m_sum", ""),
+])
+def test_a_summary_is_the_first_line_of_the_docstring(look, modules, source, value, shown):
+    modules(m_sum=source)
+
+    [tool] = json.loads(look("--list", "--json", tools={"t": value}, stages={}))["tools"]
+    assert tool["summary"] == shown
+
+
+def test_a_missing_module_is_listed_as_missing(look):
+    listed = look("--list", tools={**TOOLS, "gone": "m_gone"})
+
+    assert "  gone    (no module m_gone)\n" in listed
+    assert "  fetch   Fetch the files.\n" in listed
+
+
+def test_a_module_with_a_syntax_error_is_listed_with_its_line(look, modules):
+    modules(m_broken="x = 1\ndef run(:\n")
+
+    listed = look("--list", tools={"broken": "m_broken", **TOOLS})
+
+    assert re.search(r"^  broken  \(.*m_broken\.py:2: SyntaxError: ", listed, re.M)
+    assert "Fetch the files." in listed
+
+
+def test_list_on_a_screen_without_the_letters_is_not_a_bug(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"fetch": "fetch"}').tool("fetch", '"""Straße — ☃"""\n')
+
+    ended = sandbox.run("--list", env={"PYTHONIOENCODING": "ascii"})
+
+    assert ended.code == 0, ended
+    assert "Stra" in ended.out
+
+
+# --- --plan ---
+
+@pytest.mark.parametrize("flag", ["--plan", "-n", "--dry-run"])
+def test_plan_shows_every_step_with_its_reason(look, flag):
+    assert look(flag) == PLAN
+
+
+def test_plan_as_json_has_the_documented_shape(look):
+    assert json.loads(look("-n", "--json", "ingest", "render")) == {
+        "steps": [
+            {"tool": "fetch", "wave": 1, "action": "run", "reason": "in stage ingest",
+             "needs": "*", "expected_s": None},
+            {"tool": "parse", "wave": 2, "action": "run", "reason": "in stage ingest",
+             "needs": "*", "expected_s": None},
+            {"tool": "render", "wave": 3, "action": "run", "reason": "named",
+             "needs": "*", "expected_s": None},
+        ],
+        "critical_path": ["fetch", "parse", "render"],
+        "expected_s": None,
+    }
+
+
+def test_the_plan_that_is_shown_is_the_plan_that_a_run_tells_of(modules, capsys):
+    modules(m_told="def run(conn):\n    pass\n")
+    tools, stages = {"one": "m_told", "two": "m_told"}, {"both": ["two", "one"]}
+    told = []
+
+    run_pipeline(["both"], tools, stages, on_event=told.append)
+
+    assert main(tools, stages, argv=["--plan", "--json", "both"]) == 0
+    assert json.loads(capsys.readouterr().out) == make_plan_view(told[0].plan)
+
+
+def test_json_is_refused_where_there_is_nothing_to_print_as_json(capsys):
+    assert main(TOOLS, STAGES, argv=["--json"]) == 2
+    assert "--list or --plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("needs, wave, said", [
+    ("*", 1, ""), ("*", 2, "; after all before it"), ((), 1, ""),
+    (("fetch",), 2, "; needs fetch"), (("fetch", "parse"), 3, "; needs fetch, parse"),
+])
+def test_a_plan_says_what_a_step_waits_for(needs, wave, said):
+    assert format_needs(Step("t", wave, "run", "named", needs)) == said
+
+
+def test_needs_that_are_declared_are_a_list_in_json():
+    plan = make_plan(load_pipeline(TOOLS), ["fetch"])
+    plan = plan._replace(steps=(plan.steps[0]._replace(needs=("parse",)),))
+
+    assert make_plan_view(plan)["steps"][0]["needs"] == ["parse"]
+
+
+def test_a_list_asks_for_each_summary_through_its_argument():
+    asked = []
+
+    def find_summary(tool):
+        asked.append(tool)
+        return tool.module.upper()
+
+    shown = make_list(load_pipeline(TOOLS), ["parse"], find_summary)
+
+    assert asked == [Tool("parse", "parse_files")]
+    assert shown["tools"][0]["summary"] == "PARSE_FILES"
+
+
+# --- tables, rows and durations ---
+
+def test_columns_are_aligned_and_no_line_ends_in_blanks():
+    rows = [("tool", "rows", "note"), ("a", "1", ""), ("longer", "1,000", "x")]
+
+    assert format_table(rows, right=(1,)) == ["tool     rows  note",
+                                              "a           1",
+                                              "longer  1,000  x"]
+
+
+def test_colours_do_not_move_a_column():
+    rows = [("a", "success", "1"), ("bb", "failed", "2"), ("c", "pending", "3")]
+
+    coloured = format_table(rows, status=1, style=COLOURED)
+
+    assert [ESCAPE.sub("", line) for line in coloured] == format_table(rows, status=1)
+    assert [bool(ESCAPE.search(line)) for line in coloured] == [True, True, False]
+
+
+@pytest.mark.parametrize("outcome, said", [
+    (Outcome("success", attempts=1, duration_s=0.5), "0.50 s"),
+    (Outcome("success", rows=0, attempts=1, duration_s=65), "0 rows, 1m 05s"),
+    (Outcome("success", rows=1234567, attempts=1), "1,234,567 rows, 0.00 s"),
+    (Outcome("skipped", "needs fetch, which failed"), "needs fetch, which failed"),
+    (Outcome("failed", error="ValueError: x", attempts=1, duration_s=2), "2.00 s, ValueError: x"),
+])
+def test_the_details_of_an_outcome_are_rows_duration_and_error_or_reason(outcome, said):
+    assert format_details(outcome) == said
+
+
+@pytest.mark.parametrize("more, said", [
+    ({}, "parse   running"),
+    ({"text": "4 files"}, "parse   4 files"),
+    ({"outcome": Outcome("success", rows=7, attempts=1, duration_s=1)},
+     "parse   success      7 rows, 1.00 s"),
+    ({"outcome": Outcome("skipped", "not started")}, "parse   skipped      not started"),
+])
+def test_the_line_of_an_event_has_time_tool_status_and_details(more, said):
+    line = format_event(Event("k", 1_357_000_000.0, "id", "parse", **more), 6, PLAIN)
+
+    assert re.match(r"\d\d:\d\d:\d\d  ", line)
+    assert line[10:] == said
+
+
+def test_colours_change_no_letter_of_an_event():
+    event = Event("tool_ended", 0.0, "id", "parse", outcome=Outcome("failed", error="E: x"))
+
+    coloured = format_event(event, 6, COLOURED)
+
+    assert "\x1b[31mfailed" in coloured
+    assert ESCAPE.sub("", coloured) == format_event(event, 6, PLAIN)
+
+
+@pytest.mark.parametrize("done, total, elapsed_s, said", [
+    (0, None, 0.0, "0"),
+    (1500, None, 3.0, "1,500, 500/s"),
+    (5, None, 2.0, "5, 2.5/s"),
+    (50, 250, 5.0, "50 of 250, 10/s, 20.0 s left"),
+    (250, 250, 5.0, "250 of 250, 50/s"),
+    (0, 250, 5.0, "0 of 250"),
+])
+def test_the_live_line_has_count_rate_and_time_left(done, total, elapsed_s, said):
+    event = Event("progress", 0.0, "id", "parse", done=done, total=total)
+
+    assert format_progress(event, 6, elapsed_s)[10:] == "parse   " + said
+
+
+def make_result(**outcomes):
+    """Return a run's result for some outcomes."""
+    def having(status):
+        return [tool for tool, outcome in outcomes.items() if outcome.status == status]
+
+    status = "failed" if having("failed") else "success"
+    return RunResult("RUN1", status, having("success"), [], [], having("failed"),
+                     having("skipped"), {}, {}, 61.0, outcomes)
+
+
+def test_the_closing_table_has_every_tool_with_status_rows_and_duration():
+    result = make_result(
+        fetch=Outcome("success", rows=12345, attempts=1, duration_s=65.0),
+        parse=Outcome("failed", error="ValueError: x", attempts=1, duration_s=0.25),
+        render=Outcome("skipped", "needs parse, which failed"))
+
+    assert format_summary(result, "python orchestrator.py --from parse", PLAIN) == """
+tool    status     rows  duration
+fetch   success  12,345    1m 05s
+parse   failed             0.25 s  ValueError: x
+render  skipped                    needs parse, which failed
+
+failed: 1 of 3 tools done in 1m 01s (run RUN1)
+Next: python orchestrator.py --from parse"""
+
+
+def test_the_verdict_on_one_tool_is_in_the_singular_and_a_success_has_no_next_command():
+    result = make_result(fetch=Outcome("success", attempts=1))
+
+    assert format_summary(result, "", PLAIN).splitlines()[-1] \
+        == "success: 1 of 1 tool done in 1m 01s (run RUN1)"
+
+
+def test_a_result_of_no_rows_is_told_from_a_result_without_rows():
+    result = make_result(none=Outcome("success", attempts=1),
+                         zero=Outcome("success", rows=0, attempts=1))
+
+    none, zero = format_summary(result, "", PLAIN).splitlines()[2:4]
+    assert none.split() == ["none", "success", "0.00", "s"]
+    assert zero.split() == ["zero", "success", "0", "0.00", "s"]
+
+
+def test_colours_change_no_letter_of_the_closing_table():
+    result = make_result(a=Outcome("success", attempts=1), bb=Outcome("failed", error="E: x"))
+
+    coloured = format_summary(result, "next", COLOURED)
+
+    assert ESCAPE.sub("", coloured) == format_summary(result, "next", PLAIN)
+    assert coloured.count("\x1b[31m") == 2  # the tool, and the verdict
+
+
+# --- when there are colours ---
+
+class Screen:
+    """A stream that is a terminal, or is not."""
+
+    def __init__(self, is_terminal):
+        self.isatty = lambda: is_terminal
+
+
+@pytest.mark.parametrize("is_terminal, env, has_colours", [
+    (True, {"TERM": "xterm"}, True),
+    (True, {"TERM": "xterm", "NO_COLOR": ""}, True),  # no-color.org: "and not an empty string"
+    (True, {"TERM": "xterm", "NO_COLOR": "1"}, False),
+    (True, {"TERM": "dumb"}, False),
+    (True, {}, False),
+    (True, {"WT_SESSION": "x"}, True),  # the terminal of Windows sets no TERM
+    (False, {"TERM": "xterm"}, False),
+])
+def test_colours_are_for_terminals_that_have_them_and_people_who_want_them(
+        monkeypatch, is_terminal, env, has_colours):
+    for name in ("TERM", "NO_COLOR", "WT_SESSION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+
+    assert make_style(Screen(is_terminal)).colour is has_colours
+
+
+def test_a_program_without_a_screen_has_no_colours(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+
+    assert make_style(None).colour is False
+
+
+PIPELINE = 'TOOL_MAP = {"good": "good", "bad": "bad"}'
+
+
+@pytest.mark.parametrize("words", [[], ["--list"], ["--plan"], ["--check"]])
+def test_there_are_no_escape_codes_in_a_file_or_a_pipe(sandbox, words):
+    sandbox.pipeline(PIPELINE).tool("good", "def run(conn): return 5")
+    sandbox.tool("bad", "def run(conn): raise ValueError('no')")
+
+    ended = sandbox.run(*words, env={"TERM": "xterm-256color"})
+
+    assert "good" in ended.out + ended.err or words == ["--check"]
+    assert "\x1b" not in ended.out + ended.err
+
+
+def run_on_terminal(sandbox, *words, env):
+    """Return what a person sees on a terminal of 80 columns."""
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    process = sandbox.start(*words, env={"TERM": "xterm-256color", **env},
+                            stdout=slave, stderr=slave)
+    os.close(slave)
+    seen = b""
+    try:
+        while True:
+            part = os.read(master, 65536)
+            if not part:
+                break
+            seen += part
+    except OSError:  # Linux says so when the other side is closed
+        pass
+    finally:
+        os.close(master)
+        process.wait(30)
+    return seen.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("env, has_colours", [({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False)])
+def test_a_terminal_shows_colours_unless_no_color_is_set(sandbox, env, has_colours):
+    sandbox.pipeline(PIPELINE).tool("good", "def run(conn): return 5")
+    sandbox.tool("bad", "def run(conn): raise ValueError('no')")
+
+    seen = run_on_terminal(sandbox, env=env)
+
+    assert "ValueError: no" in seen
+    assert ("\x1b[31mfailed" in seen) is has_colours
+    assert bool(ESCAPE.search(seen)) is has_colours
+
+
+# --- a whole run ---
+
+def test_a_run_tells_on_stderr_and_leaves_stdout_to_the_tools(sandbox):
+    sandbox.pipeline(PIPELINE).tool("good", "def run(conn):\n    print('mine')\n    return 1500")
+    sandbox.tool("bad", "def run(conn): raise ValueError('no')")
+
+    ended = sandbox.run()
+
+    assert ended.out == "mine\n"
+    rows = summary(ended.err)
+    assert re.fullmatch(r"good  success  1,500    \d\.\d\d s", rows["good"])
+    assert re.fullmatch(r"bad   failed            \d\.\d\d s  ValueError: no", rows["bad"])
+    assert re.search(r"^failed: 1 of 2 tools done in \d\.\d\d s \(run \S+\)$", ended.err, re.M)
