@@ -539,13 +539,13 @@ class Database:
                                 or not hasattr(conn, how)):
             if conn.in_transaction:  # commit() and rollback() do nothing here, or are not there
                 conn.execute(how.upper())
-            return
-        try:
-            call_if_there(conn, how)
-        except Exception as error:
-            # The tool ended its transaction itself; DuckDB, for one, complains.
-            if "no transaction" not in str(error).lower():
-                raise
+        else:
+            try:
+                call_if_there(conn, how)
+            except Exception as error:
+                # The tool ended its transaction itself; DuckDB, for one, complains.
+                if "no transaction" not in str(error).lower():
+                    raise
         if isinstance(self.autocommit, bool) and conn.autocommit is not self.autocommit:
             conn.autocommit = self.autocommit
 
