@@ -468,8 +468,7 @@ class Database:
     """The connection of a run, opened at its first use and closed exactly once.
 
     State: `conn`, what get_connection() returned; `is_open`, whether it was asked; `autocommit`,
-    the mode in which the connection came, to which it is put back after each attempt; `is_begun`,
-    whether begin() was called for this attempt.
+    the mode in which the connection came, to which it is put back after each attempt.
     """
 
     def __init__(self, get_connection: Callable[[], Any],
@@ -478,7 +477,6 @@ class Database:
         self.conn: Any = None
         self.is_open = False
         self.autocommit: Any = None
-        self.is_begun = False
 
     def open(self) -> Any:
         """Return the connection, opened if it is not. Whatever get_connection() raises, raises."""
@@ -496,7 +494,6 @@ class Database:
         would survive a rollback.
         """
         conn = self.open()
-        self.is_begun = True
         if is_sqlite(conn):
             if not conn.in_transaction:
                 conn.execute("BEGIN")
@@ -510,8 +507,7 @@ class Database:
         if is_aborted(self.conn):
             raise RuntimeError("the transaction had failed and could not be committed: "
                                "an error of the database was caught and ignored")
-        if self.is_cancelled() and self.is_begun and is_sqlite(self.conn) \
-                and not self.conn.in_transaction:
+        if self.is_cancelled() and is_sqlite(self.conn):
             raise RuntimeError("SQLite undid the transaction when a statement was interrupted")
         self._end("commit")
 
@@ -534,7 +530,7 @@ class Database:
             pass  # what was committed is safe; what was not is gone with the connection
 
     def _end(self, how: str) -> None:
-        conn, self.is_begun = self.conn, False
+        conn = self.conn
         if is_sqlite(conn) and (getattr(conn, "autocommit", None) is True
                                 or not hasattr(conn, how)):
             if conn.in_transaction:  # commit() and rollback() do nothing here, or are not there

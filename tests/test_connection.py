@@ -567,6 +567,11 @@ def get_connection():
 '''
 
 
+def hear_ctrl_c():
+    """Let a child hear SIGINT: a shell's `&` starts its commands, and so this suite, deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def started(sandbox):
     """Start a tool in a real process, and return that once the tool wrote the file `started`."""
@@ -575,7 +580,7 @@ def started(sandbox):
     def start(body):
         sandbox.pipeline("TOOL_MAP = {'tool': 'tool'}\nSTAGES = {}\n" + RECORDING)
         sandbox.tool("tool", "from pathlib import Path\n" + body)
-        processes.append(sandbox.start(stderr=subprocess.STDOUT))
+        processes.append(sandbox.start(stderr=subprocess.STDOUT, preexec_fn=hear_ctrl_c))
         wait_until(lambda: Path(sandbox.folder, "started").exists()
                    or processes[0].poll() is not None)
         assert processes[0].poll() is None, processes[0].communicate()[0]
@@ -633,15 +638,39 @@ def run(conn):
 
 
 @ON_POSIX
+def test_a_tool_that_writes_on_after_a_statement_was_ended_leaves_no_half_of_its_work(
+        sandbox, started):
+    # The second INSERT finds no transaction any more and begins another, without the first one.
+    process = started(f"""
+import sqlite3
+
+def run(conn):
+    {STARTED}
+    conn.executescript("CREATE TABLE t (x); CREATE TABLE log (x)")
+    conn.execute("INSERT INTO t VALUES (1)")
+    try:
+        conn.execute({"INSERT INTO t " + ENDLESS + " SELECT x FROM c WHERE x < 0"!r})
+    except sqlite3.OperationalError:
+        pass
+    conn.execute("INSERT INTO log VALUES ('all is in t')")
+""")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=10)
+
+    assert sandbox.query("SELECT x FROM t UNION ALL SELECT x FROM log") == []
+    assert process.returncode == 130, output
+
+
+@ON_POSIX
 def test_a_second_ctrl_c_ends_a_tool_that_ignores_the_first(sandbox, started):
     process = started("""
 import time
 
 def run(conn):
     conn.execute("CREATE TABLE t (x)")
-    Path("started").touch()
     while True:
         try:
+            Path("started").touch()
             time.sleep(60)
         except KeyboardInterrupt:
             Path("ignored").touch()

@@ -1,10 +1,7 @@
 """One attempt is one transaction on DuckDB."""
-import signal
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import wait_until
 
 from orchestrator import Database
 
@@ -172,34 +169,3 @@ def test_a_tool_that_closes_the_connection_fails_and_the_next_use_opens_another(
     database.commit()
     database.close()
     assert duck.rows() == [1, 3]
-
-
-def test_ctrl_c_ends_a_query_that_runs(sandbox, duck):
-    sandbox.pipeline("""
-        TOOL_MAP = {"tool": "tool"}
-        STAGES = {}
-
-        def get_connection():
-            import duckdb
-            return duckdb.connect(str(Path(__file__).with_name("data.duckdb")))
-    """)
-    # The file appears right before the query: the signal finds the query, or the tool about it.
-    sandbox.tool("tool", """
-        from pathlib import Path
-
-        def run(conn):
-            conn.execute("INSERT INTO old VALUES (2)")
-            Path("started").touch()
-            conn.execute("SELECT max(sin(a.range * b.range)) FROM range(100000000) a,"
-                         " range(100000000) b").fetchall()
-    """)
-    process = sandbox.start()
-    try:
-        wait_until(lambda: Path(sandbox.folder, "started").exists())
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=15)
-    finally:
-        process.kill()
-    assert process.returncode == 130, err
-    assert "interrupted" in err
-    assert duck.rows() == [1]

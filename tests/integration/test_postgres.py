@@ -18,6 +18,9 @@ class Postgres:
     def __init__(self, driver, autocommit, dsn):
         self.driver, self.autocommit, self.dsn = driver, autocommit, dsn
         self.opened = []
+        # What a failed test left behind must not block the next one with its locks.
+        self.query("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                   " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'")
         self.query("DROP SCHEMA public CASCADE; CREATE SCHEMA public; CREATE TABLE old (x int);"
                    "INSERT INTO old VALUES (1)")
 
@@ -283,6 +286,11 @@ def test_a_sound_connection_is_kept_after_an_error_of_the_database(postgres):
     assert postgres.rows() == [1, 2]
 
 
+def hear_ctrl_c():
+    """Let a child hear SIGINT: a shell's `&` starts its commands, and so this suite, deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 # psycopg2 waits inside libpq, where Python hears no signal, unless it is told to wait in Python.
 @pytest.mark.parametrize("driver, prepare", [
     ("psycopg", ""),
@@ -305,7 +313,7 @@ def run(conn):
     do(conn, "INSERT INTO old VALUES (2)")
     do(conn, "SELECT pg_sleep(600)")
 """)
-    process = sandbox.start()
+    process = sandbox.start(preexec_fn=hear_ctrl_c)
     try:
         wait_until(lambda: postgres.query(
             "SELECT 1 FROM pg_stat_activity WHERE application_name = 'under test'"
