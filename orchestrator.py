@@ -60,9 +60,10 @@ def add_arguments(parser):
 #   3 PLANNING     targets -> Plan
 #   4 CONNECTION   how database drivers differ
 #   5 CALLING      find, import and call a tool, one attempt in one transaction
-#   6 RUNNING      one loop that carries out a Plan -> RunResult
-#   7 VIEWS        text and JSON for people and programs
-#   8 DOOR         the command line
+#   6 WORKERS      the ways to execute an attempt: in this process, in worker processes
+#   7 RUNNING      one loop that carries out a Plan -> RunResult
+#   8 VIEWS        text and JSON for people and programs
+#   9 DOOR         the command line
 
 # ruff: noqa: E402
 _YOURS = dict(globals())  # your names, before the engine adds its own: see the last lines
@@ -74,7 +75,7 @@ import os
 import re
 import sys
 import time
-from types import MappingProxyType
+from heapq import heappop, heappush
 from typing import (
     Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
     Tuple, Union,
@@ -119,11 +120,26 @@ class UserError(Exception):
 
 
 class Tool(NamedTuple):
-    """A row of TOOL_MAP, checked. `commits`: the tool looks after its transactions itself."""
+    """A row of TOOL_MAP, checked; what each option means stands beside OPTIONS."""
     name: str
     module: str
     function: str = "run"
     commits: bool = False
+    needs: Optional[Tuple[str, ...]] = None  # None where the row does not say
+    reads: Optional[Tuple[str, ...]] = None
+    writes: Optional[Tuple[str, ...]] = None
+    retries: int = 0
+    retry_delay_s: float = 30.0
+    retry_factor: float = 2.0
+    retry_max_delay_s: float = 3600.0
+    retry_jitter: float = 0.0
+    timeout_s: Optional[float] = None
+    memory_bytes: Optional[int] = None
+    isolate: bool = False
+    on_failure: str = "skip"
+    when: str = "ready"
+    uses: Tuple[Tuple[str, int], ...] = ()
+    estimate_s: Optional[float] = None
 
 
 class Stage(NamedTuple):
@@ -134,10 +150,16 @@ class Stage(NamedTuple):
 
 
 class Pipeline(NamedTuple):
-    """The user's tables, checked. `tools` and `stages` keep the order of the tables."""
+    """The user's tables, checked. `tools` and `stages` keep the order of the tables.
+
+    `needs` gives the tools that each tool waits for, declared or inferred, or ALL_BEFORE.
+    `limits` is how much of each resource there is for those that run together.
+    """
     name: str
     tools: Dict[str, Tool]
     stages: Dict[str, Stage]
+    needs: Dict[str, Union[str, Tuple[str, ...]]]
+    limits: Dict[str, int]
     get_connection: Callable[[], Any]
 
 
@@ -152,10 +174,15 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a run will do, in order. `critical_path` is the chain of tools that takes longest."""
+    """What a run will do, in order, with `jobs` tools at most side by side.
+
+    `critical_path` is the chain of tools that takes longest, `expected_s` what the whole run is
+    expected to take; None if that is unknown of any tool.
+    """
     steps: Tuple[Step, ...]
     critical_path: Tuple[str, ...]
     expected_s: Optional[float] = None
+    jobs: int = 1
 
 
 class Outcome(NamedTuple):
@@ -172,8 +199,10 @@ class Outcome(NamedTuple):
 
 class Event(NamedTuple):
     """What a listener hears. `kind` is one of run_started (with `plan`), tool_started, progress
-    (with `done`, and `total` or None), log (with `text` and `level`, as in logging), tool_ended
-    (with `outcome`) and run_ended (with `result`). `at` is in seconds since the epoch.
+    (with `done`, and `total` or None), log (with `text` and `level`, as in logging), tool_retried
+    (with `outcome` of the failed attempt), tool_ended (with `outcome`), tick (time passes), and
+    run_ended (with `result`). `at` is in seconds since the epoch. `output` is the file that
+    takes what the tool prints, where it does not print to the screen itself.
     """
     kind: str
     at: float
@@ -185,6 +214,7 @@ class Event(NamedTuple):
     total: Optional[int] = None
     text: str = ""
     level: int = 0
+    output: str = ""
     result: Optional["RunResult"] = None
 
 
@@ -203,7 +233,7 @@ class RunResult(NamedTuple):
     failed: List[str]
     skipped: List[str]
     errors: Dict[str, str]
-    results: Dict[str, Any]
+    results: Mapping[str, Any]
     duration_s: float
     outcomes: Dict[str, Outcome]
     signal: Optional[int] = None
@@ -223,6 +253,64 @@ def format_nearest(word: str, known: Iterable[str]) -> str:
     if near:
         return "Did you mean " + " or ".join(map(repr, near)) + "?"
     return "Known: " + (", ".join(known[:20]) + (", ..." if len(known) > 20 else "") or "none")
+
+
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_BYTES = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
+
+
+def parse_duration_s(value: Any) -> float:
+    """Return seconds, from a number of them or a text. Raise ValueError if it is neither.
+
+    >>> parse_duration_s("1h30m"), parse_duration_s("7d"), parse_duration_s(0.5)
+    (5400.0, 604800.0, 0.5)
+    """
+    if isinstance(value, str):
+        parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value)
+        if not parts or "".join(map("".join, parts)) != value.replace(" ", ""):
+            raise ValueError(value)
+        value = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    if not is_number(value) or not 0 <= value < 1e12:
+        raise ValueError(value)
+    return float(value)
+
+
+def parse_bytes(value: Any) -> int:
+    """Return bytes, from a number of them or a text. Raise ValueError if it is neither.
+
+    >>> parse_bytes("512MB"), parse_bytes("1.5 KB"), parse_bytes(4096)
+    (536870912, 1536, 4096)
+    """
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?([KMGT]?B)", value)
+        if not match:
+            raise ValueError(value)
+        value = int(float(match[1]) * _BYTES[match[2]])
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**63:
+        raise ValueError(value)
+    return value
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is an int or a float; True and False are neither here."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def retry_delay_s(tool: Tool, attempt: int,
+                  random: Callable[[], float] = lambda: 0.0) -> float:
+    """Return the seconds to wait after a failed attempt, counted from 1.
+
+    The delay grows by `retry_factor` each time up to `retry_max_delay`; `retry_jitter` takes a
+    random part of it away, so that many do not come again at once. `random` is 0.0 to 1.0.
+
+    >>> [retry_delay_s(Tool("t", "m", retry_delay_s=30), n) for n in (1, 2, 3, 10_000)]
+    [30.0, 60.0, 120.0, 3600.0]
+    """
+    try:
+        delay_s = tool.retry_delay_s * float(tool.retry_factor) ** (attempt - 1)
+    except OverflowError:
+        delay_s = tool.retry_max_delay_s if tool.retry_delay_s else 0.0
+    return min(delay_s, tool.retry_max_delay_s) * (1 - tool.retry_jitter * random())
 
 
 def format_duration(seconds: Optional[float]) -> str:
@@ -251,10 +339,12 @@ def merge_errors(errors: Sequence[UserError]) -> UserError:
 
 def load_pipeline(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None,
                   get_connection: Optional[Callable[[], Any]] = None, *,
-                  name: Optional[str] = None) -> Pipeline:
+                  name: Optional[str] = None,
+                  limits: Optional[Mapping[str, Any]] = None) -> Pipeline:
     """Return the checked tables. Raise UserError with every mistake that they hold."""
     check_table("TOOL_MAP", tool_map)
     check_table("STAGES", {} if stages is None else stages)
+    check_table("LIMITS", {} if limits is None else limits)
     if not tool_map:
         raise UserError("TOOL_MAP is empty.", 'Add a tool to it: "fetch": "my_folder.fetch".')
     if get_connection is not None and not callable(get_connection):
@@ -263,11 +353,18 @@ def load_pipeline(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any
     errors: List[UserError] = []
     tools = make_all(errors, make_tool, tool_map)
     members = make_all(errors, make_members, stages or {})
+    known = make_all(errors, make_limit, limits or {})
     errors += find_unknown_members(tool_map, {**dict.fromkeys(stages or {}, ()), **members})
+    errors += find_unknown_needs(tools, tool_map)
+    errors += find_wrong_uses(tools, {**dict.fromkeys(limits or {}, 0), **known})
     if errors:
         raise merge_errors(errors)
-    return Pipeline(name or "pipeline", tools, expand_stages(tools, members),
-                    get_connection or (lambda: None))
+    return Pipeline(name or "pipeline", tools, expand_stages(tools, members), find_needs(tools),
+                    known, get_connection or no_connection)
+
+
+def no_connection() -> None:
+    """Stand for get_connection in a pipeline without a database."""
 
 
 def check_table(where: str, table: Any) -> None:
@@ -311,33 +408,124 @@ def make_tool(name: str, value: Any) -> Tool:
     if not isinstance(options, Mapping):
         raise UserError(f"{where} is {format_type(value)}, not a module path or a dict of options.",
                         f'Write "{name}": "folder.module".')
+    fields: Dict[str, Any] = {}
     for key, given in options.items():
         if key not in OPTIONS:
             raise UserError(f"{where}: there is no option {key!r}.",
                             format_nearest(str(key), OPTIONS))
-        holds, wanted, example = OPTIONS[key]
-        if not holds(given):
+        field, read, wanted, example = OPTIONS[key]
+        try:
+            fields[field] = read(given)
+        except (TypeError, ValueError):
             raise UserError(f"{where}: {key!r} must be {wanted}, not {given!r}.",
-                            f'Write "{key}": {example}.')
-    if "module" not in options:
+                            f'Write "{key}": {example}.') from None
+    if "module" not in fields:
         raise UserError(f"{where} names no module.", 'Add "module": "folder.module".')
-    module, _, function = options["module"].partition(":")
-    return Tool(**{**options, "name": name, "module": module, "function": function or "run"})
+    module, _, function = fields["module"].partition(":")
+    return Tool(**{**fields, "name": name, "module": module, "function": function or "run"})
 
 
-def is_module_path(value: Any) -> bool:
-    """Return whether a value reads `package.module` or `package.module:function`."""
-    if not isinstance(value, str):
-        return False
-    module, colon, function = value.partition(":")
-    return all(part.isidentifier() for part in module.split(".")) \
-        and (function.isidentifier() or not colon)
+def make_limit(name: str, value: Any) -> int:
+    """Return a row of LIMITS. Raise UserError if it is none."""
+    check_name("LIMITS", name)
+    try:
+        return read_count(value, least=1)
+    except ValueError:
+        raise UserError(f"LIMITS[{name!r}] is {value!r}, not a whole number from 1 on.",
+                        f'Write "{name}": 2 to let two units of it be used at a time.') from None
 
 
-# option of a tool -> (test of its value, the test in words, an example)
-OPTIONS: Dict[str, Tuple[Callable[[Any], bool], str, str]] = {
-    "module":  (is_module_path, "a module path with dots", '"folder.module"'),
-    "commits": (lambda value: isinstance(value, bool), "True or False", "True"),
+def read_module_path(value: Any) -> str:
+    """Return `package.module` or `package.module:function`. Raise ValueError for others."""
+    module, colon, function = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if not all(part.isidentifier() for part in module.split(".")) \
+            or colon and not function.isidentifier():
+        raise ValueError(value)
+    return value
+
+
+def read_names(value: Any) -> Tuple[str, ...]:
+    """Return a list of texts; a single text stands for a list of it."""
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(n and isinstance(n, str) for n in names):
+        raise ValueError(value)
+    return tuple(dict.fromkeys(names))
+
+
+def read_count(value: Any, least: int = 0) -> int:
+    """Return a whole number, not less than `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(value)
+    return value
+
+
+def read_number(least: float, most: float) -> Callable[[Any], float]:
+    """Return a reader of numbers between two bounds."""
+    def read(value: Any) -> float:
+        if not is_number(value) or not least <= value <= most:
+            raise ValueError(value)
+        return float(value)
+    return read
+
+
+def read_choice(*choices: Any) -> Callable[[Any], Any]:
+    """Return a reader of one of some values."""
+    def read(value: Any) -> Any:
+        if not any(value is choice or value == choice and isinstance(value, str)
+                   for choice in choices):
+            raise ValueError(value)
+        return value
+    return read
+
+
+def read_uses(value: Any) -> Tuple[Tuple[str, int], ...]:
+    """Return the units of each resource, sorted by its name."""
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ValueError(value)
+    return tuple(sorted((name, read_count(units, least=1)) for name, units in value.items()))
+
+
+def read_positive_s(value: Any) -> float:
+    """Return a duration above zero, in seconds."""
+    seconds = parse_duration_s(value)
+    if not seconds:
+        raise ValueError(value)
+    return seconds
+
+
+_NAMES = 'a list of names'
+_DURATION = 'a number of seconds or a text like "90s", "10m", "1h30m" or "7d"'
+_FLAG = read_choice(True, False)
+
+# option of a tool -> (field of Tool, how its value is read, that in words, an example)
+OPTIONS: Dict[str, Tuple[str, Callable[[Any], Any], str, str]] = {
+    "module": ("module", read_module_path, "a module path with dots", '"folder.module"'),
+    # True: the tool looks after its transactions itself
+    "commits": ("commits", _FLAG, "True or False", "True"),
+    # the tools that must be done first; what reads X needs what writes X
+    "needs": ("needs", read_names, _NAMES, '["fetch"]'),
+    "reads": ("reads", read_names, _NAMES, '["raw_flights"]'),
+    "writes": ("writes", read_names, _NAMES, '["flights"]'),
+    # further attempts after a failed one, and how long to wait before each: see retry_delay_s
+    "retries": ("retries", read_count, "a whole number from 0 on", "3"),
+    "retry_delay": ("retry_delay_s", parse_duration_s, _DURATION, '"30s"'),
+    "retry_factor": ("retry_factor", read_number(1, 1e6), "a number from 1 on", "2"),
+    "retry_max_delay": ("retry_max_delay_s", parse_duration_s, _DURATION, '"1h"'),
+    "retry_jitter": ("retry_jitter", read_number(0, 1), "a number from 0 to 1", "0.5"),
+    # each of these three gives the tool a process group of its own
+    "timeout": ("timeout_s", read_positive_s, _DURATION + ", above 0", '"10m"'),
+    "memory": ("memory_bytes", parse_bytes, 'a number of bytes or a text like "512MB" or "2GB"',
+               '"2GB"'),
+    "isolate": ("isolate", _FLAG, "True or False", "True"),
+    # what a failure means: skip what needs the tool, stop starting anything, or go on regardless
+    "on_failure": ("on_failure", read_choice("skip", "stop", "continue"),
+                   '"skip", "stop" or "continue"', '"skip"'),
+    # "always": run after what the tool needs, whatever became of it
+    "when": ("when", read_choice("ready", "always"), '"ready" or "always"', '"always"'),
+    # units of the resources in LIMITS that it takes while it runs
+    "uses": ("uses", read_uses, "a dict of whole numbers from 1 on", '{"db": 1}'),
+    # how long it takes, until history knows better
+    "estimate": ("estimate_s", parse_duration_s, _DURATION, '"5m"'),
 }
 
 
@@ -364,6 +552,99 @@ def find_unknown_members(tools: Iterable[Any],
                       format_nearest(name, map(str, [*tools, *members])))
             for stage, names in members.items() for name in names
             if name not in tools and name not in members]
+
+
+def find_unknown_needs(tools: Mapping[str, Tool], names: Iterable[Any]) -> List[UserError]:
+    """Return an error for each need that is not among the names of all tools."""
+    return [UserError(f"TOOL_MAP[{tool.name!r}]: no tool {need!r} to need.",
+                      format_nearest(need, map(str, names)))
+            for tool in tools.values() for need in tool.needs or () if need not in names]
+
+
+def find_wrong_uses(tools: Mapping[str, Tool], limits: Mapping[str, int]) -> List[UserError]:
+    """Return an error for each use of a resource that is not there, or not in that number.
+
+    A limit of 0 stands for one whose row is wrong.
+    """
+    errors = []
+    for tool in tools.values():
+        for resource, units in tool.uses:
+            where = f"TOOL_MAP[{tool.name!r}]: uses {resource!r}"
+            if resource not in limits:
+                errors.append(UserError(f"{where}, which LIMITS does not have.",
+                                        format_nearest(resource, limits)))
+            elif units > limits[resource] > 0:
+                errors.append(UserError(f"{where} {units} times, but LIMITS has only "
+                                        f"{limits[resource]}.",
+                                        "Lower the one or raise the other."))
+    return errors
+
+
+def find_needs(tools: Mapping[str, Tool]) -> Dict[str, Union[str, Tuple[str, ...]]]:
+    """Return what each tool waits for: what it needs, and who writes what it reads.
+
+    What nobody writes is an outside source. Of several writers of one name, each must need
+    another, so that their order is known; who reads the name needs all but those that come after
+    it. Raise UserError if that is not so, or if tools need each other in a circle.
+    """
+    needs = {tool.name: dict.fromkeys(tool.needs or ()) for tool in tools.values()}
+    writers: Dict[str, List[str]] = {}
+    for tool in tools.values():
+        for name in tool.writes or ():
+            writers.setdefault(name, []).append(tool.name)
+    shared = {name: found for name, found in writers.items() if len(found) > 1}
+    for tool in tools.values():
+        for name in tool.reads or ():
+            for writer in writers.get(name, ()) if name not in shared else ():
+                if writer != tool.name:
+                    needs[tool.name][writer] = None
+    check_no_circle(needs)
+    before = {writer: find_all_before(writer, needs) for found in shared.values()
+              for writer in found}
+    for name, found in shared.items():
+        check_order(name, found, before)
+    for tool in tools.values():
+        for name in tool.reads or ():
+            for writer in shared.get(name, ()):
+                if writer != tool.name and tool.name not in before[writer]:
+                    needs[tool.name][writer] = None
+    if shared:
+        check_no_circle(needs)
+    return {tool.name: ALL_BEFORE if tool.needs is tool.reads is tool.writes is None
+            else tuple(needs[tool.name]) for tool in tools.values()}
+
+
+def check_no_circle(needs: Mapping[str, Iterable[str]]) -> None:
+    """Raise UserError if tools need each other in a circle."""
+    from graphlib import CycleError, TopologicalSorter
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        raise UserError(f"TOOL_MAP: tools need each other in a circle: "
+                        f"{' -> '.join(reversed(error.args[1]))}.",
+                        "Take one of these needs out, or one of the reads or writes behind it."
+                        ) from None
+
+
+def check_order(name: str, found: Sequence[str], before: Mapping[str, Iterable[str]]) -> None:
+    """Raise UserError if two writers of one name could run in either order."""
+    for i, one in enumerate(found):
+        for other in found[i + 1:]:
+            if one not in before[other] and other not in before[one]:
+                raise UserError(f"TOOL_MAP: {one!r} and {other!r} write {name!r} in no order.",
+                                f'Let one need the other: "needs": ["{one}"] in {other!r}.')
+
+
+def find_all_before(tool: str, needs: Mapping[str, Iterable[str]]) -> Dict[str, None]:
+    """Return all that a tool needs, directly or not, itself excluded."""
+    found: Dict[str, None] = {}
+    left = list(needs[tool])
+    while left:
+        each = left.pop()
+        if each not in found:
+            found[each] = None
+            left += needs[each]
+    return found
 
 
 def expand_stages(tools: Mapping[str, Tool],
@@ -406,7 +687,7 @@ DEFAULT_STAGE = "full"
 
 
 def make_plan(pipeline: Pipeline, targets: Sequence[str] = (), *, exclude: Sequence[str] = (),
-              start_from: Optional[str] = None) -> Plan:
+              start_from: Optional[str] = None, jobs: int = 1) -> Plan:
     """Return the plan for some targets; without any, of the stage `full` or else of all tools.
 
     Raise UserError for a word that is neither a stage nor a tool, and if nothing is left to run.
@@ -415,26 +696,246 @@ def make_plan(pipeline: Pipeline, targets: Sequence[str] = (), *, exclude: Seque
         targets = (DEFAULT_STAGE,)
     reasons: Dict[str, str] = {}
     for target in targets:
-        reason = f"in stage {target}" if target in pipeline.stages else "named"
-        for tool in expand_target(pipeline, target):
+        for tool, reason in expand_reasons(pipeline, target).items():
             reasons.setdefault(tool, reason)
     if not targets:
         reasons = dict.fromkeys(pipeline.tools, "in TOOL_MAP")
-    order = leave_out(pipeline, list(reasons), exclude, start_from)
+    order = sort_by_needs(reasons, pipeline.needs)
+    order = leave_out(pipeline, order, exclude, start_from)
     if not order:
         raise UserError("Nothing is left to run.", "Name a target that holds a tool, or take "
                         "something out of --exclude; --list shows them all.")
-    steps = tuple(Step(tool, wave, "run", reasons[tool], ALL_BEFORE)
-                  for wave, tool in enumerate(order, 1))
-    return Plan(steps, tuple(order))
+    return make_steps(pipeline, order, reasons, jobs)
+
+
+def make_steps(pipeline: Pipeline, order: Sequence[str], reasons: Mapping[str, str],
+               jobs: int) -> Plan:
+    """Return the plan for tools in an order that their needs allow."""
+    waves: Dict[str, int] = {}
+    last_wave = 0
+    steps = []
+    for tool in order:
+        needs = pipeline.needs[tool]
+        waves[tool] = 1 + (last_wave if needs == ALL_BEFORE else
+                           max((waves[need] for need in needs if need in waves), default=0))
+        last_wave = max(last_wave, waves[tool])
+        steps.append(Step(tool, waves[tool], "run", reasons[tool], needs,
+                          pipeline.tools[tool].estimate_s))
+    known = all(step.expected_s is not None for step in steps)
+    expected_s = simulate(
+        Schedule(steps, pipeline, jobs), durations_of(steps), jobs) if known else None
+    return Plan(tuple(steps), find_critical_path(steps), expected_s, jobs)
+
+
+def expand_reasons(pipeline: Pipeline, target: str) -> Dict[str, str]:
+    """Return the tools that a target means, with the reason why each is in the plan.
+
+    `+tool` adds what the tool needs, directly or not, `tool+` what needs it; both follow needs
+    that are declared or inferred.
+    """
+    name = target[target.startswith("+"):len(target) - target.endswith("+")]
+    tools = expand_target(pipeline, name)
+    reasons = dict.fromkeys(tools, f"in stage {name}" if name in pipeline.stages else "named")
+    if target == name:
+        return reasons
+    edges = {tool: () if needs == ALL_BEFORE else needs for tool, needs in pipeline.needs.items()}
+    added: Dict[str, str] = {}
+    if target.startswith("+"):
+        added.update({each: f"needed by {tool}" for tool in tools
+                      for each in find_all_before(tool, edges)})
+    if target.endswith("+"):
+        after = invert(edges)
+        added.update({each: f"needs {tool}" for tool in tools
+                      for each in find_all_before(tool, after)})
+    return {**reasons, **{tool: added[tool] for tool in pipeline.tools
+                          if tool in added and tool not in reasons}}
+
+
+def invert(needs: Mapping[str, Iterable[str]]) -> Dict[str, List[str]]:
+    """Return for each tool the tools that need it directly."""
+    after: Dict[str, List[str]] = {tool: [] for tool in needs}
+    for tool, needed in needs.items():
+        for each in needed:
+            after[each].append(tool)
+    return after
+
+
+def sort_by_needs(reasons: Dict[str, str], needs: Mapping[str, Any]) -> List[str]:
+    """Return the tools with each after what it needs, otherwise in the order given.
+
+    A tool that had to move forward gets that added to its reason.
+    """
+    position = {tool: i for i, tool in enumerate(reasons)}
+    order: Dict[str, None] = {}
+
+    def needs_in_order(tool: str) -> Iterator[str]:
+        needed = () if needs[tool] == ALL_BEFORE else needs[tool]
+        return iter(sorted((n for n in needed if n in position), key=position.__getitem__))
+
+    for first in position:
+        # each tool of the path is needed by the one before it, and placed after its own needs
+        path = [] if first in order else [(first, needs_in_order(first))]
+        while path:
+            tool, left = path[-1]
+            need = next((each for each in left if each not in order), None)
+            if need is not None:
+                path.append((need, needs_in_order(need)))
+                continue
+            path.pop()
+            if path and not reasons[tool].startswith("needed by"):
+                reasons[tool] += f"; moved before {path[-1][0]}, which needs it"
+            order[tool] = None
+    return list(order)
+
+
+def durations_of(steps: Iterable[Step]) -> Dict[str, float]:
+    """Return the seconds to reckon with for each tool; for an unknown one, the mean of the rest."""
+    known = [step.expected_s for step in steps if step.expected_s is not None]
+    mean_s = sum(known) / len(known) if known else 1.0
+    return {step.tool: mean_s if step.expected_s is None else step.expected_s for step in steps}
+
+
+def find_critical_path(steps: Sequence[Step]) -> Tuple[str, ...]:
+    """Return the chain of tools, each waiting for the one before it, that takes longest."""
+    durations_s = durations_of(steps)
+    end_s: Dict[str, float] = {}
+    via: Dict[str, Optional[str]] = {}
+    latest: Optional[str] = None  # the tool so far that ends last
+    for step in steps:
+        waits_for = [latest] if step.needs == ALL_BEFORE else step.needs
+        via[step.tool] = max((tool for tool in waits_for if tool in end_s),
+                             key=lambda tool: end_s[tool], default=None)
+        end_s[step.tool] = durations_s[step.tool] + end_s.get(via[step.tool] or "", 0.0)
+        if latest is None or end_s[step.tool] >= end_s[latest]:
+            latest = step.tool
+    path: List[str] = []
+    while latest is not None:
+        path.append(latest)
+        latest = via[latest]
+    return tuple(reversed(path))
+
+
+def find_ways_s(steps: Sequence[Step]) -> Dict[str, float]:
+    """Return for each tool the seconds from its start to the end, on the longest way there."""
+    durations_s = durations_of(steps)
+    way_s = dict(durations_s)
+    longest_s = 0.0  # of the tools after this one that wait for all before them
+    for step in reversed(steps):
+        way_s[step.tool] = max(way_s[step.tool], durations_s[step.tool] + longest_s)
+        if step.needs == ALL_BEFORE:
+            longest_s = max(longest_s, way_s[step.tool])
+        else:
+            for need in step.needs:
+                if need in way_s:
+                    way_s[need] = max(way_s[need], durations_s[need] + way_s[step.tool])
+    return way_s
+
+
+class Schedule:
+    """Which tool of a plan may start next: the longest way to the end first, within the limits;
+    with one job, which no order makes faster, the plan's own order.
+
+    As in graphlib: `done(tool)` tells that a tool is settled and returns those that wait for
+    nothing any more; `add(tool)` makes one of them ready; `next()` takes the best ready tool
+    for which there is room, and `release(tool)` gives that room back.
+
+    State: `missing`, how many needs of each tool are not settled; `settled`, by position in the
+    plan, and `open_from`, the first position that is not, for tools that wait for all before
+    them; `ready`, a heap for each set of uses, since those with the same uses have room
+    together; `free`, what is left of the limits.
+    """
+
+    def __init__(self, steps: Sequence[Step], pipeline: Pipeline, jobs: int = 2) -> None:
+        self.steps, self.tools = steps, pipeline.tools
+        self.position = {step.tool: i for i, step in enumerate(steps)}
+        ways_s = find_ways_s(steps) if jobs > 1 else dict.fromkeys(self.position, 0.0)
+        self.rank = {tool: (-ways_s[tool], i) for tool, i in self.position.items()}
+        self.after: Dict[str, List[str]] = {}
+        self.missing: Dict[str, int] = {}
+        for step in steps:
+            if step.needs != ALL_BEFORE:
+                needed = [need for need in step.needs if need in self.position]
+                self.missing[step.tool] = len(needed)
+                for need in needed:
+                    self.after.setdefault(need, []).append(step.tool)
+        self.settled = [False] * len(steps)
+        self.open_from = 0
+        self.ready: Dict[Tuple[Tuple[str, int], ...], List[Any]] = {}
+        self.free = dict(pipeline.limits)
+
+    def begin(self) -> List[str]:
+        """Return the tools that wait for nothing from the start."""
+        return [tool for tool, count in self.missing.items() if not count] + self._next_in_line()
+
+    def done(self, tool: str) -> List[str]:
+        """Note a tool as settled and return those that wait for nothing any more."""
+        freed = []
+        for each in self.after.get(tool, ()):
+            self.missing[each] -= 1
+            if not self.missing[each]:
+                freed.append(each)
+        was = self.open_from
+        self.settled[self.position[tool]] = True
+        while self.open_from < len(self.steps) and self.settled[self.open_from]:
+            self.open_from += 1
+        return freed + self._next_in_line() if self.open_from > was else freed
+
+    def _next_in_line(self) -> List[str]:
+        step = self.steps[self.open_from] if self.open_from < len(self.steps) else None
+        return [step.tool] if step and step.needs == ALL_BEFORE else []
+
+    def add(self, tool: str) -> None:
+        """Make a tool ready."""
+        heappush(self.ready.setdefault(self.tools[tool].uses, []), (self.rank[tool], tool))
+
+    def next(self) -> Optional[str]:
+        """Take the best ready tool for which there is room, and its room; None if there is none."""
+        heaps = [heap for uses, heap in self.ready.items() if heap
+                 and all(units <= self.free[resource] for resource, units in uses)]
+        if not heaps:
+            return None
+        _, tool = heappop(min(heaps, key=lambda heap: heap[0]))
+        for resource, units in self.tools[tool].uses:
+            self.free[resource] -= units
+        return tool
+
+    def release(self, tool: str) -> None:
+        """Give back the room that a tool took."""
+        for resource, units in self.tools[tool].uses:
+            self.free[resource] += units
+
+    def take_all(self) -> List[str]:
+        """Return the ready tools, in the plan's order, which are then ready no more."""
+        tools = [tool for heap in self.ready.values() for _, tool in heap]
+        self.ready.clear()
+        return sorted(tools, key=lambda tool: self.position[tool])
+
+
+def simulate(schedule: Schedule, durations_s: Mapping[str, float], jobs: int) -> float:
+    """Return the seconds that a plan takes if every tool takes what is expected of it."""
+    now_s, running = 0.0, []  # type: float, List[Tuple[float, str]]
+    freed = schedule.begin()
+    while True:
+        for tool in freed:
+            schedule.add(tool)
+        while len(running) < jobs:
+            tool = schedule.next()
+            if tool is None:
+                break
+            heappush(running, (now_s + durations_s[tool], tool))
+        if not running:
+            return now_s
+        now_s, tool = heappop(running)
+        schedule.release(tool)
+        freed = schedule.done(tool)
 
 
 def leave_out(pipeline: Pipeline, order: List[str], exclude: Sequence[str],
               start_from: Optional[str]) -> List[str]:
     """Return the tools that --exclude and --from leave, in order."""
-    excluded = {tool for name in exclude for tool in expand_target(pipeline, name)}
+    excluded = {tool for name in exclude for tool in expand_reasons(pipeline, name)}
     if start_from is not None:
-        first = set(expand_target(pipeline, start_from))
+        first = {start_from, *expand_target(pipeline, start_from)}
         start = next((i for i, tool in enumerate(order) if tool in first), None)
         if start is None:
             raise UserError(f"--from: {start_from!r} is not in this plan.",
@@ -496,7 +997,9 @@ class Database:
         conn = self.open()
         if is_sqlite(conn):
             if not conn.in_transaction:
-                conn.execute("BEGIN")
+                # A deferred transaction that reads first can not wait for a lock; who opens with
+                # isolation_level="IMMEDIATE" gets one that does.
+                conn.execute("BEGIN " + (getattr(conn, "isolation_level", None) or ""))
         elif self.autocommit is True:
             conn.autocommit = False
         elif callable(getattr(conn, "begin", None)) and not hasattr(conn, "in_transaction"):
@@ -602,11 +1105,76 @@ class Callee(NamedTuple):
     check_takes: Parameters
 
 
+class Packed(NamedTuple):
+    """A result that came, or is to go, through a pipe: pickled, or only the name of its type."""
+    content: Optional[bytes]
+    kind: str
+
+
+def pack_result(result: Any) -> Packed:
+    """Return a result as it travels between processes. Never raises: who asks for it is told."""
+    import pickle
+    if isinstance(result, Packed):
+        return result
+    try:
+        return Packed(pickle.dumps(result, pickle.HIGHEST_PROTOCOL), format_type(result))
+    except Exception:
+        return Packed(None, format_type(result))
+
+
+class Results(Mapping[str, Any]):
+    """What tools returned, by name, to read only. What came through a pipe is unpacked when asked.
+
+    Raises TypeError for a result that could not travel, KeyError for a tool without one.
+    """
+
+    def __init__(self, results: Mapping[str, Any]) -> None:
+        self._results = results
+
+    def __getitem__(self, tool: str) -> Any:
+        result = self._results[tool]
+        if not isinstance(result, Packed):
+            return result
+        if result.content is None:
+            raise TypeError(f"the result of {tool!r} is {result.kind}, which can not travel from "
+                            "one process to another; return data, or the name of a file or table")
+        import pickle
+        return pickle.loads(result.content)  # noqa: S301 - from our own worker's pipe
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __repr__(self) -> str:
+        return repr({tool: result.kind if isinstance(result, Packed) else result
+                     for tool, result in self._results.items()})
+
+
+class Part(Mapping[str, Any]):
+    """A part of a mapping, as it is when asked."""
+
+    def __init__(self, whole: Mapping[str, Any], has: Callable[[str], bool]) -> None:
+        self._whole, self._has = whole, has
+
+    def __getitem__(self, name: str) -> Any:
+        if not self._has(name):
+            raise KeyError(name)
+        return self._whole[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return filter(self._has, self._whole)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 class Context:
     """What a tool may know of its run: `context` among its arguments.
 
-    run_id: text. tool: its name. attempt: 1, 2, ... results: what the tools before it returned,
-    by name, to read only.
+    run_id: text. tool: its name. attempt: 1, 2, ... results: what the tools that it waits for
+    returned, by name, to read only.
     """
 
     def __init__(self, run_id: str, tool: str, attempt: int, results: Mapping[str, Any],
@@ -1066,6 +1634,10 @@ def call_function(function: Callable[..., Any], takes: Parameters,
                   available: Mapping[str, Any]) -> Any:
     """Return what a function returns, or what the coroutine that it returns comes to."""
     result = function(**choose_arguments(takes, available))
+    code = getattr(result, "gi_code", None) or getattr(result, "ag_code", None)
+    if code is not None and code is getattr(function, "__code__", None):
+        raise TypeError(f"{function.__name__}() returned a generator, so nothing of it has run: "
+                        "take the `yield` out of it")
     return wait_for(result) if hasattr(result, "__await__") else result
 
 
@@ -1087,12 +1659,16 @@ def wait_for(awaitable: Any) -> Any:
 def run_attempt(callee: Callee, database: Database, arguments: Mapping[str, Any],
                 context: Context, interrupts: Interrupts, verbose: bool = False) -> Outcome:
     """Return how one attempt ended: begun, called, checked and committed, or rolled back."""
-    started_s = time.perf_counter()
+    started_s, pid = time.perf_counter(), os.getpid()
     try:
         result = interrupts.call(call_in_transaction, callee, database, arguments, context)
+        if os.getpid() != pid:  # a copy of us that the tool forked came back from it
+            os._exit(EXIT_FAILED)
         database.commit()
         outcome = Outcome("success", result=result, rows=count_rows(result))
     except BaseException as error:
+        if os.getpid() != pid:
+            os._exit(EXIT_FAILED)
         if database.is_open:
             database.rollback()
         if interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
@@ -1189,94 +1765,937 @@ def format_place(error: BaseException, tool: Tool) -> str:
     return f"{format_path(own[-1].filename)}:{own[-1].lineno}" if own else "in no line of its own"
 
 
-# === 6 RUNNING ==================================================================================
-# One loop on one thread carries out a Plan and owns all state of the run: which tool is next,
-# how each one ended, and what that means for the others. It prints nothing.
+# === 6 WORKERS ==================================================================================
+# The ways to execute attempts, behind one interface: start(order) begins an attempt, wait(timeout)
+# returns what came of those that were begun, as (kind, tool, what): "event" with the fields of an
+# Event, or "ended" with an Outcome; terminate(tool) and kill(tool) end an attempt, close() all.
+# It does not decide what runs, when to give up, or what an outcome means.
+
+
+class Order(NamedTuple):
+    """An attempt to execute: which try of which tool, with what results, printing to where."""
+    tool: str
+    attempt: int
+    run_id: str
+    results: Mapping[str, Any]
+    output: str = ""
+
+
+class Here:
+    """Executes attempts in this process, one at a time, over one shared connection."""
+
+    def __init__(self, callees: Mapping[str, Callee], database: Database,
+                 arguments: Mapping[str, Any], interrupts: Interrupts, verbose: bool,
+                 tell: Callable[..., None]) -> None:
+        self.callees, self.database, self.arguments = callees, database, arguments
+        self.interrupts, self.verbose, self.tell = interrupts, verbose, tell
+        self.order: Optional[Order] = None
+
+    def start(self, order: Order) -> None:
+        """Note what wait() is to execute."""
+        self.order = order
+
+    def wait(self, timeout_s: float) -> List[Tuple[str, str, Any]]:
+        """Execute what was started, however long it takes."""
+        order, self.order = self.order, None
+        context = Context(order.run_id, order.tool, order.attempt, Results(order.results),
+                          self.tell)
+        return [("ended", order.tool, run_attempt(
+            self.callees[order.tool], self.database, self.arguments, context, self.interrupts,
+            self.verbose))]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.database.close()
+
+
+class Worker:
+    """A worker process as its orchestrator sees it; `pid` is 0 until it is known."""
+
+    def __init__(self, channel: Any, pid: int = 0) -> None:
+        self.channel, self.pid = channel, pid
+        self.tool = ""  # what it executes, if anything
+        self.is_leaving = False  # whether it was told, or said, that it goes
+
+
+class Workers:
+    """Executes attempts in worker processes, each with its own connection and process group.
+
+    A worker serves many attempts, but one whose tool started processes goes, and its group with
+    it, so that nothing of a tool outlives it. State: `workers`, by the file descriptor of their
+    channel; `idle`, those of them that wait for an order.
+    """
+
+    def __init__(self, count: int, pipeline: Pipeline, arguments: Mapping[str, Any],
+                 verbose: bool) -> None:
+        serve = Server(pipeline, dict(arguments), verbose)
+        self.starter: Any = Nursery(serve) if can_fork() else Spawner(serve)
+        self.workers: List[Worker] = []
+        self.idle: List[Worker] = []
+        for _ in range(count):
+            self.idle.append(self._add())
+
+    def _add(self) -> Worker:
+        worker = self.starter.start()
+        self.workers.append(worker)
+        return worker
+
+    def start(self, order: Order) -> None:
+        """Hand an attempt to an idle worker, or to a new one."""
+        message = order._replace(results={tool: pack_result(result)
+                                          for tool, result in order.results.items()})
+        while True:
+            worker = self.idle.pop() if self.idle else self._add()
+            try:
+                worker.channel.send(tuple(message))
+            except OSError:
+                worker.is_leaving = True  # it died while idle
+                continue
+            worker.tool = order.tool
+            return
+
+    def wait(self, timeout_s: float) -> List[Tuple[str, str, Any]]:
+        """Return what the workers said within some seconds; how one died, if it did not say."""
+        from multiprocessing.connection import wait
+        channels = {worker.channel: worker for worker in self.workers if worker.channel}
+        said: List[Tuple[str, str, Any]] = []
+        for ready in wait([*channels, *self.starter.waitables()], timeout_s):
+            if ready in channels:
+                self._hear(channels[ready], said)
+        for pid, status in self.starter.collect():
+            for worker in [worker for worker in self.workers if worker.pid == pid]:
+                while worker.channel and worker.channel.poll():
+                    self._hear(worker, said)
+                self._bury(worker)
+                if worker.tool:
+                    said.append(("ended", worker.tool,
+                                 Outcome("failed", error=format_end(status))))
+        return said
+
+    def _hear(self, worker: Worker, said: List[Tuple[str, str, Any]]) -> None:
+        try:
+            kind, what, worker.is_leaving = worker.channel.recv()
+        except (EOFError, OSError):
+            worker.channel.close()
+            worker.channel = None  # the starter will tell how it ended
+            return
+        said.append((kind, worker.tool, Outcome(*what) if kind == "ended" else what))
+        if kind == "ended":
+            worker.tool = ""
+            if not worker.is_leaving:
+                self.idle.append(worker)
+
+    def _bury(self, worker: Worker) -> None:
+        self.workers.remove(worker)
+        if worker in self.idle:
+            self.idle.remove(worker)
+        if worker.channel:
+            worker.channel.close()
+
+    def terminate(self, tool: str) -> None:
+        """Ask the process group of an attempt to end."""
+        self._signal(tool, "SIGTERM")
+
+    def kill(self, tool: str) -> None:
+        """End the process group of an attempt."""
+        self._signal(tool, "SIGKILL")
+
+    def _signal(self, tool: str, name: str) -> None:
+        for worker in self.workers:
+            if worker.tool == tool:
+                self.starter.settle()  # every pid is known after that
+                signal_group(worker.pid, name)
+
+    def close(self, grace_s: float = 10.0) -> None:
+        """End all workers: the idle ones at once, others within the grace."""
+        for worker in self.workers:
+            if worker.channel and not worker.tool:
+                worker.channel.close()
+                worker.channel = None
+        self.starter.settle()
+        end_s = time.monotonic() + grace_s
+        while self.workers:
+            left_s = end_s - time.monotonic()
+            if left_s < 0:
+                for worker in self.workers:
+                    signal_group(worker.pid, "SIGKILL")
+            self.wait(max(0.1, min(left_s, 1.0)))
+        self.starter.close()
+
+
+def can_fork() -> bool:
+    """Return whether workers may be forked: on Linux, while no other thread holds a lock."""
+    if not sys.platform.startswith("linux") or os.environ.get("ORCHESTRATOR_SPAWN"):
+        return False
+    try:
+        return len(os.listdir("/proc/self/task")) == 1
+    except OSError:
+        return False
+
+
+def signal_group(pid: int, name: str) -> None:
+    """Send a signal to a worker and all that it started; where there are no groups, end it."""
+    import signal
+    try:
+        if hasattr(os, "killpg"):
+            os.killpg(pid, getattr(signal, name))
+        else:
+            os.kill(pid, signal.SIGTERM)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def format_end(status: int) -> str:
+    """Return how a process ended, in words; `status` is negative for a signal."""
+    import signal
+    if status >= 0:
+        return "its process exited without finishing" + (f" (exit code {status})" if status else "")
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = "a real-time signal"
+    hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+    return f"its process was killed by signal {-status} ({name}){hint}"
+
+
+class Nursery:
+    """Forks workers from a process that was itself forked before anything was opened.
+
+    So no connection, thread or lock of ours crosses a fork, and a worker starts in milliseconds.
+    We ask over a socket, handing over the worker's end of its channel; the answers are pairs
+    (pid, status), with the status NEWBORN for a new worker. `born` holds the workers whose pid
+    is not known yet, in order; `dead` the pairs that were read meanwhile.
+    """
+    NEWBORN = 1 << 20
+
+    def __init__(self, serve: "Server") -> None:
+        import socket
+        self.socket, theirs = socket.socketpair()
+        life, self.life = os.pipe()  # its writing end is ours alone: it closes when we die
+        self.born: List[Worker] = []
+        self.dead: List[Tuple[int, int]] = []
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                self.socket.close()
+                os.close(self.life)
+                tend(theirs, life, serve)
+            finally:
+                os._exit(EXIT_BUG)
+        theirs.close()
+        os.close(life)
+
+    def start(self) -> Worker:
+        """Return a new worker, which is on its way."""
+        import socket
+        from multiprocessing import Pipe
+        ours, theirs = Pipe()
+        socket.send_fds(self.socket, [b"w"], [theirs.fileno()])
+        theirs.close()
+        self.born.append(Worker(ours))
+        return self.born[-1]
+
+    def waitables(self) -> List[Any]:
+        """Return what becomes readable when a worker has ended."""
+        return [self.socket]
+
+    def collect(self) -> List[Tuple[int, int]]:
+        """Return the (pid, exit status) of workers that have ended."""
+        import select
+        while select.select([self.socket], [], [], 0)[0]:
+            self._read()
+        dead, self.dead = self.dead, []
+        return dead
+
+    def settle(self) -> None:
+        """Wait until the pid of every worker is known."""
+        while self.born:
+            self._read()
+
+    def _read(self) -> None:
+        import struct
+        answer = self.socket.recv(struct.calcsize("ii"), 0x100)  # MSG_WAITALL
+        if not answer:
+            raise RuntimeError("the process that starts the workers was killed")
+        pid, status = struct.unpack("ii", answer)
+        if status == self.NEWBORN:
+            self.born.pop(0).pid = pid
+        else:
+            self.dead.append((pid, status))
+
+    def close(self) -> None:
+        """End the nursery, and with it whatever is left of its workers."""
+        self.socket.close()
+        os.close(self.life)
+        os.waitpid(self.pid, 0)
+
+
+def tend(socket: Any, life: int, serve: "Server") -> None:
+    """Fork workers as asked over a socket, and tell how each ends. Runs in the nursery."""
+    import select
+    import signal
+    from socket import recv_fds
+    wake, waker = os.pipe()
+    for each in (wake, waker):
+        os.set_blocking(each, False)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(waker)
+    workers: List[int] = []
+    while True:
+        ready, _, _ = select.select([socket, wake], [], [])
+        if wake in ready:
+            os.read(wake, 4096)
+            bury_dead(socket, workers)
+        if socket in ready:
+            asked, fds, _, _ = recv_fds(socket, 1, 1)
+            if not asked:
+                break
+            pid = os.fork()
+            if not pid:
+                for each in (wake, waker, socket.detach()):
+                    os.close(each)
+                signal.set_wakeup_fd(-1)
+                for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD"):
+                    signal.signal(getattr(signal, name), signal.SIG_DFL)
+                serve.begin(fds[0], life)
+            own_group(pid)
+            workers.append(pid)
+            send_pair(socket, pid, Nursery.NEWBORN)
+            os.close(fds[0])  # or the end of the worker would not be seen
+    for pid in workers:
+        signal_group(pid, "SIGKILL")
+    os._exit(EXIT_SUCCESS)
+
+
+def bury_dead(socket: Any, workers: List[int]) -> None:
+    """Tell of each worker that has ended, and end what it left in its group. In the nursery."""
+    while workers:
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
+            return
+        signal_group(ended.si_pid, "SIGKILL")  # while it is a zombie, its id is nobody else's
+        _, status = os.waitpid(ended.si_pid, 0)
+        workers.remove(ended.si_pid)
+        send_pair(socket, ended.si_pid, -os.WTERMSIG(status) if os.WIFSIGNALED(status)
+                  else os.WEXITSTATUS(status))
+
+
+def send_pair(socket: Any, pid: int, status: int) -> None:
+    """Tell the orchestrator of a worker. In the nursery."""
+    import struct
+    try:
+        socket.sendall(struct.pack("ii", pid, status))
+    except OSError:
+        pass  # it is gone; the end of the socket says so too
+
+
+def own_group(pid: int) -> None:
+    """Put a process into a group of its own, if the system has groups."""
+    try:
+        os.setpgid(pid, pid)
+    except (AttributeError, OSError):
+        pass
+
+
+class Spawner:
+    """Starts workers as fresh interpreters: where we can not fork, or other threads are about."""
+
+    def __init__(self, serve: "Server") -> None:
+        from multiprocessing import get_context
+        check_can_spawn(serve.pipeline.get_connection)
+        self.serve, self.context = serve, get_context("spawn")
+        self.life_read, self.life = self.context.Pipe(duplex=False)
+        self.processes: Dict[int, Any] = {}
+
+    def start(self) -> Worker:
+        """Return a new worker."""
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=self.serve.begin_spawned,
+                                       args=(theirs, self.life_read))
+        process.start()
+        theirs.close()
+        self.processes[process.pid] = process
+        return Worker(ours, process.pid)
+
+    def waitables(self) -> List[Any]:
+        """Return what becomes readable when a worker has ended."""
+        return [process.sentinel for process in self.processes.values()]
+
+    def collect(self) -> List[Tuple[int, int]]:
+        """Return the (pid, exit status) of workers that have ended."""
+        dead = []
+        for pid, process in list(self.processes.items()):
+            if process.exitcode is not None:
+                signal_group(pid, "SIGKILL")
+                process.join()
+                dead.append((pid, process.exitcode))
+                del self.processes[pid]
+        return dead
+
+    def settle(self) -> None:
+        """Every pid is known from the start."""
+
+    def close(self) -> None:
+        """Let go of what the workers watch."""
+        self.life.close()
+        self.life_read.close()
+
+
+def check_can_spawn(get_connection: Callable[[], Any]) -> None:
+    """Raise UserError if fresh interpreters could not import what they need."""
+    import pickle
+    main_file = getattr(sys.modules["__main__"], "__file__", None)
+    is_in_notebook = get_connection.__module__ == "__main__" and not main_file
+    try:
+        pickle.dumps(get_connection)
+    except Exception:
+        is_in_notebook = True
+    if is_in_notebook:
+        raise UserError("get_connection can not be sent to a worker process: it is a lambda, or "
+                        "was defined inside a function or a notebook.",
+                        "Write it with `def` at the top of a module, or run without jobs, timeout, "
+                        "memory and isolate.")
+    if main_file and main_file.endswith(".py") and not has_main_guard(main_file):
+        raise UserError(f"{format_path(main_file)} would run again in every worker process.",
+                        'Put what it does under `if __name__ == "__main__":`.')
+
+
+def has_main_guard(file: str) -> bool:
+    """Return whether a script does something only if it is the main program, or nothing at all."""
+    import ast
+    with open(file, "rb") as source:
+        tree = ast.parse(source.read())
+    calls = [node for node in tree.body if isinstance(node, (ast.Expr, ast.Assign))
+             and isinstance(node.value, ast.Call)]
+    guards = [node for node in tree.body if isinstance(node, ast.If)
+              and "__name__" in {getattr(n, "id", "") for n in ast.walk(node.test)}]
+    return bool(guards) or not calls
+
+
+class Server:
+    """What a worker does: it serves attempts until its channel closes. Runs in the worker."""
+
+    def __init__(self, pipeline: Pipeline, arguments: Dict[str, Any], verbose: bool) -> None:
+        self.pipeline, self.arguments, self.verbose = pipeline, arguments, verbose
+
+    def begin(self, channel_fd: int, life_fd: int) -> None:
+        """Be a forked worker. Does not return."""
+        from multiprocessing.connection import Connection
+        try:
+            own_group(0)
+            die_with_orchestrator(life_fd)
+            self.serve(Connection(channel_fd))
+        finally:
+            os._exit(EXIT_BUG)
+
+    def begin_spawned(self, channel: Any, life: Any) -> None:
+        """Be a spawned worker. Does not return."""
+        self.begin_with(channel, life.fileno()) if os.name != "nt" else self.begin_on_windows(
+            channel, life)
+
+    def begin_with(self, channel: Any, life_fd: int) -> None:
+        """Be a spawned worker of POSIX."""
+        own_group(0)
+        die_with_orchestrator(life_fd)
+        self.serve(channel)
+
+    def begin_on_windows(self, channel: Any, life: Any) -> None:
+        """Be a spawned worker of Windows."""
+        import threading
+
+        def watch() -> None:
+            try:
+                life.recv_bytes()
+            except (EOFError, OSError):
+                os._exit(EXIT_FAILED)
+
+        threading.Thread(target=watch, daemon=True).start()
+        self.serve(channel)
+
+    def serve(self, channel: Any) -> None:
+        """Execute attempts one after another."""
+        pid = os.getpid()
+        own_streams()
+        with Interrupts() as interrupts:
+            database = Database(self.pipeline.get_connection,
+                                lambda: interrupts.signal is not None)
+            callees: Dict[str, Callee] = {}
+            is_leaving = False
+            while not is_leaving and interrupts.signal is None:
+                try:
+                    order = Order(*channel.recv())
+                except (EOFError, OSError):
+                    break
+                children = count_children()
+                outcome = self.execute(order, callees, database, interrupts, channel)
+                if os.getpid() != pid:
+                    os._exit(EXIT_FAILED)
+                is_leaving = interrupts.signal is not None or count_children() != children
+                if is_leaving:
+                    database.close()
+                outcome = outcome._replace(result=pack_result(outcome.result))
+                channel.send(("ended", tuple(outcome), is_leaving))
+            database.close()
+        os._exit(EXIT_SUCCESS)
+
+    def execute(self, order: Order, callees: Dict[str, Callee], database: Database,
+                interrupts: Interrupts, channel: Any) -> Outcome:
+        """Return how an attempt ended, its output in a file, its memory bounded."""
+        tool = self.pipeline.tools[order.tool]
+        shown_s = 0.0
+
+        def tell(kind: str, _tool: str, **what: Any) -> None:
+            nonlocal shown_s
+            if kind == "progress":
+                now_s = time.monotonic()
+                if now_s - shown_s < 0.1 and what["done"] != what["total"]:
+                    return
+                shown_s = now_s
+            channel.send(("event", {"kind": kind, **what}, False))
+
+        with output_to(order.output), bounded_memory(tool.memory_bytes):
+            try:
+                if order.tool not in callees:
+                    callees[order.tool] = interrupts.call(load_callee, tool,
+                                                          {*self.arguments, "conn", "context"})
+            except KeyboardInterrupt:
+                return Outcome("interrupted")
+            except UserError as error:
+                return Outcome("failed", "not tried again", error=format_one_line(error))
+            context = Context(order.run_id, order.tool, order.attempt, Results(order.results),
+                              tell)
+            return run_attempt(callees[order.tool], database, self.arguments, context,
+                               interrupts, self.verbose)
+
+
+def die_with_orchestrator(life_fd: int) -> None:
+    """End this process's group when the orchestrator dies, however that happens.
+
+    Its end of a pipe closes then. On Linux the kernel itself kills the group at that moment
+    (fcntl(2): O_ASYNC, F_SETOWN, F_SETSIG), also in the middle of C code. Elsewhere a thread
+    waits for it, which code that holds the interpreter's lock can delay.
+    """
+    import signal
+    import threading
+    if sys.platform.startswith("linux"):
+        import fcntl
+        import select
+        # Reopened, because the owner belongs to the open file, which all workers would share.
+        fd = os.open(f"/proc/self/fd/{life_fd}", os.O_RDONLY | os.O_NONBLOCK)
+        fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+        if select.select([fd], [], [], 0)[0]:  # it died before we listened
+            signal_group(os.getpid(), "SIGKILL")
+        return
+
+    def watch() -> None:
+        os.read(life_fd, 1)
+        signal_group(os.getpid(), "SIGKILL")
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def own_streams() -> None:
+    """Let Python's output streams be the file descriptors 1 and 2, and input empty."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    sys.stdin = open(0, closefd=False)
+    sys.stdout, sys.stderr = (
+        open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        for fd in (1, 2))
+
+
+class output_to:
+    """Send what this process prints, its C code and its children included, to a file."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def __enter__(self) -> None:
+        self._point(os.open(self.file or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+
+    def __exit__(self, *_: Any) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._point(os.open(os.devnull, os.O_WRONLY))
+
+    @staticmethod
+    def _point(fd: int) -> None:
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        os.close(fd)
+
+
+class bounded_memory:
+    """Bound the memory of this process and its children, where the system can: not on Windows."""
+
+    def __init__(self, limit_bytes: Optional[int]) -> None:
+        self.limit_bytes = limit_bytes
+
+    def __enter__(self) -> None:
+        if self.limit_bytes is not None and os.name != "nt":
+            import resource
+            # RLIMIT_DATA counts what is really written to, on Linux; RLIMIT_AS whatever is mapped.
+            linux = sys.platform.startswith("linux")
+            self.kind = resource.RLIMIT_DATA if linux else resource.RLIMIT_AS
+            self.before = resource.getrlimit(self.kind)
+            hard = self.before[1]
+            soft = self.limit_bytes if hard < 0 else min(self.limit_bytes, hard)
+            resource.setrlimit(self.kind, (soft, hard))
+
+    def __exit__(self, *_: Any) -> None:
+        if self.limit_bytes is not None and os.name != "nt":
+            import resource
+            resource.setrlimit(self.kind, self.before)
+
+
+def count_children() -> Tuple[bool, int]:
+    """Return what changes when this process starts another, waited for or not."""
+    if os.name == "nt":
+        return False, 0
+    import resource
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        has_any = True
+    except ChildProcessError:
+        has_any = False
+    return has_any, resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
+
+
+# === 7 RUNNING ==================================================================================
+# One loop on one thread carries out a Plan and owns all state of the run: what is ready, what
+# runs, how each tool ended, what that means for the others, what is tried again. Every rule about
+# failure stands here. It prints nothing.
+
+GRACE_S = 10.0  # between asking a process group to end and killing it
+_BEAT_S = 0.1  # the longest that the loop waits before it looks at signals and the clock
+
+
+class Clock(NamedTuple):
+    """The time, as a run sees it; tests hold it still."""
+    wall: Callable[[], float] = time.time
+    monotonic: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
 
 def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
-             fail_fast: bool = False, verbose: bool = False,
-             on_event: Callable[[Event], None] = lambda event: None,
-             clock: Callable[[], float] = time.time) -> RunResult:
+             fail_fast: bool = False, verbose: bool = False, keep_results: bool = True,
+             grace_s: float = GRACE_S, on_event: Callable[[Event], None] = lambda event: None,
+             clock: Clock = Clock()) -> RunResult:
     """Carry out a plan and return how it ended.
 
     Raise UserError, before anything has run, if a module can not be imported or called.
     """
     tools = [pipeline.tools[step.tool] for step in plan.steps]
-    with Interrupts() as interrupts:
-        callees = interrupts.call(load_callees, tools, arguments)
-        database = Database(pipeline.get_connection, lambda: interrupts.signal is not None)
-        run = Run(plan, callees, arguments, database, interrupts, on_event, clock,
-                  fail_fast, verbose)
-        try:
-            run.loop()
-        finally:
-            database.close()
-        return run.end()
+    check_modules_exist(tools)
+    workers = make_workers(pipeline, plan, arguments, verbose)  # before anything is opened
+    try:
+        with Interrupts() as interrupts:
+            callees = interrupts.call(load_callees, tools, arguments)
+            database = Database(pipeline.get_connection, lambda: interrupts.signal is not None)
+            run = Run(pipeline, plan, interrupts, on_event, clock,
+                      fail_fast, keep_results, grace_s)
+            here = Here(callees, database, arguments, interrupts, verbose, run.tell)
+            try:
+                run.loop(here, workers)
+            finally:
+                here.close()
+            return run.end()
+    finally:
+        if workers:
+            workers.close(grace_s)
+
+
+def make_workers(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any],
+                 verbose: bool) -> Optional[Workers]:
+    """Return the workers that a plan wants, or None if it can do without."""
+    wanted = [step for step in plan.steps if plan.jobs > 1 or needs_worker(pipeline, step.tool)]
+    return Workers(min(plan.jobs, len(wanted)), pipeline, arguments, verbose) if wanted else None
+
+
+def needs_worker(pipeline: Pipeline, name: str) -> bool:
+    """Return whether a tool wants a process of its own, also in a sequential run."""
+    tool = pipeline.tools[name]
+    return tool.isolate or tool.timeout_s is not None or tool.memory_bytes is not None
+
+
+class Running:
+    """An attempt that runs: where, since when, until when, and why it is being ended, if it is."""
+
+    def __init__(self, executor: Any, started_s: float, deadline_s: float) -> None:
+        self.executor, self.started_s = executor, started_s
+        self.deadline_s = deadline_s  # when the next measure is due: terminate, then kill
+        self.verdict = ""
 
 
 class Run:
     """One execution of a plan.
 
-    Constant: the plan, the callees, the arguments and the switches. Changing, and only by this
-    class: `statuses` and `outcomes` of the tools, `results` of those that succeeded, `cause`, the
-    tool that failed, so that nothing that waits for it starts, and `is_interrupted`.
+    Constant: the pipeline, the plan and the switches. Changing, and only by this class:
+    `statuses` and `outcomes` of the tools; `results` of those that succeeded; `attempts`, how
+    often each was tried; `causes`, for each tool that those who need it can not have, the tool
+    that failed first; `first_cause`, the position of the first of these; `running`; `retries`, a
+    heap of (moment, tool) that failed and come again, and `tried`, how they failed; `stopped_by`,
+    the tool whose failure keeps anything more from starting; `is_interrupted`.
     """
 
-    def __init__(self, plan: Plan, callees: Mapping[str, Callee], arguments: Mapping[str, Any],
-                 database: Database, interrupts: Interrupts, on_event: Callable[[Event], None],
-                 clock: Callable[[], float], fail_fast: bool, verbose: bool) -> None:
-        self.plan, self.callees, self.arguments = plan, callees, dict(arguments)
-        self.database, self.interrupts, self.on_event = database, interrupts, on_event
-        self.clock, self.fail_fast, self.verbose = clock, fail_fast, verbose
-        self.run_id = make_run_id(clock())
-        self.started_s = time.perf_counter()
-        self.statuses = {step.tool: "pending" for step in plan.steps}
+    def __init__(self, pipeline: Pipeline, plan: Plan, interrupts: Interrupts,
+                 on_event: Callable[[Event], None], clock: Clock, fail_fast: bool,
+                 keep_results: bool, grace_s: float) -> None:
+        self.pipeline, self.plan, self.interrupts = pipeline, plan, interrupts
+        self.on_event, self.clock, self.grace_s = on_event, clock, grace_s
+        self.fail_fast, self.keep_results = fail_fast, keep_results
+        self.steps = {step.tool: step for step in plan.steps}
+        self.schedule = Schedule(plan.steps, pipeline, plan.jobs)
+        self.run_id = make_run_id(clock.wall())
+        self.started_s = clock.monotonic()
+        self.statuses = dict.fromkeys(self.steps, "pending")
         self.outcomes: Dict[str, Outcome] = {}
         self.results: Dict[str, Any] = {}
-        self.cause: Optional[str] = None
+        self.attempts: Dict[str, int] = {}
+        self.causes: Dict[str, str] = {}
+        self.first_cause: Optional[str] = None
+        self.running: Dict[str, Running] = {}
+        self.retries: List[Tuple[float, str]] = []
+        self.tried: Dict[str, Outcome] = {}
+        self.stopped_by: Optional[str] = None
         self.is_interrupted = False
+        # who still waits for a result: those that need it, and those that wait for all before
+        self.users = {tool: len(self.schedule.after.get(tool, ())) for tool in self.steps}
+        self.lines = sum(step.needs == ALL_BEFORE for step in plan.steps)
+        self.folder = ""  # where workers' output goes
 
-    def loop(self) -> None:
-        """Settle tool after tool, until all are settled or a signal came."""
-        self.tell("run_started", plan=self.plan)
-        for step in self.plan.steps:
-            if self.is_interrupted or self.interrupts.signal is not None:
-                self.is_interrupted = True
-                break
-            if self.cause is None:
-                outcome = self.start(step.tool)
-            elif self.fail_fast:
-                outcome = Outcome("skipped", f"not started: --fail-fast, and {self.cause} failed")
-            else:
-                outcome = Outcome("skipped", f"needs {self.cause}, which failed")
-            self.settle(step.tool, outcome)
+    def loop(self, here: Here, workers: Optional[Workers]) -> None:
+        """Start what is ready and settle what has ended, until nothing is left to do."""
+        import shutil
+        if workers:
+            import tempfile
+            self.folder = tempfile.mkdtemp(prefix="orchestrator-")
+        try:
+            self.tell("run_started", plan=self.plan)
+            self.unblock(self.schedule.begin())
+            while True:
+                self.look_at_signals()
+                self.look_at_clock()
+                self.start_ready(here, workers)
+                if not self.running and (self.is_interrupted or not self.retries):
+                    return
+                self.wait()
+        finally:
+            if self.folder:
+                shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start(self, tool: str) -> Outcome:
-        """Run a tool and return how it ended."""
-        self.statuses[tool] = check_move(self.statuses[tool], "running")
-        self.tell("tool_started", tool)
-        context = Context(self.run_id, tool, 1, MappingProxyType(self.results), self.tell)
-        return run_attempt(self.callees[tool], self.database, self.arguments, context,
-                           self.interrupts, self.verbose)
+    def wait(self) -> None:
+        """Wait until something has ended, or the clock says that something is due."""
+        dues = [each.deadline_s for each in self.running.values()] + [at for at, _ in self.retries]
+        timeout_s = max(0.0, min([_BEAT_S, *(due - self.clock.monotonic() for due in dues)]))
+        if not self.running:
+            self.clock.sleep(timeout_s)
+            return
+        executor = next(iter(self.running.values())).executor
+        said = executor.wait(timeout_s)
+        for kind, tool, what in said:
+            if kind == "ended":
+                self.ended(tool, what)
+            elif tool:
+                self.tell(tool=tool, **what)
+        if not said:
+            self.tell("tick")
+
+    def look_at_signals(self) -> None:
+        """After the first signal, start nothing more and end what runs within the grace."""
+        if self.interrupts.signal is not None and not self.is_interrupted:
+            self.is_interrupted = True
+            for tool in self.running:
+                self.end_attempt(tool, "interrupted")
+
+    def look_at_clock(self) -> None:
+        """End what has run too long, kill what would not end, and let come again what is due."""
+        now_s = self.clock.monotonic()
+        for tool, running in self.running.items():
+            if running.deadline_s <= now_s:
+                if running.verdict:
+                    running.executor.kill(tool)
+                    running.deadline_s = now_s + self.grace_s
+                else:
+                    limit_s = self.pipeline.tools[tool].timeout_s
+                    self.end_attempt(tool, f"timed out after {format_duration(limit_s)}")
+        while self.retries and self.retries[0][0] <= now_s:
+            self.schedule.add(heappop(self.retries)[1])
+
+    def end_attempt(self, tool: str, verdict: str) -> None:
+        """Ask an attempt to end; look_at_clock() kills it after the grace."""
+        running = self.running[tool]
+        running.verdict = verdict
+        running.deadline_s = self.clock.monotonic() + self.grace_s
+        running.executor.terminate(tool)
+
+    def start_ready(self, here: Here, workers: Optional[Workers]) -> None:
+        """Start the ready tools for which there is room."""
+        while len(self.running) < self.plan.jobs and not self.is_interrupted:
+            tool = self.schedule.next()
+            if tool is None:
+                return
+            in_worker = workers and (self.plan.jobs > 1 or needs_worker(self.pipeline, tool))
+            self.start(tool, workers if in_worker else here)
+
+    def start(self, tool: str, executor: Any) -> None:
+        """Start an attempt."""
+        self.tried.pop(tool, None)
+        attempt = self.attempts[tool] = self.attempts.get(tool, 0) + 1
+        if attempt == 1:
+            self.statuses[tool] = check_move(self.statuses[tool], "running")
+        output = os.path.join(self.folder, f"{self.schedule.position[tool]}.{attempt}.log") \
+            if isinstance(executor, Workers) else ""
+        now_s = self.clock.monotonic()
+        timeout_s = self.pipeline.tools[tool].timeout_s
+        self.running[tool] = Running(executor, now_s,
+                                     float("inf") if timeout_s is None else now_s + timeout_s)
+        self.tell("tool_started", tool, output=output)
+        executor.start(Order(tool, attempt, self.run_id, self.results_for(tool), output))
+
+    def results_for(self, tool: str) -> Mapping[str, Any]:
+        """Return the results that a tool may see: those of the tools that it waits for."""
+        needs = self.steps[tool].needs
+        if needs == ALL_BEFORE:
+            mine, position = self.schedule.position[tool], self.schedule.position
+            return Part(self.results, lambda each: position[each] < mine)
+        return {need: self.results[need] for need in needs if need in self.results}
+
+    def ended(self, tool: str, outcome: Outcome) -> None:
+        """Take the outcome of an attempt: settle the tool, or let it come again."""
+        running = self.running.pop(tool)
+        self.schedule.release(tool)
+        if outcome.status != "success" and running.verdict:
+            outcome = Outcome("interrupted", format_signal(self.interrupts.signal)) \
+                if self.is_interrupted else Outcome("failed", error=running.verdict)
+        elif outcome.status == "interrupted" and not self.is_interrupted:
+            self.is_interrupted = True
+        outcome = outcome._replace(attempts=self.attempts[tool],
+                                   duration_s=self.clock.monotonic() - running.started_s)
+        options = self.pipeline.tools[tool]
+        if options.memory_bytes is not None and outcome.error.startswith("MemoryError"):
+            outcome = outcome._replace(error=f"{outcome.error}; its memory is bounded to "
+                                             f"{options.memory_bytes / 2**20:.1f} MB")
+        if outcome.status == "failed" and outcome.attempts <= options.retries \
+                and not outcome.reason and self.stopped_by is None and not self.is_interrupted:
+            from random import random
+            delay_s = retry_delay_s(options, outcome.attempts, random)
+            heappush(self.retries, (self.clock.monotonic() + delay_s, tool))
+            self.tried[tool] = outcome
+            reason = f"try {outcome.attempts} of {options.retries + 1}; again"
+            reason += f" in {format_duration(delay_s)}" if delay_s else ""
+            self.tell("tool_retried", tool, outcome=outcome._replace(reason=reason),
+                      output=self.output_of(tool))
+        else:
+            self.settle(tool, outcome)
+        if self.stopped_by:  # nothing is tried again
+            self.retries.clear()
+            while self.tried:
+                each = next(iter(self.tried))
+                self.settle(each, self.tried.pop(each))
 
     def settle(self, tool: str, outcome: Outcome) -> None:
-        """Note how a tool ended."""
+        """Note how a tool ended, and let those go on that waited for it."""
         self.statuses[tool] = check_move(self.statuses[tool], outcome.status)
         self.outcomes[tool] = outcome
         if outcome.status == "success":
             self.results[tool] = outcome.result
         elif outcome.status == "failed":
-            self.cause = tool
-        elif outcome.status == "interrupted":
-            self.is_interrupted = True
-        self.tell("tool_ended", tool, outcome=outcome)
+            policy = "stop" if self.fail_fast else self.pipeline.tools[tool].on_failure
+            if policy != "continue":
+                self.note_cause(tool, tool)
+            if policy == "stop" and self.stopped_by is None:
+                self.stopped_by = tool
+        self.tell("tool_ended", tool, outcome=outcome, output=self.output_of(tool))
+        self.drop_results(tool)
+        if outcome.status != "interrupted":
+            freed = self.schedule.done(tool)
+            ready = self.schedule.take_all() if self.stopped_by else []
+            self.unblock([each for each in ready if each not in self.tried] + freed)
+
+    def unblock(self, tools: Sequence[str]) -> None:
+        """Make tools ready that wait for nothing any more, or skip them and so unblock others."""
+        left = list(tools)
+        while left:
+            tool = left.pop(0)
+            reason = self.find_hindrance(tool)
+            if reason is None:
+                self.schedule.add(tool)
+                continue
+            self.statuses[tool] = check_move(self.statuses[tool], "skipped")
+            self.outcomes[tool] = Outcome("skipped", reason)
+            self.tell("tool_ended", tool, outcome=self.outcomes[tool])
+            self.drop_results(tool)
+            left += self.schedule.done(tool)
+
+    def find_hindrance(self, tool: str) -> Optional[str]:
+        """Return why a tool must be skipped, or None. Notes the cause for those that need it."""
+        step = self.steps[tool]
+        if self.pipeline.tools[tool].when == "always" or tool in self.attempts:
+            return None
+        if step.needs == ALL_BEFORE:
+            cause = self.first_cause
+            if cause and self.schedule.position[cause] > self.schedule.position[tool]:
+                cause = None
+        else:
+            cause = next((need for need in step.needs if need in self.causes), None)
+        if cause is not None:
+            root = self.causes[cause]
+            self.note_cause(tool, root)
+            return f"needs {root}, which failed"
+        if self.stopped_by is not None:
+            return f"not started, because {self.stopped_by} failed" + (
+                " and --fail-fast was given" if self.fail_fast else ' and says "stop"')
+        return None
+
+    def note_cause(self, tool: str, root: str) -> None:
+        """Note that those who need a tool can not have it, because `root` failed."""
+        self.causes[tool] = root
+        position = self.schedule.position
+        if self.first_cause is None or position[tool] < position[self.first_cause]:
+            self.first_cause = tool
+
+    def drop_results(self, tool: str) -> None:
+        """Let go of the results that only this tool still waited for."""
+        if self.keep_results:
+            return
+        if self.steps[tool].needs == ALL_BEFORE:
+            self.lines -= 1
+            settled = [tool] if self.lines else list(self.results)
+        else:
+            settled = [tool, *(need for need in self.steps[tool].needs if need in self.users)]
+            for need in settled[1:]:
+                self.users[need] -= 1
+        for each in settled:
+            if not self.users[each] and not self.lines:
+                self.results.pop(each, None)
+
+    def output_of(self, tool: str) -> str:
+        """Return the file that took what the last attempt of a tool printed, or ""."""
+        file = f"{self.schedule.position[tool]}.{self.attempts[tool]}.log"
+        path = os.path.join(self.folder, file)
+        return path if self.folder and os.path.exists(path) else ""
 
     def tell(self, kind: str, tool: str = "", **what: Any) -> None:
         """Tell the listener."""
-        self.on_event(Event(kind, self.clock(), self.run_id, tool, **what))
+        self.on_event(Event(kind, self.clock.wall(), self.run_id, tool, **what))
 
     def end(self) -> RunResult:
         """Return how the run ended, and tell the listener."""
+        for tool, status in self.statuses.items():
+            if status == "running":  # it waited for another try
+                self.statuses[tool] = "interrupted"
+                self.outcomes[tool] = Outcome("interrupted", "waited for another try",
+                                              attempts=self.attempts[tool])
+
         def having(status: str) -> List[str]:
             return [tool for tool, each in self.statuses.items() if each == status]
 
@@ -1286,8 +2705,8 @@ class Run:
                     for tool in self.statuses}
         result = RunResult(self.run_id, status, having("success"), [], [], failed,
                            having("skipped"), {tool: outcomes[tool].error for tool in failed},
-                           self.results, time.perf_counter() - self.started_s, outcomes,
-                           self.interrupts.signal)
+                           Results(self.results), self.clock.monotonic() - self.started_s,
+                           outcomes, self.interrupts.signal)
         self.tell("run_ended", result=result)
         return result
 
@@ -1297,32 +2716,43 @@ def make_run_id(now_s: float) -> str:
     return time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime(now_s)) + os.urandom(2).hex()
 
 
+def count_jobs(jobs: Any) -> int:
+    """Return how many tools may run side by side; 0 means the number of cores."""
+    if not isinstance(jobs, int) or jobs < 0:
+        raise UserError(f"jobs is {jobs!r}, not a whole number from 0 on.",
+                        "Give how many tools may run side by side; 0 means one for each core.")
+    affinity = getattr(os, "sched_getaffinity", None)
+    return jobs or (len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+
 def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any],
                  stages: Optional[Mapping[str, Any]] = None,
                  get_connection: Optional[Callable[[], Any]] = None, *,
                  arguments: Optional[Mapping[str, Any]] = None, exclude: Sequence[str] = (),
-                 start_from: Optional[str] = None, fail_fast: bool = False,
-                 verbose: bool = False, name: Optional[str] = None,
+                 start_from: Optional[str] = None, jobs: int = 1,
+                 limits: Optional[Mapping[str, int]] = None, fail_fast: bool = False,
+                 verbose: bool = False, name: Optional[str] = None, grace_s: float = GRACE_S,
                  on_event: Optional[Callable[[Event], None]] = None) -> RunResult:
     """Run targets from Python, as the command line would, and return how that ended.
 
     targets: names of stages and tools; none means the stage `full`, or else every tool.
     arguments: what tools get by name. on_event: called with each Event; nothing is printed.
-    The other keywords say what the flags of the same names say.
+    grace_s: seconds between asking a process to end and killing it. The other keywords say what
+    the flags and tables of the same names say.
 
     A tool that fails is told in the result; raise UserError for bad input, before anything has
     run. On the main thread, Ctrl-C and SIGTERM first end the run in order and then do what they
     would have done without it.
     """
-    pipeline = load_pipeline(tool_map, stages, get_connection, name=name)
+    pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
     plan = make_plan(pipeline, [targets] if isinstance(targets, str) else targets,
-                     exclude=exclude, start_from=start_from)
+                     exclude=exclude, start_from=start_from, jobs=count_jobs(jobs))
     arguments = {} if arguments is None else arguments
     for reserved in RESERVED_ARGUMENTS:
         if reserved in arguments:
             raise UserError(f"arguments: {reserved!r} is the engine's own.", "Choose another name.")
     result = run_plan(pipeline, plan, arguments, fail_fast=fail_fast, verbose=verbose,
-                      on_event=on_event or (lambda event: None))
+                      grace_s=grace_s, on_event=on_event or (lambda event: None))
     if result.signal is not None:
         import signal
         signal.raise_signal(result.signal)
@@ -1331,7 +2761,7 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     return result
 
 
-# === 7 VIEWS ====================================================================================
+# === 8 VIEWS ====================================================================================
 # Text and JSON from plans, events and results. Nothing is decided, asked or printed here.
 
 _COLOURS = {"success": 32, "failed": 31, "skipped": 33, "interrupted": 33, "run": 36}
@@ -1371,7 +2801,8 @@ def make_list(pipeline: Pipeline, tools: Sequence[str],
     stages = [s for s in pipeline.stages.values() if set(s.tools) <= set(tools)]
     return {
         "tools": [{"name": name, "module": pipeline.tools[name].module,
-                   "summary": find_summary(pipeline.tools[name]), "needs": ALL_BEFORE,
+                   "summary": find_summary(pipeline.tools[name]),
+                   "needs": pipeline.needs[name],
                    "stages": [s.name for s in pipeline.stages.values() if name in s.tools],
                    "last": None} for name in tools],
         "stages": [{"name": s.name, "tools": list(s.tools)} for s in stages],
@@ -1396,18 +2827,26 @@ def make_plan_view(plan: Plan) -> Dict[str, Any]:
 
 
 def format_plan(plan: Plan, style: Style) -> str:
-    """Return --plan as text."""
-    rows = [("wave", "tool", "action", "reason")]
-    rows += [(str(s.wave), s.tool, s.action, s.reason + format_needs(s)) for s in plan.steps]
-    head, *lines = format_table(rows, right=(0,))
+    """Return --plan as text: the steps by waves, the critical path, what is expected."""
+    rows = [("wave", "tool", "action", "expected", "reason")]
+    rows += [(str(s.wave), s.tool, s.action, format_duration(s.expected_s),
+              s.reason + format_needs(s, plan)) for s in sorted(plan.steps, key=lambda s: s.wave)]
+    head, *lines = format_table(rows, right=(0, 3))
+    lines += ["", "Critical path: " + " -> ".join(plan.critical_path)]
+    if plan.expected_s is not None:
+        alone_s = sum(step.expected_s or 0.0 for step in plan.steps)
+        lines.append(f"Expected: {format_duration(plan.expected_s)} with --jobs {plan.jobs}"
+                     + (f", {format_duration(alone_s)} one after another" * (plan.jobs > 1)))
     return "\n".join([style.bold(head), *lines])
 
 
-def format_needs(step: Step) -> str:
-    """Return what a step waits for, as a clause; nothing for the first."""
+def format_needs(step: Step, plan: Plan) -> str:
+    """Return what a step waits for, as a clause; nothing for one that waits for nothing."""
     if step.needs == ALL_BEFORE:
         return "; after all before it" if step.wave > 1 else ""
-    return "; needs " + ", ".join(step.needs) if step.needs else ""
+    there = {each.tool for each in plan.steps}
+    needs = [need if need in there else f"{need} (not in this plan)" for need in step.needs]
+    return "; needs " + ", ".join(needs) if needs else ""
 
 
 def format_event(event: Event, width: int, style: Style) -> str:
@@ -1415,7 +2854,8 @@ def format_event(event: Event, width: int, style: Style) -> str:
     line = format_start(event, width)
     if event.outcome is None:
         return line + "warning: " * (event.level >= 30) + (event.text or "running")
-    status = style.paint(event.outcome.status.ljust(11), event.outcome.status)
+    word = "retry" if event.kind == "tool_retried" else event.outcome.status
+    status = style.paint(word.ljust(11), event.outcome.status)
     return (line + status + "  " + format_details(event.outcome)).rstrip()
 
 
@@ -1428,7 +2868,7 @@ def format_details(outcome: Outcome) -> str:
     """Return what there is to say of a tool beside its status, in one line."""
     rows = "" if outcome.rows is None else f"{outcome.rows:,} rows"
     took = format_duration(outcome.duration_s) if outcome.attempts else ""
-    return ", ".join(filter(None, [rows, took, outcome.error or outcome.reason]))
+    return ", ".join(filter(None, [rows, took, outcome.error, outcome.reason]))
 
 
 def format_progress(event: Event, width: int, elapsed_s: float) -> str:
@@ -1459,7 +2899,7 @@ def format_summary(result: RunResult, next_command: str, style: Style) -> str:
     return "\n".join(lines)
 
 
-# === 8 DOOR =====================================================================================
+# === 9 DOOR =====================================================================================
 # The command line: the parser, one command_ function per command, the one listener that prints,
 # and the one place where an error becomes a sentence and an exit code. No other logic.
 
@@ -1467,7 +2907,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
          get_connection: Optional[Callable[[], Any]] = None, *,
          argv: Optional[Sequence[str]] = None, name: Optional[str] = None,
          add_arguments: Optional[Callable[[Any], None]] = None,
-         replaced: Sequence[str] = ()) -> int:
+         limits: Optional[Mapping[str, int]] = None, replaced: Sequence[str] = ()) -> int:
     """Do what the command line says and return the exit code.
 
     argv: the words after the program's name, by default sys.argv's. replaced: names of the
@@ -1480,7 +2920,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         parser, own = make_parser(add_arguments)
         options, arguments = parse_arguments(parser, own, argv)
         verbose = options.verbose
-        pipeline = load_pipeline(tool_map, stages, get_connection, name=name)
+        pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
         return options.command(pipeline, options, arguments, argv)
     except UserError as error:
         if verbose and error.__cause__:
@@ -1521,11 +2961,14 @@ def make_parser(add_arguments: Optional[Callable[[Any], None]]) -> Tuple[Parser,
                     add_help=False, usage="%(prog)s [TARGET ...] [flags]")
     run = parser.add_argument_group("what to run")
     run.add_argument("targets", nargs="*", metavar="TARGET",
-                     help='stages and tools; none means the stage "full", or else every tool')
+                     help='stages and tools; +TOOL adds all that it needs, TOOL+ all that needs '
+                          'it; none means the stage "full", or else every tool')
     run.add_argument("--exclude", action="append", default=[], metavar="NAME",
                      help="leave out this tool or stage (may be repeated)")
     run.add_argument("--from", dest="start_from", metavar="TOOL",
                      help="begin at this tool, leaving out those before it")
+    run.add_argument("-j", "--jobs", type=int, default=1, metavar="N",
+                     help="run up to N tools side by side; 0 means one for each core")
     run.add_argument("-x", "--fail-fast", action="store_true",
                      help="start nothing more after the first failure")
     look = parser.add_argument_group("looking, without running anything")
@@ -1615,7 +3058,7 @@ def command_plan(pipeline: Pipeline, options: Any, arguments: Mapping[str, Any],
                  argv: Sequence[str]) -> int:
     """Show the plan."""
     plan = make_plan(pipeline, options.targets, exclude=options.exclude,
-                     start_from=options.start_from)
+                     start_from=options.start_from, jobs=count_jobs(options.jobs))
     show(to_json(make_plan_view(plan)) if options.json
          else format_plan(plan, make_style(sys.stdout)))
     return EXIT_SUCCESS
@@ -1639,10 +3082,10 @@ def command_run(pipeline: Pipeline, options: Any, arguments: Mapping[str, Any],
                 argv: Sequence[str]) -> int:
     """Run the plan, and tell on stderr how it goes."""
     plan = make_plan(pipeline, options.targets, exclude=options.exclude,
-                     start_from=options.start_from)
+                     start_from=options.start_from, jobs=count_jobs(options.jobs))
     screen = Screen(sys.stderr, options.quiet, options.verbose)
     result = run_plan(pipeline, plan, arguments, fail_fast=options.fail_fast,
-                      verbose=options.verbose, on_event=screen.on_event)
+                      verbose=options.verbose, keep_results=False, on_event=screen.on_event)
     if not options.quiet or result.status != "success":
         say(format_summary(result, make_next_command(result, argv), screen.style))
     if result.status == "interrupted":
@@ -1659,6 +3102,8 @@ class Screen:
         self.width = 0
         self.started_s = self.shown_s = 0.0
         self.is_live = False  # whether the last line is a live one, to be written over
+        self.follows = verbose  # whether workers' output is shown at once
+        self.outputs: Dict[str, Tuple[str, int]] = {}  # by tool: file, how much of it was shown
         self.log_level = 10 if verbose else 30 if quiet else 20  # DEBUG, WARNING, INFO
 
     def on_event(self, event: Event) -> None:
@@ -1671,11 +3116,47 @@ class Screen:
             self.show(event)
         elif event.kind == "tool_started":
             self.started_s, self.shown_s = event.at, event.at
+            if event.output:
+                self.outputs[event.tool] = (event.output, 0)
             self.show(event)
-        elif event.kind == "tool_ended":
+        elif event.kind in ("tool_ended", "tool_retried"):
+            self.show_output(event.tool, is_whole=True)
             if event.outcome.traceback:
                 self.write(event.outcome.traceback.rstrip())
             self.show(event)
+        elif event.kind == "tick" and self.follows:
+            for tool in list(self.outputs):
+                self.show_output(tool, is_whole=False)
+
+    def show_output(self, tool: str, is_whole: bool) -> None:
+        """Copy to stdout what a tool printed in its worker: whole lines, or all at its end.
+
+        In pieces, so that it may be larger than memory; with the tool's name in front of each
+        line where several tools are shown at once.
+        """
+        file, shown = self.outputs.pop(tool, ("", 0))
+        if not file or not os.path.exists(file):
+            if not is_whole and file:
+                self.outputs[tool] = (file, shown)
+            return
+        if self.is_live:
+            self.write("")
+        with open(file, "rb") as source:
+            source.seek(shown)
+            while True:
+                piece = source.read(1 << 20)
+                if not is_whole or self.follows:
+                    piece = piece[:piece.rfind(b"\n") + 1] or piece[:len(piece) * is_whole]
+                if not piece:
+                    break
+                shown += len(piece)
+                source.seek(shown)
+                if self.follows:
+                    name = tool.encode() + b" | "
+                    piece = b"".join(name + line for line in piece.splitlines(keepends=True))
+                write_bytes(sys.stdout, piece)
+        if not is_whole:
+            self.outputs[tool] = (file, shown)
 
     def show(self, event: Event) -> None:
         """Write the line of an event, unless only failures are wanted."""
@@ -1696,8 +3177,24 @@ class Screen:
         if self.is_live:
             self.is_live = False
             text = "\r\x1b[K" + text
-        sys.stdout.flush()  # what the tool printed belongs before what we say of it
+        try:
+            sys.stdout.flush()  # what the tool printed belongs before what we say of it
+        except (AttributeError, OSError, ValueError):
+            pass  # it is closed
         say(text, self.stream)
+
+
+def write_bytes(stream: Any, content: bytes) -> None:
+    """Write what a process printed to a stream, unchanged where it takes bytes."""
+    try:
+        if hasattr(stream, "buffer"):
+            stream.flush()
+            stream.buffer.write(content)
+        else:
+            stream.write(content.decode("utf-8", "replace"))
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        pass  # nobody reads it
 
 
 def show(text: str) -> None:
@@ -1775,6 +3272,7 @@ if __name__ == "__main__":
     _EXIT_CODE = main(
         _YOURS.get("TOOL_MAP"), _YOURS.get("STAGES"), _YOURS.get("get_connection"),
         name=_YOURS.get("NAME") or os.path.basename(os.path.dirname(os.path.abspath(__file__))),
-        add_arguments=_YOURS.get("add_arguments"), replaced=_HIDDEN)
+        add_arguments=_YOURS.get("add_arguments"), limits=_YOURS.get("LIMITS"),
+        replaced=_HIDDEN)
     gc.freeze()  # the interpreter's last collections would take 10 ms to walk all of this
     sys.exit(_EXIT_CODE)

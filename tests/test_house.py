@@ -10,7 +10,8 @@ from conftest import TOP
 
 SOURCE = (TOP / "orchestrator.py").read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
-ROOMS = ["WORDS", "SETUP", "PLANNING", "CONNECTION", "CALLING", "RUNNING", "VIEWS", "DOOR"]
+ROOMS = ["WORDS", "SETUP", "PLANNING", "CONNECTION", "CALLING", "WORKERS", "RUNNING", "VIEWS",
+         "DOOR"]
 BANNER = re.compile(r"# === (\d+) ([A-Z]+) =+$")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -98,13 +99,20 @@ def rooms_of(is_meant, source=SOURCE):
     return {room for room, _ in uses(source, is_meant)}
 
 
-def is_use_of(*names):
-    """Return a test for a node that reads, calls or imports one of these dotted names."""
+def is_import_of(*names):
+    """Return a test for a node that imports one of these modules, or something of it."""
     def is_meant(node):
         if isinstance(node, ast.Import):
             return any(alias.name.split(".")[0] in names for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
-            return (node.module or "").split(".")[0] in names
+        return isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in names
+    return is_meant
+
+
+def is_use_of(*names):
+    """Return a test for a node that reads, calls or imports one of these dotted names."""
+    def is_meant(node):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            return is_import_of(*names)(node)
         return dotted(node) in names and isinstance(node.ctx, ast.Load)
     return is_meant
 
@@ -112,7 +120,8 @@ def is_use_of(*names):
 def is_sql(node):
     """Return whether a node is a statement of SQL, or sends one."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        return node.func.attr in ("execute", "executemany", "executescript", "cursor")
+        return dotted(node.func.value) != "self" and node.func.attr in (
+            "execute", "executemany", "executescript", "cursor")
     return isinstance(node, ast.Constant) and isinstance(node.value, str) \
         and bool(SQL.match(node.value))
 
@@ -176,8 +185,10 @@ def test_a_room_uses_only_the_rooms_above_it():
     (1, "def planted():\n    return [main for x in ()]"),
     (2, "def planted(plan: 'Optional[RunResult]' = None) -> Callable[[Any], Run]:\n    pass"),
     (3, "class Planted:\n    def method(self):\n        return lambda: make_style"),
-    (6, "def planted():\n    @format_list\n    def inner():\n        pass"),
-    (7, "PLANTED = [main]"),
+    (5, "def planted():\n    return Workers"),
+    (6, "class Planted:\n    run: 'Run'"),
+    (7, "def planted():\n    @format_list\n    def inner():\n        pass"),
+    (8, "PLANTED = [main]"),
 ])
 def test_a_look_down_would_be_found(room, text):
     assert len(looks_down(plant("\n" + text + "\n", room))) == 1
@@ -198,19 +209,35 @@ def test_no_room_reads_a_name_of_the_users_part_but_the_last_lines():
 # --- effects ---
 
 @pytest.mark.parametrize("names, rooms", [
-    (("print", "input", "sys.exit", "exit", "sys.stdout", "sys.stderr", "sys.argv"), {"DOOR"}),
+    (("print", "input", "sys.exit", "exit", "sys.argv"), {"DOOR"}),
+    (("sys.stdout", "sys.stderr", "sys.stdin"), {"WORKERS", "DOOR"}),  # a worker's lead to a file
     (("sqlite3", "psycopg", "duckdb"), {"CONNECTION"}),
-    (("importlib.import_module", "importlib.util.find_spec", "sys.modules", "open"),
-     {"CALLING", "DOOR"}),
-    (("signal.signal", "os._exit"), {"CALLING"}),
-    (("argparse", "os.environ", "json"), {"MARK", "DOOR"}),
+    (("importlib.import_module", "importlib.util.find_spec"), {"CALLING"}),
+    (("sys.modules", "open"), {"CALLING", "WORKERS", "DOOR"}),
+    (("signal.signal", "os._exit", "pickle"), {"CALLING", "WORKERS"}),
+    (("os.fork", "os.kill", "os.killpg", "os.setpgid", "os.waitpid", "os.waitid", "os.pipe",
+      "threading.Thread", "resource.setrlimit", "select.select", "socket.socketpair"),
+     {"WORKERS"}),
+    (("os.dup2",), {"WORKERS", "DOOR"}),
+    (("argparse", "json"), {"MARK", "DOOR"}),
+    (("os.environ",), {"WORKERS", "DOOR"}),
     (("subprocess",), {"DOOR"}),  # of which it takes the quoting of words for Windows
-    (("multiprocessing", "socket", "urllib", "http", "smtplib", "os.fork", "os.system",
-      "subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_output",
-      "eval", "exec", "pickle", "time.sleep"), set()),
+    (("time.time", "time.monotonic", "time.sleep"), {"WORKERS", "RUNNING"}),
+    (("os.system", "subprocess.run", "subprocess.Popen", "subprocess.call",
+      "subprocess.check_output", "eval", "exec"), set()),
 ])
 def test_an_effect_stays_in_its_room(names, rooms):
     assert rooms_of(is_use_of(*names)) <= rooms
+
+
+@pytest.mark.parametrize("modules, rooms", [
+    (("multiprocessing", "socket", "select", "fcntl", "resource"), {"WORKERS"}),
+    (("signal", "threading"), {"CALLING", "WORKERS", "RUNNING"}),
+    (("random", "tempfile", "shutil"), {"RUNNING"}),
+    (("urllib", "http", "smtplib", "concurrent"), set()),
+])
+def test_a_module_is_imported_only_where_its_effects_belong(modules, rooms):
+    assert rooms_of(is_import_of(*modules)) <= rooms
 
 
 def test_sql_is_spoken_in_the_room_for_connections_alone():
@@ -220,10 +247,11 @@ def test_sql_is_spoken_in_the_room_for_connections_alone():
 @pytest.mark.parametrize("room", ["WORDS", "SETUP", "PLANNING", "VIEWS"])
 def test_a_room_without_input_or_output_touches_neither_system_nor_clock(room):
     touching = is_use_of("os", "sys", "open", "print", "input", "io", "pathlib", "Path", "logging",
-                         "importlib", "signal", "threading", "subprocess", "sqlite3", "random",
+                         "importlib", "signal", "threading", "subprocess", "sqlite3",
                          "time.time", "time.perf_counter", "time.monotonic", "time.sleep")
 
     assert room not in rooms_of(touching)
+    assert room not in rooms_of(is_import_of("random", "socket", "select", "tempfile"))
 
 
 @pytest.mark.parametrize("text, is_meant", [
@@ -278,7 +306,8 @@ def test_the_engine_imports_alone_and_says_nothing(tmp_path, above):
 def test_importing_the_file_loads_nothing_slow(tmp_path):
     # What only some commands need is imported inside functions; each of these costs 2 to 20 ms.
     slow = ["ast", "asyncio", "dataclasses", "graphlib", "difflib", "inspect", "json", "logging",
-            "multiprocessing", "sqlite3", "subprocess", "traceback", "unittest", "concurrent"]
+            "multiprocessing", "sqlite3", "subprocess", "traceback", "unittest", "concurrent",
+            "pickle", "random", "select", "shutil", "socket", "tempfile", "threading"]
     use = ("import sys; sys.path.insert(0, sys.argv[1]); before = set(sys.modules); "
            "import orchestrator; print(*sorted(set(sys.modules) - before))")
 

@@ -167,6 +167,317 @@ def test_tools_that_declare_nothing_wait_for_all_before_them():
     assert plan.critical_path == ("fetch", "enrich", "summarize", "render")
 
 
+# --- needs ---
+
+def graph(*rows, stages=None, limits=None):
+    """Return a pipeline of rows like "c: a b", or "c" for a tool that declares nothing."""
+    tools = {}
+    for row in rows:
+        name, colon, needed = row.partition(":")
+        tools[name] = {"module": "m", "needs": needed.split()} if colon else "m"
+    return load_pipeline(tools, stages, limits=limits)
+
+
+def steps(pipeline, *targets, **more):
+    """Return the steps of a plan by tool."""
+    return {step.tool: step for step in make_plan(pipeline, targets, **more).steps}
+
+
+def waves(pipeline, *targets):
+    """Return the tools of a plan by waves."""
+    plan = make_plan(pipeline, targets)
+    return [" ".join(step.tool for step in plan.steps if step.wave == wave)
+            for wave in range(1, 1 + max(step.wave for step in plan.steps))]
+
+
+# a - b - d - e
+#  \\ c /
+DIAMOND = graph("a:", "b: a", "c: a", "d: b c", "e: d",
+                stages={"ends": ["e", "a"], "middle": ["c", "b"]})
+
+
+def test_only_tools_that_declare_nothing_wait_for_all_before_them():
+    plan = steps(graph("a", "b:", "c: a", "d"))
+
+    assert {tool: step.needs for tool, step in plan.items()} == {
+        "a": "*", "b": (), "c": ("a",), "d": "*"}
+
+
+def test_a_tool_that_needs_nothing_can_start_at_once_wherever_it_stands():
+    assert waves(graph("a", "b", "c:", "d: c", "e")) == ["a c", "b d", "e"]
+
+
+@pytest.mark.parametrize("rows, wanted", [
+    (["a:", "b: a", "c: a", "d: b c", "e: d"], ["a", "b c", "d", "e"]),
+    (["a:", "b:", "c:"], ["a b c"]),
+    (["a", "b", "c"], ["a", "b", "c"]),
+    (["a:", "b: a", "c", "d:", "e: c d", "f"], ["a d", "b", "c", "e", "f"]),
+    (["a:", "b: a", "c: a b", "d: a c"], ["a", "b", "c", "d"]),
+])
+def test_a_wave_holds_what_could_start_together(rows, wanted):
+    assert waves(graph(*rows)) == wanted
+
+
+def test_a_need_outside_the_plan_holds_nothing_up_and_is_still_told():
+    step = steps(DIAMOND, "d")["d"]
+
+    assert (step.wave, step.needs) == (1, ("b", "c"))
+
+
+@pytest.mark.parametrize("target, tools", [
+    ("+a", "a"), ("a+", "a b c d e"), ("+a+", "a b c d e"),
+    ("+d", "a b c d"), ("d+", "d e"), ("+d+", "a b c d e"),
+    ("+b", "a b"), ("b+", "b d e"), ("+b+", "a b d e"),
+    ("+e", "a b c d e"), ("e+", "e"),
+    ("+middle", "a b c"), ("middle+", "b c d e"), ("+middle+", "a b c d e"),
+    ("ends", "a e"), ("+ends", "a b c d e"),
+])
+def test_plus_adds_what_a_tool_needs_before_it_and_what_needs_it_behind_it(target, tools):
+    assert sorted(order(target, pipeline=DIAMOND)) == tools.split()
+
+
+def test_plus_follows_needs_and_not_the_order_of_tools_that_declare_nothing():
+    """a  b - c  d"""
+    pipeline = graph("a", "b", "c: b", "d")
+
+    assert order("+c", pipeline=pipeline) == ["b", "c"]
+    assert order("b+", pipeline=pipeline) == ["b", "c"]
+    assert order("+d+", pipeline=pipeline) == ["d"]
+
+
+def test_plus_follows_inferred_needs_as_it_does_declared_ones():
+    pipeline = load_pipeline({"r": {"module": "m", "reads": ["x"]},
+                              "w": {"module": "m", "writes": ["x"], "needs": ["n"]}, "n": "m"})
+
+    assert order("+r", pipeline=pipeline) == ["n", "w", "r"]
+    assert order("n+", pipeline=pipeline) == ["n", "w", "r"]
+
+
+def test_a_tool_that_plus_added_says_what_for():
+    assert {tool: step.reason for tool, step in steps(DIAMOND, "+c").items()} == {
+        "a": "needed by c", "c": "named"}
+    assert {tool: step.reason for tool, step in steps(DIAMOND, "d+").items()} == {
+        "d": "named", "e": "needs d"}
+    assert steps(DIAMOND, "+middle")["b"].reason == "in stage middle"
+
+
+@pytest.mark.parametrize("stage", ["forwards", "backwards", "mixed"])
+def test_plus_before_a_stage_is_plus_before_each_of_its_tools(stage):
+    stages = {"forwards": ["a", "b", "c", "d"], "backwards": ["d", "c", "b", "a"],
+              "mixed": ["c", "a", "d"]}
+    pipeline = graph("a", "b", "c", "d: n", "n", stages=stages)
+
+    alone = order(*["+" + tool for tool in stages[stage]], pipeline=pipeline)
+
+    assert order("+" + stage, pipeline=pipeline) == alone
+
+
+def test_plus_before_what_has_no_needs_changes_nothing():
+    for target in ("full", "backwards", "ingest", "parse"):
+        assert order("+" + target) == order(target)
+        assert order(target + "+") == order(target)
+
+
+@pytest.mark.parametrize("word", ["+", "++", "++a", "a++", "+nobody", "nobody+"])
+def test_a_plus_around_what_there_is_not_is_refused(word):
+    with pytest.raises(UserError, match="There is no tool or stage"):
+        make_plan(DIAMOND, [word])
+
+
+def test_exclude_may_have_a_plus():
+    assert order("+e", pipeline=DIAMOND, exclude=["c+"]) == ["a", "b"]
+    assert order("+e", pipeline=DIAMOND, exclude=["+b"]) == ["c", "d", "e"]
+
+
+# --- the order, and why ---
+
+@pytest.mark.parametrize("words, tools", [
+    ("a b c d e", "a b c d e"), ("e d c b a", "a c b d e"), ("c b", "c b"), ("b c", "b c"),
+    ("d b c", "b c d"), ("d c b", "c b d"), ("e a", "e a"), ("e d", "d e"), ("c d a b", "a c b d"),
+])
+def test_tools_named_against_their_needs_run_in_the_needed_order(words, tools):
+    """Only needs that are in the plan count: in "e a" neither needs the other directly."""
+    assert order(*words.split(), pipeline=DIAMOND) == tools.split()
+
+
+def test_a_tool_that_moved_says_before_what_and_the_others_do_not():
+    plan = steps(DIAMOND, "e", "c", "b", "d", "a")
+
+    assert list(plan) == ["a", "c", "b", "d", "e"]
+    assert {tool: step.reason for tool, step in plan.items()} == {
+        "a": "named; moved before c, which needs it",
+        "b": "named; moved before d, which needs it",
+        "c": "named; moved before d, which needs it",
+        "d": "named; moved before e, which needs it",
+        "e": "named",
+    }
+
+
+def test_a_tool_that_was_named_in_a_good_order_has_not_moved():
+    for words in ("a b c d e", "a c b d e", "c b", "e a"):
+        assert {step.reason for step in steps(DIAMOND, *words.split()).values()} == {"named"}
+
+
+def test_tools_that_plus_added_have_not_moved():
+    pipeline = graph("c: b", "b: a", "a:")
+
+    assert {tool: step.reason for tool, step in steps(pipeline, "+c").items()} == {
+        "a": "needed by c", "b": "needed by c", "c": "named"}
+
+
+def test_a_table_may_name_tools_before_what_they_need():
+    pipeline = graph("c: b", "b: a", "a:")
+
+    assert order(pipeline=pipeline) == ["a", "b", "c"]
+    assert steps(pipeline)["a"].reason == "in TOOL_MAP; moved before b, which needs it"
+
+
+def test_a_tool_that_declares_nothing_may_be_moved_and_then_waits_for_what_is_before_it_there():
+    """x, then c needs b, which declares nothing and is named last."""
+    pipeline = graph("x", "c: b", "y", "b")
+
+    assert order(pipeline=pipeline) == ["x", "b", "c", "y"]
+    assert waves(pipeline) == ["x", "b", "c", "y"]
+
+
+def test_from_takes_the_needed_order_and_leaves_out_what_is_before():
+    assert order("e", "d", "c", "b", "a", pipeline=DIAMOND, start_from="c") == ["c", "b", "d", "e"]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_an_order_is_changed_only_as_far_as_needs_ask_for(seed):
+    chance = random.Random(seed)
+    count = chance.randint(1, 14)
+    rows = [f"t{i}:" + "".join(f" t{j}" for j in range(i) if chance.random() < 0.25)
+            if chance.random() < 0.7 else f"t{i}" for i in range(count)]
+    pipeline = graph(*rows)
+    words = [f"t{i}" for i in chance.sample(range(count), chance.randint(1, count))]
+
+    plan = make_plan(pipeline, words)
+    planned = [step.tool for step in plan.steps]
+
+    position = {tool: i for i, tool in enumerate(planned)}
+    assert sorted(planned) == sorted(words)
+    wanted = {tool: [need for need in pipeline.needs[tool] if need in words]
+              for tool in words if pipeline.needs[tool] != "*"}
+    assert all(position[need] < position[tool] for tool in wanted for need in wanted[tool])
+    # Who moved to the front says so; all others are in the order of the words.
+    moved = {step.tool for step in plan.steps if "; moved before " in step.reason}
+    kept = [tool for tool in words if tool not in moved]
+    assert kept == [tool for tool in planned if tool not in moved]
+    assert not moved or any(wanted.values())
+    assert order(*planned, pipeline=pipeline) == planned  # a good order stays as it is
+
+
+# --- durations ---
+
+def timed(**rows):
+    """Return a pipeline of rows like a=(5, "b c"): its estimate, and its needs or None."""
+    return load_pipeline({name: {
+        "module": "m", **({} if seconds is None else {"estimate": seconds}),
+        **({} if needed is None else {"needs": needed.split()})}
+        for name, (seconds, needed) in rows.items()})
+
+
+# a 1 - b 5 - d 1 - e 2
+#      \\ c 2 /
+TIMED = timed(a=(1, ""), b=(5, "a"), c=(2, "a"), d=(1, "b c"), e=(2, "d"))
+
+
+def test_the_critical_path_is_the_chain_that_takes_longest():
+    assert make_plan(TIMED).critical_path == ("a", "b", "d", "e")
+
+
+@pytest.mark.parametrize("rows, path", [
+    ({"a": (9, ""), "b": (1, "a"), "c": (5, ""), "d": (4, "c")}, "a b"),
+    ({"a": (9, ""), "b": (1, "a"), "c": (5, ""), "d": (6, "c")}, "c d"),
+    ({"a": (1, ""), "b": (50, "")}, "b"),
+    ({"a": (50, ""), "b": (1, "")}, "a"),
+    # tools that declare nothing wait for the one before them that ends last
+    ({"a": (9, ""), "b": (1, ""), "c": (1, None)}, "a c"),
+    ({"a": (1, ""), "b": (9, ""), "c": (1, None), "d": (1, None)}, "b c d"),
+    ({"a": (1, None), "b": (9, ""), "c": (5, None), "d": (1, "c")}, "b c d"),
+    # without any estimate, the longest chain counts
+    ({"a": (None, ""), "b": (None, "a"), "c": (None, "")}, "a b"),
+    # where one is missing, it is taken for the mean of the others: 6
+    ({"a": (None, ""), "b": (7, ""), "c": (5, "")}, "b"),
+    ({"a": (None, ""), "b": (7, ""), "c": (5, ""), "d": (0, "a b c")}, "b d"),
+    ({"a": (None, ""), "b": (1, ""), "c": (5, "")}, "c"),
+    ({"a": (None, ""), "b": (3, "a"), "c": (4, "")}, "a b"),
+    ({"a": (0, ""), "b": (0, "a")}, "a b"),
+])
+def test_the_critical_path_reckons_with_waiting_and_missing_estimates(rows, path):
+    assert make_plan(timed(**rows)).critical_path == tuple(path.split())
+
+
+def test_the_critical_path_is_of_this_plan_alone():
+    assert make_plan(TIMED, ["c", "d"]).critical_path == ("c", "d")
+
+
+@pytest.mark.parametrize("jobs, expected_s", [(1, 11), (2, 9), (3, 9), (100, 9)])
+def test_the_whole_is_expected_to_take_what_its_tools_take_on_so_many_jobs(jobs, expected_s):
+    """b (5) and c (2) go side by side after a (1); then d (1) and e (2)."""
+    plan = make_plan(TIMED, jobs=jobs)
+
+    assert (plan.expected_s, plan.jobs) == (expected_s, jobs)
+
+
+@pytest.mark.parametrize("jobs, expected_s", [(1, 12), (2, 6), (3, 5), (4, 5)])
+def test_independent_tools_share_the_jobs(jobs, expected_s):
+    tools = timed(a=(2, ""), b=(5, ""), c=(4, ""), d=(1, ""))
+
+    assert make_plan(tools, jobs=jobs).expected_s == expected_s
+
+
+def test_tools_that_declare_nothing_are_expected_one_after_another_whatever_the_jobs():
+    assert make_plan(timed(a=(1, None), b=(2, None), c=(3, None)), jobs=4).expected_s == 6
+
+
+def test_limits_count_in_what_is_expected():
+    row = {"module": "m", "needs": [], "estimate": 10, "uses": {"db": 1}}
+
+    for limit, expected_s in ((1, 30), (2, 20), (3, 10)):
+        pipeline = load_pipeline(dict.fromkeys("abc", row), limits={"db": limit})
+        assert make_plan(pipeline, jobs=3).expected_s == expected_s
+
+
+def test_one_unknown_duration_makes_the_whole_unknown_but_not_the_others():
+    plan = make_plan(timed(a=(1, ""), b=(None, "a"), c=(0, "b")))
+
+    assert plan.expected_s is None
+    assert [step.expected_s for step in plan.steps] == [1, None, 0]
+
+
+def test_ten_thousand_tools_of_fifty_thousand_needs_are_one_plan():
+    chance = random.Random(1)
+    tools = {f"t{i}": {"module": "m", "estimate": 1,
+                       "needs": [f"t{chance.randrange(i)}" for _ in range(5 if i else 0)]}
+             for i in range(10_000)}
+
+    plan = make_plan(load_pipeline(tools), [*reversed(list(tools))], jobs=8)
+
+    assert len(plan.steps) == 10_000
+    assert plan.expected_s >= max(len(plan.critical_path), 10_000 / 8)
+
+
+def test_a_tool_named_first_may_need_ten_thousand_others():
+    names = [f"t{i}" for i in range(10_000)]
+    tools = {"all": {"module": "m", "needs": names},
+             **{name: {"module": "m", "needs": []} for name in names}}
+
+    assert order(pipeline=load_pipeline(tools)) == [*names, "all"]
+
+
+def test_a_chain_may_be_longer_than_python_recurses():
+    tools = {f"t{i}": {"module": "m", "needs": [f"t{i + 1}"]} for i in range(10_000)}
+    tools["t10000"] = {"module": "m", "needs": []}
+
+    plan = make_plan(load_pipeline(tools))
+
+    assert [step.tool for step in plan.steps] == [*reversed(list(tools))]
+    assert len(plan.critical_path) == 10_001
+
+
 # --- whatever the tables ---
 
 def make_random_pipeline(chance):

@@ -8,7 +8,7 @@ import pytest
 from conftest import summary
 
 from orchestrator import (
-    Event, Outcome, RunResult, Step, Style, Tool, format_details, format_event, format_needs,
+    Event, Outcome, Plan, RunResult, Step, Style, Tool, format_details, format_event, format_needs,
     format_progress, format_summary, format_table, load_pipeline, main, make_list, make_plan,
     make_plan_view, make_style, run_pipeline,
 )
@@ -30,10 +30,12 @@ Stages
   full    fetch parse render
 """
 PLAN = """\
-wave  tool    action  reason
-   1  fetch   run     in stage full
-   2  parse   run     in stage full; after all before it
-   3  render  run     in stage full; after all before it
+wave  tool    action  expected  reason
+   1  fetch   run               in stage full
+   2  parse   run               in stage full; after all before it
+   3  render  run               in stage full; after all before it
+
+Critical path: fetch -> parse -> render
 """
 
 
@@ -180,9 +182,71 @@ def test_json_is_refused_where_there_is_nothing_to_print_as_json(capsys):
 @pytest.mark.parametrize("needs, wave, said", [
     ("*", 1, ""), ("*", 2, "; after all before it"), ((), 1, ""),
     (("fetch",), 2, "; needs fetch"), (("fetch", "parse"), 3, "; needs fetch, parse"),
+    (("fetch", "gone"), 2, "; needs fetch, gone (not in this plan)"),
 ])
 def test_a_plan_says_what_a_step_waits_for(needs, wave, said):
-    assert format_needs(Step("t", wave, "run", "named", needs)) == said
+    step = Step("t", wave, "run", "named", needs)
+    before = [Step(name, 1, "run", "named", ()) for name in ("fetch", "parse")]
+
+    assert format_needs(step, Plan((*before, step), ("t",))) == said
+
+
+GRAPH = {
+    "a": {"module": "m", "needs": [], "estimate": "30s"},
+    "b": {"module": "m", "needs": ["a"], "estimate": 10},
+    "c": {"module": "m", "reads": "x", "estimate": "2m"},
+    "d": {"module": "m", "needs": ["b", "c"], "estimate": 5},
+}
+GRAPH_PLAN = """\
+wave  tool  action  expected  reason
+   1  a     run       30.0 s  in TOOL_MAP
+   1  c     run       2m 00s  in TOOL_MAP
+   2  b     run       10.0 s  in TOOL_MAP; needs a
+   3  d     run       5.00 s  in TOOL_MAP; needs b, c
+
+Critical path: c -> d
+"""
+
+
+@pytest.mark.parametrize("words, expected", [
+    ([], "2m 45s with --jobs 1"),
+    (["--jobs", "1"], "2m 45s with --jobs 1"),
+    (["--jobs", "2"], "2m 05s with --jobs 2, 2m 45s one after another"),
+    (["-j4"], "2m 05s with --jobs 4, 2m 45s one after another"),
+])
+def test_a_plan_shows_the_tools_by_waves_the_critical_path_and_what_is_expected(
+        look, words, expected):
+    """a - b - d
+           c /
+    """
+    assert look("--plan", *words, tools=GRAPH, stages={}) == GRAPH_PLAN + f"Expected: {expected}\n"
+
+
+def test_a_plan_with_an_unknown_duration_expects_nothing_of_the_whole(look):
+    tools = {**GRAPH, "b": {"module": "m", "needs": ["a"]}}
+
+    shown = look("--plan", tools=tools, stages={})
+
+    assert "Expected" not in shown
+    assert "   1  a     run       30.0 s  " in shown
+    assert "   2  b     run               " in shown
+
+
+def test_a_plan_of_a_graph_as_json_has_all_that_the_text_has(look):
+    shown = json.loads(look("--plan", "--json", "-j2", "d", "+b", "c", tools=GRAPH, stages={}))
+
+    assert [(step["tool"], step["wave"], step["needs"], step["expected_s"])
+            for step in shown["steps"]] == [
+        ("a", 1, [], 30.0), ("b", 2, ["a"], 10.0), ("c", 1, [], 120.0), ("d", 3, ["b", "c"], 5.0)]
+    assert (shown["critical_path"], shown["expected_s"]) == (["c", "d"], 125.0)
+
+
+def test_list_shows_needs_that_are_declared_and_those_that_are_inferred(look):
+    tools = {"a": {"module": "m", "writes": "x"}, "b": {"module": "m", "reads": ["x", "y"]},
+             "c": {"module": "m", "needs": ["a"], "reads": "x"}, "d": "m"}
+
+    listed = json.loads(look("--list", "--json", tools=tools, stages={}))["tools"]
+    assert [tool["needs"] for tool in listed] == [[], ["a"], ["a"], "*"]
 
 
 def test_needs_that_are_declared_are_a_list_in_json():
@@ -241,9 +305,14 @@ def test_the_details_of_an_outcome_are_rows_duration_and_error_or_reason(outcome
     ({"outcome": Outcome("success", rows=7, attempts=1, duration_s=1)},
      "parse   success      7 rows, 1.00 s"),
     ({"outcome": Outcome("skipped", "not started")}, "parse   skipped      not started"),
+    ({"kind": "tool_retried", "outcome": Outcome("failed", "try 1 of 3; again in 30.0 s",
+                                                 error="E: x", attempts=1, duration_s=1)},
+     "parse   retry        1.00 s, E: x, try 1 of 3; again in 30.0 s"),
+    ({"text": "4 left", "level": 30}, "parse   warning: 4 left"),
 ])
 def test_the_line_of_an_event_has_time_tool_status_and_details(more, said):
-    line = format_event(Event("k", 1_357_000_000.0, "id", "parse", **more), 6, PLAIN)
+    line = format_event(Event(**{"kind": "k", "at": 1_357_000_000.0, "run_id": "id",
+                                  "tool": "parse", **more}), 6, PLAIN)
 
     assert re.match(r"\d\d:\d\d:\d\d  ", line)
     assert line[10:] == said

@@ -1,5 +1,6 @@
-"""The vocabulary: errors, nearest words, durations, statuses and their moves."""
+"""The vocabulary: errors, nearest words, durations, sizes, retry delays, statuses and moves."""
 import doctest
+import math
 import random
 import re
 
@@ -7,7 +8,8 @@ import pytest
 
 import orchestrator
 from orchestrator import (
-    MOVES, UserError, check_move, format_duration, format_nearest, merge_errors,
+    MOVES, Tool, UserError, check_move, format_duration, format_nearest, merge_errors, parse_bytes,
+    parse_duration_s, retry_delay_s,
 )
 
 LEGAL = [("pending", "running"), ("pending", "skipped"), ("running", "success"),
@@ -85,6 +87,103 @@ def test_no_duration_says_sixty_of_a_unit_or_needs_more_than_eight_columns(seed)
         assert len(said) <= 8
         assert not re.search(r"(?<![\d.])60(\.0+ s|s|m)", said)
 
+
+@pytest.mark.parametrize("text, seconds", [
+    ("90s", 90), ("10m", 600), ("1h30m", 5400), ("1h 30m", 5400), ("24h", 86_400), ("7d", 604_800),
+    ("1d2h3m4s", 93_784), ("0.5s", 0.5), ("1.5h", 5400), ("0s", 0),
+    (0, 0), (30, 30), (0.25, 0.25), (10**9, 10**9),
+])
+def test_a_duration_is_a_number_of_seconds_or_a_text_with_units(text, seconds):
+    assert parse_duration_s(text) == seconds
+    assert isinstance(parse_duration_s(text), float)
+
+
+NO_DURATIONS = [
+    "", " ", "90", "s", "90 seconds", "90sec", "10M", "1h30", "1:30", "-5s", "+5s", "5s-", ".5s",
+    "5.s", "1e3s", "1,5s", "1.2.3s", "9 0s", "ten minutes", "nan", "inf", "7w", "1ms",
+    -1, -0.5, math.nan, math.inf, -math.inf, True, False, None, [], ["90s"], {}, b"90s", 5j,
+    pytest.param(10**400, id="10**400"), pytest.param("9" * 400 + "s", id="400 digits")]
+
+
+@pytest.mark.parametrize("value", NO_DURATIONS)
+def test_what_is_no_duration_is_a_value_error(value):
+    with pytest.raises(ValueError):
+        parse_duration_s(value)
+
+
+@pytest.mark.parametrize("text, size", [
+    ("1B", 1), ("512MB", 512 * 2**20), ("2GB", 2 * 2**30), ("1.5 KB", 1536), ("1TB", 2**40),
+    ("0.5GB", 2**29), (1, 1), (4096, 4096),
+])
+def test_a_size_is_a_number_of_bytes_or_a_text_with_a_unit(text, size):
+    assert parse_bytes(text) == size
+    assert isinstance(parse_bytes(text), int)
+
+
+NO_SIZES = [
+    "", "512", "MB", "512M", "512mb", "512MiB", "5PB", "-2GB", "+2GB", "2 G B", "1.5.5MB", "0MB",
+    "0.1B", "nan", "infGB", "1e3MB", 0, -1, 1.5, 2.0, math.nan, math.inf, True, False, None, [], {},
+    b"2GB", "99999999TB", 2**63,
+    pytest.param("9" * 400 + "GB", id="400 digits")]
+
+
+@pytest.mark.parametrize("value", NO_SIZES)
+def test_what_is_no_size_is_a_value_error(value):
+    with pytest.raises(ValueError):
+        parse_bytes(value)
+
+
+# --- how long to wait before another try ---
+
+def delays(count, random=lambda: 0.0, **options):
+    """Return the delays after the first `count` attempts."""
+    tool = Tool("t", "m", **options)
+    return [retry_delay_s(tool, attempt, random) for attempt in range(1, count + 1)]
+
+
+def test_by_default_the_delay_is_thirty_seconds_and_doubles_up_to_an_hour():
+    assert delays(10) == [30, 60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
+
+
+@pytest.mark.parametrize("options, wanted", [
+    ({"retry_delay_s": 5}, [5, 10, 20, 40]),
+    ({"retry_delay_s": 5, "retry_factor": 1}, [5, 5, 5, 5]),
+    ({"retry_delay_s": 2, "retry_factor": 1.5}, [2, 3, 4.5, 6.75]),
+    ({"retry_delay_s": 5, "retry_factor": 3, "retry_max_delay_s": 20}, [5, 15, 20, 20]),
+    ({"retry_delay_s": 60, "retry_max_delay_s": 10}, [10, 10, 10, 10]),
+    ({"retry_delay_s": 0}, [0, 0, 0, 0]),
+    ({"retry_max_delay_s": 0}, [0, 0, 0, 0]),
+])
+def test_the_delay_grows_by_its_factor_up_to_its_most(options, wanted):
+    assert delays(4, **options) == wanted
+
+
+@pytest.mark.parametrize("factor", [1.0, 2, 10, 1e6])
+@pytest.mark.parametrize("delay_s, wanted", [(30, 3600), (0, 0), (1e-300, 3600), (1e300, 3600)])
+def test_the_ten_thousandth_attempt_waits_the_most_and_overflows_nothing(delay_s, factor, wanted):
+    tool = Tool("t", "m", retry_delay_s=delay_s, retry_factor=factor)
+
+    for attempt in (10_000, 10**9):
+        assert retry_delay_s(tool, attempt) == (wanted if factor > 1 else min(delay_s, 3600))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_jitter_takes_at_most_its_share_of_the_delay_away_and_never_adds_any(seed):
+    chance = random.Random(seed)
+    jitter, factor = chance.random(), 1 + 3 * chance.random()
+    options = {"retry_delay_s": 100 * chance.random(), "retry_factor": factor,
+               "retry_max_delay_s": 500 * chance.random()}
+
+    whole = delays(50, **options)
+    shortened = delays(50, chance.random, **options, retry_jitter=jitter)
+
+    for full_s, delay_s in zip(whole, shortened):
+        assert full_s * (1 - jitter) <= delay_s <= full_s
+    assert len({full_s / delay_s for full_s, delay_s in zip(whole, shortened)}) > 40
+    assert delays(50, chance.random, **options) == whole  # no jitter unless it is asked for
+
+
+# --- statuses ---
 
 @pytest.mark.parametrize("old, new", LEGAL)
 def test_a_legal_move_returns_the_new_status(old, new):
