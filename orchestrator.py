@@ -2195,17 +2195,16 @@ class Server:
 
     def begin_spawned(self, channel: Any, life: Any) -> None:
         """Be a spawned worker. Does not return."""
-        self.begin_with(channel, life.fileno()) if os.name != "nt" else self.begin_on_windows(
-            channel, life)
-
-    def begin_with(self, channel: Any, life_fd: int) -> None:
-        """Be a spawned worker of POSIX."""
-        own_group(0)
-        die_with_orchestrator(life_fd)
+        if os.name == "nt":
+            self.watch_on_windows(life)
+        else:
+            own_group(0)
+            die_with_orchestrator(life.fileno())
         self.serve(channel)
 
-    def begin_on_windows(self, channel: Any, life: Any) -> None:
-        """Be a spawned worker of Windows."""
+    @staticmethod
+    def watch_on_windows(life: Any) -> None:
+        """End this process when the orchestrator dies, which alone holds the other end."""
         import threading
 
         def watch() -> None:
@@ -2215,7 +2214,6 @@ class Server:
                 os._exit(EXIT_FAILED)
 
         threading.Thread(target=watch, daemon=True).start()
-        self.serve(channel)
 
     def serve(self, channel: Any) -> None:
         """Execute attempts one after another."""
@@ -2853,7 +2851,8 @@ def format_event(event: Event, width: int, style: Style) -> str:
     """Return the line of an event of a tool; `width` is that of the longest name."""
     line = format_start(event, width)
     if event.outcome is None:
-        return line + "warning: " * (event.level >= 30) + (event.text or "running")
+        level = "error: " if event.level >= 40 else "warning: " if event.level >= 30 else ""
+        return line + level + (event.text or "running")
     word = "retry" if event.kind == "tool_retried" else event.outcome.status
     status = style.paint(word.ljust(11), event.outcome.status)
     return (line + status + "  " + format_details(event.outcome)).rstrip()
@@ -2866,7 +2865,7 @@ def format_start(event: Event, width: int) -> str:
 
 def format_details(outcome: Outcome) -> str:
     """Return what there is to say of a tool beside its status, in one line."""
-    rows = "" if outcome.rows is None else f"{outcome.rows:,} rows"
+    rows = "" if outcome.rows is None else f"{outcome.rows:,} row{'s' * (outcome.rows != 1)}"
     took = format_duration(outcome.duration_s) if outcome.attempts else ""
     return ", ".join(filter(None, [rows, took, outcome.error, outcome.reason]))
 
