@@ -2916,8 +2916,8 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
     verbose = False
     try:
         check_not_replaced(replaced)
-        parser, own = make_parser(add_arguments)
-        options, arguments = parse_arguments(parser, own, argv)
+        parser, names = make_parser(add_arguments)
+        options, arguments = parse_arguments(parser, names, argv)
         verbose = options.verbose
         pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
         return options.command(pipeline, options, arguments, argv)
@@ -2954,12 +2954,51 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message[:1].upper() + message[1:] + ".", f"See {self.prog} --help.")
 
 
-def make_parser(add_arguments: Optional[Callable[[Any], None]]) -> Tuple[Parser, List[Any]]:
-    """Return the parser, and the flags in it that add_arguments() declared."""
-    parser = Parser(description="Run the tools and stages of this pipeline.", allow_abbrev=False,
-                    add_help=False, usage="%(prog)s [TARGET ...] [flags]")
+def make_parser(add_arguments: Optional[Callable[[Any], None]]) -> Tuple[Parser, List[str]]:
+    """Return the parser, and the names of the arguments that tools get.
+
+    add_arguments() declares them on a parser of its own, where it can do all that argparse can.
+    """
+    own = Parser(add_help=False, allow_abbrev=False)
+    try:
+        if add_arguments is not None:
+            add_arguments(own)
+        parser = Parser(description=own.description or "Run the tools and stages of this pipeline.",
+                        epilog=own.epilog, usage="%(prog)s [TARGET ...] [flags]", parents=[own],
+                        allow_abbrev=False, add_help=False)
+        parser._optionals.title = "arguments of the tools"
+        groups, count = parser._action_groups, len(parser._action_groups)
+        add_flags(parser)
+        groups[:] = groups[count:] + groups[:count]  # --help shows the engine's first
+    except argparse.ArgumentError as error:
+        raise UserError(f"add_arguments(): {error.message}.",
+                        "Choose another flag: that one is the engine's, or declared twice."
+                        ) from error
+    except Exception as error:
+        raise UserError(f"add_arguments() failed: {format_one_line(error)}",
+                        "Mend it; -v shows where.") from error
+    flags = {name: f"set_defaults({name}=...)" for name in own._defaults}
+    flags.update({action.dest: "".join(action.option_strings[:1]) for action in own._actions})
+    engines = [action.dest for action in parser._actions[len(own._actions):]]
+    check_flags(flags, {*engines, *RESERVED_ARGUMENTS})
+    return parser, list(flags)
+
+
+def check_flags(flags: Mapping[str, str], engines: Iterable[str]) -> None:
+    """Raise UserError for an argument of the tools that has no flag, or a name of the engine's."""
+    for name, flag in flags.items():
+        if not flag:
+            raise UserError(f"add_arguments(): {name!r} is not a flag, and words on the command "
+                            "line are stages and tools.", f"Declare it as '--{name}'.")
+        if name in engines:
+            raise UserError(f"add_arguments(): {flag} would reach tools as {name!r}, which is the "
+                            "engine's own name.", "Choose another flag, or another dest=.")
+
+
+def add_flags(parser: Parser) -> None:
+    """Declare the engine's own flags."""
     run = parser.add_argument_group("what to run")
-    run.add_argument("targets", nargs="*", metavar="TARGET",
+    run.add_argument("targets", nargs="*", default=[], metavar="TARGET",
                      help='stages and tools; +TOOL adds all that it needs, TOOL+ all that needs '
                           'it; none means the stage "full", or else every tool')
     run.add_argument("--exclude", action="append", default=[], metavar="NAME",
@@ -2987,44 +3026,18 @@ def make_parser(add_arguments: Optional[Callable[[Any], None]]) -> Tuple[Parser,
     other.add_argument("--version", action="version", help="show the versions and exit",
                        version=f"orchestrator.py {VERSION}, Python {sys.version.split()[0]}")
     other.add_argument("-h", "--help", action="help", help="show this help and exit")
-    group = parser.add_argument_group("arguments of the tools")
-    if add_arguments is not None:
-        declare_arguments(parser, group, add_arguments)
-    return parser, list(group._group_actions)
 
 
-def declare_arguments(parser: Parser, group: Any, add_arguments: Callable[[Any], None]) -> None:
-    """Let the user's hook add its flags. Raise UserError for one that can not be."""
-    where = "add_arguments()"
-    engines = {action.dest for action in parser._actions}
-    try:
-        add_arguments(group)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{where}: {error.message}.",
-                        "Choose another flag: that one is the engine's, or declared twice."
-                        ) from error
-    except Exception as error:
-        raise UserError(f"{where} failed: {format_one_line(error)}",
-                        "Mend it; -v shows where.") from error
-    for action in group._group_actions:
-        flag = (action.option_strings or [action.dest])[0]
-        if not action.option_strings:
-            raise UserError(f"{where}: {flag!r} is not a flag, and words on the command line are "
-                            "stages and tools.", f"Declare it as '--{flag}'.")
-        if action.dest in RESERVED_ARGUMENTS or action.dest in engines:
-            raise UserError(f"{where}: {flag} would reach tools as {action.dest!r}, which is the "
-                            "engine's own name.", "Choose another flag, or another dest=.")
-
-
-def parse_arguments(parser: Parser, own: Sequence[Any],
+def parse_arguments(parser: Parser, names: Sequence[str],
                     argv: Sequence[str]) -> Tuple[Any, Dict[str, Any]]:
     """Return the engine's options, and apart from them the arguments that tools get.
 
-    A flag of the user's that is required is so for a run, not for looking.
+    What add_arguments() requires is so for a run, not for looking.
     """
-    required = [action for action in own if action.required]
-    for action in required:
-        action.required = False
+    required = [each for each in (*parser._actions, *parser._mutually_exclusive_groups)
+                if each.required]
+    for each in required:
+        each.required = False
     options, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
@@ -3032,14 +3045,11 @@ def parse_arguments(parser: Parser, own: Sequence[Any],
                         format_nearest(unknown[0].partition("=")[0], flags))
     if options.json and options.command not in (command_list, command_plan):
         raise UserError("--json goes with --list or --plan.", "Add one of them.")
-    arguments = {action.dest: getattr(options, action.dest) for action in own
-                 if hasattr(options, action.dest)}
-    if options.command is command_run:
-        for action in required:
-            if arguments.get(action.dest) is None:
-                raise UserError(f"{action.option_strings[0]} is required.",
-                                action.help or f"See {parser.prog} --help.")
-    return options, arguments
+    if required and options.command is command_run:
+        for each in required:
+            each.required = True
+        parser.parse_known_intermixed_args(argv)
+    return options, {name: value for name, value in vars(options).items() if name in names}
 
 
 def command_list(pipeline: Pipeline, options: Any, arguments: Mapping[str, Any],

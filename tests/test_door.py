@@ -80,6 +80,8 @@ def test_a_mistake_on_the_command_line_is_told_in_two_sentences(three, words, sa
     ('"--mine", dest="targets"', "would reach tools as 'targets'"),
     ('"since"', "'since' is not a flag"),
     ('"--a", type="x"', "failed: ValueError: 'x' is not callable"),
+    ('"--a"); parser.add_argument("--a"', "conflicting option string: --a"),
+    ('"--a"); parser.set_defaults(jobs=4', "set_defaults(jobs=...) would reach tools as 'jobs'"),
 ])
 def test_a_flag_that_can_not_be_is_refused_with_a_sentence(sandbox, declaration, says):
     sandbox.pipeline(f'''
@@ -100,21 +102,42 @@ def test_a_required_flag_is_required_for_a_run_and_not_for_looking(sandbox):
     ''').tool("t", "def run(day): print(day)")
     assert sandbox.run("--list").code == 0
     ended = sandbox.run()
-    assert ended.code == 2 and "--day is required" in ended.err
+    assert ended.code == 2 and "are required: --day" in ended.err
     assert sandbox.run("--day", "monday").out == "monday\n"
 
 
-def test_flags_may_be_declared_in_a_mutually_exclusive_group(sandbox):
-    sandbox.pipeline('''
-        TOOL_MAP = {"t": "t"}
-        def add_arguments(parser):
-            group = parser.add_mutually_exclusive_group()
-            group.add_argument("--day")
-            group.add_argument("--week")
-            parser.set_defaults()
-    ''').tool("t", "def run(day, week): print(day, week)")
-    assert sandbox.run("--week", "2").out == "None 2\n"
+GROUPED = '''
+TOOL_MAP = {"t": "t"}
+def add_arguments(parser):
+    parser.set_defaults(region="north")
+    days = parser.add_argument_group("days")
+    one = days.add_mutually_exclusive_group(required=True)
+    one.add_argument("--day")
+    one.add_argument("--week")
+    days.add_argument("--year", default=2013)
+'''
+
+
+def test_all_that_add_arguments_declares_reaches_tools_from_groups_in_groups_too(sandbox):
+    sandbox.pipeline(GROUPED).tool(
+        "t", "def run(day, week, year, region): print(day, week, year, region)")
+    ended = sandbox.run("--week", "2", env={"PYTHONWARNINGS": "error"})
+    assert ended.out == "None 2 2013 north\n", ended
     assert "not allowed with" in sandbox.run("--week", "2", "--day", "1").err
+
+
+def test_a_group_of_flags_is_required_for_a_run_and_not_for_looking(sandbox):
+    sandbox.pipeline(GROUPED).tool("t", "def run(day): print(day)")
+    assert sandbox.run("--plan").code == 0
+    ended = sandbox.run()
+    assert ended.code == 2 and "One of the arguments --day --week is required." in ended.err
+
+
+def test_help_shows_the_groups_of_add_arguments_after_the_engines(sandbox):
+    out = sandbox.pipeline(GROUPED).run("--help").out
+    heads = [line for line in out.splitlines() if line.endswith(":") and line[0] != " "]
+    assert heads == ["what to run:", "looking, without running anything:", "other:",
+                     "arguments of the tools:", "days:"]
 
 
 def test_version_names_the_engine_and_python(three):
