@@ -2906,16 +2906,18 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
          get_connection: Optional[Callable[[], Any]] = None, *,
          argv: Optional[Sequence[str]] = None, name: Optional[str] = None,
          add_arguments: Optional[Callable[[Any], None]] = None,
-         limits: Optional[Mapping[str, int]] = None, replaced: Sequence[str] = ()) -> int:
+         limits: Optional[Mapping[str, int]] = None,
+         replaced: Sequence[str] = (), yours: Mapping[str, Any] = {}) -> int:
     """Do what the command line says and return the exit code.
 
-    argv: the words after the program's name, by default sys.argv's. replaced: names of the
-    user's part that the engine has overwritten.
+    argv: the words after the program's name, by default sys.argv's. yours: what stands above the
+    ENGINE mark, by name. replaced: those of these names that the engine has overwritten.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     verbose = False
     try:
         check_not_replaced(replaced)
+        check_spelling(yours)
         parser, names = make_parser(add_arguments)
         options, arguments = parse_arguments(parser, names, argv)
         verbose = options.verbose
@@ -2944,6 +2946,27 @@ def check_not_replaced(names: Sequence[str]) -> None:
         raise UserError("Above the ENGINE mark, the engine's own names hide yours: "
                         + ", ".join(names) + ".",
                         "Rename yours, or put them into a module of your own.")
+
+
+HOOKS = ("TOOL_MAP", "STAGES", "LIMITS", "get_connection", "add_arguments")
+
+
+def check_spelling(yours: Mapping[str, Any]) -> None:
+    """Raise UserError if a hook is missing, but a name very near to it is there."""
+    errors = []
+    for hook in HOOKS:
+        near = {} if hook in yours else {
+            name.lower(): name for name, value in yours.items() if name not in HOOKS
+            and (isinstance(value, Mapping) if hook.isupper() else callable(value))
+            and name[0] != "_" and len(set(hook.lower()) ^ set(name.lower())) < 4}
+        if near:
+            from difflib import get_close_matches
+            for name in get_close_matches(hook.lower(), near, 1, 0.8 if hook.isupper() else 0.9):
+                errors.append(UserError(
+                    f"There is no {hook} above the ENGINE mark, but {near[name]!r}.",
+                    f"Did you mean {hook}? If not, choose a name that is less like it."))
+    if errors:
+        raise merge_errors(errors)
 
 
 class Parser(argparse.ArgumentParser):
@@ -3282,6 +3305,6 @@ if __name__ == "__main__":
         _YOURS.get("TOOL_MAP"), _YOURS.get("STAGES"), _YOURS.get("get_connection"),
         name=_YOURS.get("NAME") or os.path.basename(os.path.dirname(os.path.abspath(__file__))),
         add_arguments=_YOURS.get("add_arguments"), limits=_YOURS.get("LIMITS"),
-        replaced=_HIDDEN)
+        replaced=_HIDDEN, yours=_YOURS)
     gc.freeze()  # the interpreter's last collections would take 10 ms to walk all of this
     sys.exit(_EXIT_CODE)
