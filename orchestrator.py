@@ -83,6 +83,7 @@ from typing import (
 
 VERSION = "1.0.0"
 _ENGINE_FILE = _YOURS["__file__"]
+_CODE = sys._getframe().f_code  # of this whole file, yours and the engine's
 _ENGINE_LINE = sys._getframe().f_lineno  # frames of this file below it are the engine's own
 
 
@@ -2907,16 +2908,16 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
          argv: Optional[Sequence[str]] = None, name: Optional[str] = None,
          add_arguments: Optional[Callable[[Any], None]] = None,
          limits: Optional[Mapping[str, int]] = None,
-         replaced: Sequence[str] = (), yours: Mapping[str, Any] = {}) -> int:
+         yours: Mapping[str, Any] = {}) -> int:
     """Do what the command line says and return the exit code.
 
     argv: the words after the program's name, by default sys.argv's. yours: what stands above the
-    ENGINE mark, by name. replaced: those of these names that the engine has overwritten.
+    ENGINE mark, by name.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     verbose = False
     try:
-        check_not_replaced(replaced)
+        check_not_hidden(yours)
         check_spelling(yours)
         parser, names = make_parser(add_arguments)
         options, arguments = parse_arguments(parser, names, argv)
@@ -2940,12 +2941,28 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         return EXIT_BUG
 
 
-def check_not_replaced(names: Sequence[str]) -> None:
-    """Raise UserError if the engine has overwritten names of the user's part."""
-    if names:
+def check_not_hidden(yours: Mapping[str, Any]) -> None:
+    """Raise UserError if the engine's names hide the user's, or the user's those of Python."""
+    import builtins
+    names = [name for name in yours if not name.startswith("__")]
+    hidden = [name for name in names if globals()[name] is not yours[name]]
+    if hidden:
         raise UserError("Above the ENGINE mark, the engine's own names hide yours: "
-                        + ", ".join(names) + ".",
+                        + ", ".join(hidden) + ".",
                         "Rename yours, or put them into a module of your own.")
+    hiding = [name for name in names if getattr(builtins, name, yours[name]) is not yours[name]
+              and any(uses_name(each, name) for each in _CODE.co_consts
+                      if getattr(each, "co_firstlineno", 0) > _ENGINE_LINE)]
+    if hiding:
+        raise UserError("Above the ENGINE mark, your names hide Python's own, which the engine "
+                        "uses: " + ", ".join(hiding) + ".",
+                        "Rename yours, or import single names instead of *.")
+
+
+def uses_name(code: Any, name: str) -> bool:
+    """Return whether compiled code, or a function in it, names something of this name."""
+    return name in code.co_names or any(
+        uses_name(each, name) for each in code.co_consts if hasattr(each, "co_consts"))
 
 
 HOOKS = ("TOOL_MAP", "STAGES", "LIMITS", "get_connection", "add_arguments")
@@ -3297,14 +3314,10 @@ def format_bug(argv: Sequence[str]) -> str:
             f"Python {sys.version.split()[0]}, {platform.platform()}, arguments {list(argv)}")
 
 
-_HIDDEN = [name for name, value in _YOURS.items()
-           if not name.startswith("__") and globals()[name] is not value]
-
 if __name__ == "__main__":
     _EXIT_CODE = main(
         _YOURS.get("TOOL_MAP"), _YOURS.get("STAGES"), _YOURS.get("get_connection"),
         name=_YOURS.get("NAME") or os.path.basename(os.path.dirname(os.path.abspath(__file__))),
-        add_arguments=_YOURS.get("add_arguments"), limits=_YOURS.get("LIMITS"),
-        replaced=_HIDDEN, yours=_YOURS)
+        add_arguments=_YOURS.get("add_arguments"), limits=_YOURS.get("LIMITS"), yours=_YOURS)
     gc.freeze()  # the interpreter's last collections would take 10 ms to walk all of this
     sys.exit(_EXIT_CODE)

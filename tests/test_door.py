@@ -192,6 +192,21 @@ def test_a_pipeline_may_do_without_hooks_and_have_names_of_its_own(sandbox, abov
     assert sandbox.run().out == "ran\n"
 
 
+@pytest.mark.parametrize("above, names", [
+    ("from os import *", "open"), ("def open(): pass", "open"), ("len = max = min", "len, max"),
+])
+def test_a_name_that_hides_one_of_python_is_told_if_the_engine_uses_that(sandbox, above, names):
+    ended = sandbox.pipeline('TOOL_MAP = {"t": "t"}\n' + above).tool("t", "def run(): 1").run()
+    assert ended.code == 2 and f"which the engine uses: {names}.\n" in ended.err, ended
+
+
+@pytest.mark.parametrize("above", ["from sys import exit", "from io import open",
+                                   "from math import *", "def license(): return pow(2, 3)"])
+def test_a_name_that_hides_one_of_python_may_be_if_the_engine_does_without(sandbox, above):
+    ended = sandbox.pipeline('TOOL_MAP = {"t": "t"}\n' + above).tool("t", "def run(): 1").run()
+    assert ended.code == 0, ended
+
+
 def test_a_name_of_the_module_is_no_clash_when_both_import_it(sandbox):
     sandbox.pipeline('import os, sys, re, time\nTOOL_MAP = {"t": "t"}').tool(
         "t", "def run(): pass")
