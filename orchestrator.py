@@ -2915,7 +2915,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
     ENGINE mark, by name.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    verbose = False
+    verbose, code = False, EXIT_SUCCESS
     try:
         check_not_hidden(yours)
         check_spelling(yours)
@@ -2923,7 +2923,10 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         options, arguments = parse_arguments(parser, names, argv)
         verbose = options.verbose
         pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
-        return options.command(pipeline, options, arguments, argv)
+        code = options.command(pipeline, options, arguments, argv)
+        if not getattr(sys.stdout, "closed", True):
+            show("", end="")  # what tools printed last goes out while a failure can be told
+        return code
     except UserError as error:
         if verbose and error.__cause__:
             say(format_traceback(error.__cause__, verbose))
@@ -2933,9 +2936,10 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         return done.code if isinstance(done.code, int) else EXIT_SUCCESS
     except KeyboardInterrupt:
         return EXIT_SIGNAL + SIGINT
-    except BrokenPipeError:  # the reader of our output left: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
+    except OutputError as error:
+        if error.args:
+            say(str(error))
+        return code or EXIT_FAILED
     except Exception as error:
         say(format_traceback(error, verbose=True) + format_bug(argv))
         return EXIT_BUG
@@ -2987,7 +2991,10 @@ def check_spelling(yours: Mapping[str, Any]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are UserErrors."""
+    """An argument parser whose mistakes are UserErrors, and whose help is output like any."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        show(message, end="")
 
     def error(self, message: str) -> Any:
         """Raise UserError with argparse's sentence."""
@@ -3246,9 +3253,22 @@ def write_bytes(stream: Any, content: bytes) -> None:
         pass  # nobody reads it
 
 
-def show(text: str) -> None:
-    """Write a line to stdout: what a command was asked for."""
-    print(fit(text, sys.stdout))
+class OutputError(Exception):
+    """Output could not be written. Without a text if there is nothing to say: `| head`."""
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Write a line to stdout: what a command was asked for. Raise OutputError if that fails."""
+    if sys.stdout is None:
+        raise OutputError("stdout could not be written: it is closed.")
+    try:
+        print(fit(text, sys.stdout), end=end, flush=True)
+    except OSError as error:
+        # The interpreter, which will flush once more at its end, is not to fail then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise OutputError from error
+        raise OutputError(f"stdout could not be written: {error.strerror or error}.") from error
 
 
 def fit(text: str, stream: Any) -> str:

@@ -233,6 +233,39 @@ def test_a_reader_that_leaves_is_no_error(three):
     assert ended.stdout == "usage" and ended.stderr == ""
 
 
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device")
+
+
+@FULL
+@pytest.mark.parametrize("words", ["--list", "--plan", "--plan --json", "--check", "--help",
+                                   "--version", ""])
+def test_output_that_can_not_be_written_is_told_in_one_sentence(three, words):
+    with open("/dev/full", "w") as full:
+        ended = three.run("-q", *words.split(), stdout=full, env={"PYTHONUNBUFFERED": ""})
+    assert ended.code == 1, ended
+    assert ended.err == "stdout could not be written: No space left on device.\n"
+
+
+@FULL
+def test_a_run_that_failed_says_so_also_where_its_output_can_not_be_written(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"t": "t"}').tool("t", """
+        def run():
+            print("lost")
+            raise KeyboardInterrupt
+    """)
+    with open("/dev/full", "w") as full:
+        assert sandbox.run(stdout=full, env={"PYTHONUNBUFFERED": ""}).code == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell closes it")
+@pytest.mark.parametrize("words, code", [("--list", 1), ("--help", 1), ("", 0)])
+def test_a_command_needs_the_stdout_that_a_run_can_do_without(three, words, code):
+    shell = f'"{sys.executable}" orchestrator.py -q {words} >&-'
+    ended = subprocess.run(shell, shell=True, cwd=three.folder, capture_output=True, text=True)
+    assert ended.returncode == code
+    assert ended.stderr == code * "stdout could not be written: it is closed.\n"
+
+
 def test_a_run_goes_on_when_nobody_reads_what_it_says(three):
     read, write = os.pipe()
     os.close(read)
@@ -251,8 +284,8 @@ def test_letters_that_the_terminal_can_not_show_are_escaped(sandbox):
 
 def test_a_bug_of_the_engine_is_told_as_such(sandbox):
     path = sandbox.pipeline('TOOL_MAP = {"t": "t"}').folder / "orchestrator.py"
-    path.write_text(path.read_text().replace("return options.command(",
-                                             "return 1 / 0 or options.command("))
+    path.write_text(path.read_text().replace("code = options.command(",
+                                             "code = 1 / 0 or options.command("))
     ended = sandbox.run("--list", "--json")
     assert ended.code == 3
     assert "ZeroDivisionError" in ended.err and "['--list', '--json']" in ended.err
