@@ -584,31 +584,34 @@ def find_wrong_uses(tools: Mapping[str, Tool], limits: Mapping[str, int]) -> Lis
 def find_needs(tools: Mapping[str, Tool]) -> Dict[str, Union[str, Tuple[str, ...]]]:
     """Return what each tool waits for: what it needs, and who writes what it reads.
 
-    What nobody writes is an outside source. Of several writers of one name, each must need
-    another, so that their order is known; who reads the name needs all but those that come after
-    it. Raise UserError if that is not so, or if tools need each other in a circle.
+    What nobody writes is an outside source. Who reads a name needs all its writers, but not those
+    that come after it; who writes it as well needs those that only write it. The order of each
+    two writers must be known then. Raise UserError if it is not, or if tools need each other in a
+    circle.
     """
     needs = {tool.name: dict.fromkeys(tool.needs or ()) for tool in tools.values()}
     writers: Dict[str, List[str]] = {}
     for tool in tools.values():
         for name in tool.writes or ():
             writers.setdefault(name, []).append(tool.name)
+    reads = [(tool.name, name, writer) for tool in tools.values() for name in tool.reads or ()
+             for writer in writers.get(name, ()) if writer != tool.name]
     shared = {name: found for name, found in writers.items() if len(found) > 1}
-    for tool in tools.values():
-        for name in tool.reads or ():
-            for writer in writers.get(name, ()) if name not in shared else ():
-                if writer != tool.name:
-                    needs[tool.name][writer] = None
+    for reader, name, writer in reads:
+        if name not in shared:
+            needs[reader][writer] = None
     check_no_circle(needs)
-    before = {writer: find_all_before(writer, needs) for found in shared.values()
-              for writer in found}
+    before = find_before(shared, needs)
+    for reader, name, writer in reads:
+        if name in shared and reader in shared[name] and reader not in before[writer] \
+                and name not in (tools[writer].reads or ()):
+            needs[reader][writer] = None
+    before = find_before(shared, needs)
     for name, found in shared.items():
         check_order(name, found, before)
-    for tool in tools.values():
-        for name in tool.reads or ():
-            for writer in shared.get(name, ()):
-                if writer != tool.name and tool.name not in before[writer]:
-                    needs[tool.name][writer] = None
+    for reader, name, writer in reads:
+        if name in shared and reader not in before[writer]:
+            needs[reader][writer] = None
     if shared:
         check_no_circle(needs)
     return {tool.name: ALL_BEFORE if tool.needs is tool.reads is tool.writes is None
@@ -634,6 +637,13 @@ def check_order(name: str, found: Sequence[str], before: Mapping[str, Iterable[s
             if one not in before[other] and other not in before[one]:
                 raise UserError(f"TOOL_MAP: {one!r} and {other!r} write {name!r} in no order.",
                                 f'Let one need the other: "needs": ["{one}"] in {other!r}.')
+
+
+def find_before(shared: Mapping[str, Iterable[str]],
+                needs: Mapping[str, Iterable[str]]) -> Dict[str, Dict[str, None]]:
+    """Return for each writer of the shared names all that it needs, directly or not."""
+    return {writer: find_all_before(writer, needs) for found in shared.values()
+            for writer in found}
 
 
 def find_all_before(tool: str, needs: Mapping[str, Iterable[str]]) -> Dict[str, None]:

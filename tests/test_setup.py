@@ -703,6 +703,35 @@ def test_a_writer_that_also_reads_the_name_needs_the_writers_before_it():
     assert found["w1"] == ()
 
 
+@pytest.mark.parametrize("order", [("load", "dedupe", "r"), ("r", "dedupe", "load")])
+def test_who_updates_a_name_in_place_needs_who_only_writes_it(order):
+    """load - dedupe - r, of which dedupe reads and writes x"""
+    rows = {"load": {"writes": "x"}, "dedupe": {"reads": "x", "writes": "x"}, "r": {"reads": "x"}}
+    found = needs(**{name: rows[name] for name in order})
+
+    assert found["load"] == () and found["dedupe"] == ("load",)
+    assert set(found["r"]) == {"load", "dedupe"}
+
+
+def test_an_update_in_place_orders_two_writers_of_another_name_too():
+    """a - b by x, which b updates; so their writing y is in order as well"""
+    assert needs(b={"reads": "x", "writes": ["x", "y"]}, a={"writes": ["x", "y"]}) == {
+        "b": ("a",), "a": ()}
+
+
+def test_two_writers_that_an_update_in_place_follows_are_still_in_no_order():
+    error = needs_refusal(w1={"writes": "x"}, w2={"writes": "x"}, u={"reads": "x", "writes": "x"})
+
+    assert has_one_sentence(error, "'w1' and 'w2' write 'x' in no order")
+
+
+def test_two_tools_that_each_update_what_the_other_writes_are_a_circle():
+    error = needs_refusal(a={"reads": "x", "writes": ["x", "y"]},
+                          b={"reads": "y", "writes": ["x", "y"]})
+
+    assert has_one_sentence(error, "in a circle: ")
+
+
 def test_two_tools_that_both_update_a_name_in_place_are_in_no_order():
     error = needs_refusal(w1={"reads": "x", "writes": "x"}, w2={"reads": "x", "writes": "x"})
 
