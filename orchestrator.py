@@ -353,15 +353,17 @@ def load_pipeline(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any
                         "Write `def get_connection():` and return a connection or None.")
     errors: List[UserError] = []
     tools = make_all(errors, make_tool, tool_map)
-    members = make_all(errors, make_members, stages or {})
-    known = make_all(errors, make_limit, limits or {})
-    errors += find_unknown_members(tool_map, {**dict.fromkeys(stages or {}, ()), **members})
     errors += find_unknown_needs(tools, tool_map)
+    needs = find_needs(errors, tools)
+    members = make_all(errors, make_members, stages or {})
+    errors += find_unknown_members(tool_map, {**dict.fromkeys(stages or {}, ()), **members})
+    expanded = expand_stages(errors, tool_map, members)
+    known = make_all(errors, make_limit, limits or {})
     errors += find_wrong_uses(tools, {**dict.fromkeys(limits or {}, 0), **known})
     if errors:
         raise merge_errors(errors)
-    return Pipeline(name or "pipeline", tools, expand_stages(tools, members), find_needs(tools),
-                    known, get_connection or no_connection)
+    return Pipeline(name or "pipeline", tools, expanded, needs, known,
+                    get_connection or no_connection)
 
 
 def no_connection() -> None:
@@ -572,8 +574,9 @@ def find_wrong_uses(tools: Mapping[str, Tool], limits: Mapping[str, int]) -> Lis
         for resource, units in tool.uses:
             where = f"TOOL_MAP[{tool.name!r}]: uses {resource!r}"
             if resource not in limits:
-                errors.append(UserError(f"{where}, which LIMITS does not have.",
-                                        format_nearest(resource, limits)))
+                errors.append(UserError(
+                    f"{where}, which LIMITS does not have.", format_nearest(resource, limits)
+                    if limits else f'Write LIMITS = {{"{resource}": {units}}} above the mark.'))
             elif units > limits[resource] > 0:
                 errors.append(UserError(f"{where} {units} times, but LIMITS has only "
                                         f"{limits[resource]}.",
@@ -581,69 +584,80 @@ def find_wrong_uses(tools: Mapping[str, Tool], limits: Mapping[str, int]) -> Lis
     return errors
 
 
-def find_needs(tools: Mapping[str, Tool]) -> Dict[str, Union[str, Tuple[str, ...]]]:
+def find_needs(errors: List[UserError],
+               tools: Mapping[str, Tool]) -> Dict[str, Union[str, Tuple[str, ...]]]:
     """Return what each tool waits for: what it needs, and who writes what it reads.
 
     What nobody writes is an outside source. Who reads a name needs all its writers, but not those
-    that come after it; who writes it as well needs those that only write it. The order of each
-    two writers must be known then. Raise UserError if it is not, or if tools need each other in a
-    circle.
+    that come after it; who writes it as well needs those that only write it. Add to errors each
+    two writers whose order is not known then, and the circles in which tools need each other.
     """
-    needs = {tool.name: dict.fromkeys(tool.needs or ()) for tool in tools.values()}
+    needs = {tool.name: dict.fromkeys(need for need in tool.needs or () if need in tools)
+             for tool in tools.values()}
     writers: Dict[str, List[str]] = {}
     for tool in tools.values():
         for name in tool.writes or ():
             writers.setdefault(name, []).append(tool.name)
+    shared = {name: found for name, found in writers.items() if len(found) > 1}
     reads = [(tool.name, name, writer) for tool in tools.values() for name in tool.reads or ()
              for writer in writers.get(name, ()) if writer != tool.name]
-    shared = {name: found for name, found in writers.items() if len(found) > 1}
     for reader, name, writer in reads:
         if name not in shared:
             needs[reader][writer] = None
-    check_no_circle(needs)
-    before = find_before(shared, needs)
-    for reader, name, writer in reads:
-        if name in shared and reader in shared[name] and reader not in before[writer] \
-                and name not in (tools[writer].reads or ()):
-            needs[reader][writer] = None
-    before = find_before(shared, needs)
-    for name, found in shared.items():
-        check_order(name, found, before)
-    for reader, name, writer in reads:
-        if name in shared and reader not in before[writer]:
-            needs[reader][writer] = None
-    if shared:
-        check_no_circle(needs)
+    add_needs(needs, shared, [
+        (reader, name, writer) for reader, name, writer in reads
+        if reader in shared.get(name, ()) and name not in (tools[writer].reads or ())])
+    unordered = find_unordered(needs, shared) if not errors else []  # a wrong row may order them
+    if not unordered:
+        add_needs(needs, shared, reads)
+    errors += unordered
+    errors += [UserError(f"TOOL_MAP: tools need each other in a circle: {path}.",
+                         "Take one of these needs out, or one of the reads or writes behind it.")
+               for path in find_circles(needs)]
     return {tool.name: ALL_BEFORE if tool.needs is tool.reads is tool.writes is None
             else tuple(needs[tool.name]) for tool in tools.values()}
 
 
-def check_no_circle(needs: Mapping[str, Iterable[str]]) -> None:
-    """Raise UserError if tools need each other in a circle."""
-    from graphlib import CycleError, TopologicalSorter
-    try:
-        TopologicalSorter(needs).prepare()
-    except CycleError as error:
-        raise UserError(f"TOOL_MAP: tools need each other in a circle: "
-                        f"{' -> '.join(reversed(error.args[1]))}.",
-                        "Take one of these needs out, or one of the reads or writes behind it."
-                        ) from None
+def add_needs(needs: Mapping[str, Dict[str, None]], shared: Mapping[str, Sequence[str]],
+              reads: Iterable[Tuple[str, str, str]]) -> None:
+    """Let the readers of names with several writers need those that do not come after them."""
+    before = find_before(needs, shared)
+    for reader, name, writer in reads:
+        if name in shared and reader not in before[writer]:
+            needs[reader][writer] = None
 
 
-def check_order(name: str, found: Sequence[str], before: Mapping[str, Iterable[str]]) -> None:
-    """Raise UserError if two writers of one name could run in either order."""
-    for i, one in enumerate(found):
-        for other in found[i + 1:]:
-            if one not in before[other] and other not in before[one]:
-                raise UserError(f"TOOL_MAP: {one!r} and {other!r} write {name!r} in no order.",
-                                f'Let one need the other: "needs": ["{one}"] in {other!r}.')
+def find_unordered(needs: Mapping[str, Iterable[str]],
+                   shared: Mapping[str, Sequence[str]]) -> List[UserError]:
+    """Return an error for each two writers of one name that could run in either order."""
+    before = find_before(needs, shared)
+    return [UserError(f"TOOL_MAP: {one!r} and {other!r} write {name!r} in no order.",
+                      f'Let one need the other: "needs": ["{one}"] in {other!r}.')
+            for name, found in shared.items() for i, one in enumerate(found)
+            for other in found[i + 1:] if one not in before[other] and other not in before[one]]
 
 
-def find_before(shared: Mapping[str, Iterable[str]],
-                needs: Mapping[str, Iterable[str]]) -> Dict[str, Dict[str, None]]:
+def find_before(needs: Mapping[str, Iterable[str]],
+                shared: Mapping[str, Sequence[str]]) -> Dict[str, Dict[str, None]]:
     """Return for each writer of the shared names all that it needs, directly or not."""
     return {writer: find_all_before(writer, needs) for found in shared.values()
             for writer in found}
+
+
+def find_circles(needs: Mapping[str, Iterable[str]]) -> List[str]:
+    """Return a path `a -> b -> a` for each circle apart from the others, or for many of them."""
+    from graphlib import CycleError, TopologicalSorter
+    paths: List[str] = []
+    while len(paths) < 20:
+        try:
+            TopologicalSorter(needs).prepare()
+            break
+        except CycleError as error:
+            circle = dict.fromkeys(reversed(error.args[1]))
+            paths.append(" -> ".join([*circle, next(iter(circle))]))
+            needs = {name: [need for need in needed if need not in circle]
+                     for name, needed in needs.items() if name not in circle}
+    return paths
 
 
 def find_all_before(tool: str, needs: Mapping[str, Iterable[str]]) -> Dict[str, None]:
@@ -658,26 +672,25 @@ def find_all_before(tool: str, needs: Mapping[str, Iterable[str]]) -> Dict[str, 
     return found
 
 
-def expand_stages(tools: Mapping[str, Tool],
+def expand_stages(errors: List[UserError], tools: Iterable[str],
                   members: Mapping[str, Tuple[str, ...]]) -> Dict[str, Stage]:
-    """Return every stage with the tools it comes to. Raise UserError for a stage in itself.
+    """Return every stage with the tools it comes to; none, and errors, if one contains itself.
 
     A name that is both is the stage, but the tool inside the stage of that name.
     """
-    from graphlib import CycleError, TopologicalSorter
+    from graphlib import TopologicalSorter
 
     def is_stage(name: str, inside: str) -> bool:
         return name in members and not (name == inside and name in tools)
 
     inner = {stage: [n for n in names if is_stage(n, stage)] for stage, names in members.items()}
-    try:
-        innermost_first = list(TopologicalSorter(inner).static_order())
-    except CycleError as error:
-        path = " -> ".join(reversed(error.args[1]))
-        raise UserError(f"STAGES: a stage contains itself: {path}.",
-                        "Take one of them out of the other.") from None
+    circles = find_circles(inner)
+    if circles:
+        errors += [UserError(f"STAGES: a stage contains itself: {path}.",
+                             "Take one of them out of the other.") for path in circles]
+        return {}
     tools_of: Dict[str, Tuple[str, ...]] = {}
-    for stage in innermost_first:
+    for stage in TopologicalSorter(inner).static_order():
         tools_of[stage] = tuple(dict.fromkeys(
             tool for name in members[stage]
             for tool in (tools_of[name] if is_stage(name, stage) else (name,))))

@@ -437,7 +437,8 @@ def test_a_limit_has_a_name_as_tools_have(name):
 
 
 @pytest.mark.parametrize("limits, fix", [({"dbs": 2}, "Did you mean 'dbs'?"), ({"z": 1}, "Known"),
-                                         ({}, ""), (None, "")])
+                                         ({}, 'Write LIMITS = {"db": 1}'),
+                                         (None, 'Write LIMITS = {"db": 1}')])
 def test_a_use_of_what_limits_do_not_have_is_refused(limits, fix):
     error = refused("uses", {"db": 1}, limits=limits)
 
@@ -586,6 +587,20 @@ def test_each_arrow_of_a_circle_leads_from_a_tool_to_one_that_it_needs():
     assert all(needed in rows[tool]["needs"] for tool, needed in zip(path, path[1:]))
 
 
+def test_each_circle_apart_is_printed_once_and_together_with_other_mistakes():
+    error = str(refusal({
+        "a": {"module": "m", "needs": ["b", "c"]}, "b": {"module": "m", "needs": ["a"]},
+        "c": {"module": "m", "needs": ["d"]}, "d": {"module": "m", "needs": ["c"]},
+        "e": {"module": "m", "needs": ["a", "nobody"]}, "f": {"module": "m", "retries": -1},
+    }, {"s": ["t"], "t": ["s"], "u": ["u"], "v": ["nobody"]}))
+
+    problems = [line for line in error.splitlines() if line[0] != " "]
+    circles = [line.rpartition(": ")[2].rstrip(".") for line in problems if " -> " in line]
+    assert len(problems) == 7 and len(circles) == 4, error
+    assert all(any(circle in rotations(path) for circle in circles)
+               for path in ("a b", "c d", "s t", "u"))
+
+
 def test_a_circle_through_the_readers_of_names_written_twice_is_found():
     """w1 - w2 write x, v1 - v2 write y; v2 reads x, and w2 reads y."""
     error = needs_refusal(
@@ -644,6 +659,23 @@ def test_of_three_writers_of_a_name_each_two_must_be_ordered():
                           w3={"writes": "x"})
 
     assert "'w3'" in error.problem and "in no order" in error.problem
+
+
+def test_all_pairs_of_writers_in_no_order_are_reported_at_once():
+    error = str(needs_refusal(w1={"writes": ["x", "y"]}, w2={"writes": "x"}, w3={"writes": "x"},
+                              w4={"writes": "y"}, a={"needs": ["b"]}, b={"needs": ["a"]}))
+
+    assert [line.partition(": ")[2].partition(" in ")[0]
+            for line in error.splitlines() if "no order" in line] == [
+        "'w1' and 'w2' write 'x'", "'w1' and 'w3' write 'x'", "'w2' and 'w3' write 'x'",
+        "'w1' and 'w4' write 'y'"]
+    assert "a -> b -> a" in error or "b -> a -> b" in error
+
+
+def test_a_mistake_that_may_hide_the_order_of_writers_is_told_alone():
+    error = needs_refusal(w1={"writes": "x"}, w2={"needs": ["w"], "writes": "x"})
+
+    assert has_one_sentence(error, "no tool 'w' to need")
 
 
 def test_a_common_successor_does_not_order_two_writers():
