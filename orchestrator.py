@@ -154,7 +154,8 @@ class Pipeline(NamedTuple):
     """The user's tables, checked. `tools` and `stages` keep the order of the tables.
 
     `needs` gives the tools that each tool waits for, declared or inferred, or ALL_BEFORE.
-    `limits` is how much of each resource there is for those that run together.
+    `limits` is how much of each resource there is for those that run together. `mistakes` are
+    those of the tables, for --check; there are none where anything else gets a pipeline.
     """
     name: str
     tools: Dict[str, Tool]
@@ -162,6 +163,7 @@ class Pipeline(NamedTuple):
     needs: Dict[str, Union[str, Tuple[str, ...]]]
     limits: Dict[str, int]
     get_connection: Callable[[], Any]
+    mistakes: Tuple[UserError, ...] = ()
 
 
 class Step(NamedTuple):
@@ -339,10 +341,22 @@ def merge_errors(errors: Sequence[UserError]) -> UserError:
 # the tables stands here. No input or output: whether a module exists is asked in CALLING.
 
 def load_pipeline(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None,
+                  get_connection: Optional[Callable[[], Any]] = None, **more: Any) -> Pipeline:
+    """Return the checked tables. Raise UserError with every mistake that they hold."""
+    pipeline = read_pipeline(tool_map, stages, get_connection, **more)
+    if pipeline.mistakes:
+        raise merge_errors(pipeline.mistakes)
+    return pipeline
+
+
+def read_pipeline(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None,
                   get_connection: Optional[Callable[[], Any]] = None, *,
                   name: Optional[str] = None,
                   limits: Optional[Mapping[str, Any]] = None) -> Pipeline:
-    """Return the checked tables. Raise UserError with every mistake that they hold."""
+    """Return what is right in the tables, with the mistakes in their rows.
+
+    Raise UserError for tables that can not be read at all.
+    """
     check_table("TOOL_MAP", tool_map)
     check_table("STAGES", {} if stages is None else stages)
     check_table("LIMITS", {} if limits is None else limits)
@@ -360,10 +374,8 @@ def load_pipeline(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any
     expanded = expand_stages(errors, tool_map, members)
     known = make_all(errors, make_limit, limits or {})
     errors += find_wrong_uses(tools, {**dict.fromkeys(limits or {}, 0), **known})
-    if errors:
-        raise merge_errors(errors)
     return Pipeline(name or "pipeline", tools, expanded, needs, known,
-                    get_connection or no_connection)
+                    get_connection or no_connection, tuple(errors))
 
 
 def no_connection() -> None:
@@ -2945,7 +2957,8 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         parser, names = make_parser(add_arguments)
         options, arguments = parse_arguments(parser, names, argv)
         verbose = options.verbose
-        pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
+        load = read_pipeline if options.command is command_check else load_pipeline
+        pipeline = load(tool_map, stages, get_connection, name=name, limits=limits)
         code = options.command(pipeline, options, arguments, argv)
         if not getattr(sys.stdout, "closed", True):
             show("", end="")  # what tools printed last goes out while a failure can be told
@@ -3145,15 +3158,17 @@ def command_plan(pipeline: Pipeline, options: Any, arguments: Mapping[str, Any],
 
 def command_check(pipeline: Pipeline, options: Any, arguments: Mapping[str, Any],
                   argv: Sequence[str]) -> int:
-    """Read every module, and report all mistakes."""
-    for target in options.targets:
-        expand_target(pipeline, target)
-    mistakes = find_mistakes(pipeline.tools.values(), {*arguments, "conn", "context"})
+    """Report all mistakes in the tables and in the modules that they name."""
+    if not pipeline.mistakes:
+        for target in options.targets:
+            expand_target(pipeline, target)
+    mistakes = [*pipeline.mistakes,
+                *find_mistakes(pipeline.tools.values(), {*arguments, "conn", "context"})]
     for mistake in mistakes:
         show(str(mistake))
     count = len(pipeline.tools)
-    show(f"{count} tool{'s' * (count > 1)} read, {len(mistakes) or 'no'} "
-          f"mistake{'s' * (len(mistakes) != 1)} found")
+    show(f"{count} tool{'s' * (count != 1)} read, {len(mistakes) or 'no'} "
+         f"mistake{'s' * (len(mistakes) != 1)} found")
     return EXIT_USAGE if mistakes else EXIT_SUCCESS
 
 

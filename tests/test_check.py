@@ -53,6 +53,28 @@ def test_a_pipeline_without_mistakes_ends_with_success(sandbox, check):
     assert check({"a": "ck_a", "b": "ck_b"}) == (0, ["2 tools read, no mistakes found"])
 
 
+def test_mistakes_of_the_tables_and_of_the_modules_are_told_together(sandbox, check):
+    sandbox.tool("ck_a", "def run(conn: pass").tool("ck_b", "def run(): pass")
+
+    code, lines = check({"a": "ck_a", "b": {"module": "ck_b", "retry": 1}, "c": "ck_missing",
+                         "d": {"module": "ck_b", "needs": ["b", "nobody"]}}, limits={"db": 0})
+
+    assert code == 2
+    assert lines[-1] == "3 tools read, 5 mistakes found"
+    for part in ("TOOL_MAP['b']: there is no option 'retry'", "no tool 'nobody'", "LIMITS['db']",
+                 "ck_a.py:1: ", "TOOL_MAP['c']: there is no module"):
+        assert [part in line for line in lines].count(True) == 1, part
+
+
+def test_the_modules_are_read_also_where_the_graph_has_no_order(sandbox, check):
+    sandbox.tool("ck_a", "def walk(): pass")
+
+    code, lines = check({"a": {"module": "ck_a", "needs": ["b"]},
+                         "b": {"module": "ck_a", "needs": ["a"]}})
+
+    assert code == 2 and "in a circle" in lines[0] and "ck_a.py:1: " in lines[2]
+
+
 def test_no_module_is_imported(check_source):
     assert is_clean(check_source(RAISES + "def run(conn): pass"))
 
