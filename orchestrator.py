@@ -706,6 +706,10 @@ def expand_stages(errors: List[UserError], tools: Iterable[str],
         tools_of[stage] = tuple(dict.fromkeys(
             tool for name in members[stage]
             for tool in (tools_of[name] if is_stage(name, stage) else (name,))))
+    errors += [UserError(f"STAGES[{stage!r}]: a tool has this name too and is not in the stage, so "
+                         "that nothing could name it.", "Rename the one or the other.")
+               for stage, found in tools_of.items()
+               if stage in tools and stage not in found and {*found} <= {*tools}]
     return {stage: Stage(stage, names, tools_of[stage]) for stage, names in members.items()}
 
 

@@ -254,6 +254,15 @@ def test_a_stage_that_contains_itself_is_reported_as_a_path(stages, paths):
     assert any(f": {path}." in error.problem for path in paths)
 
 
+@pytest.mark.parametrize("members", [["parse"], ["ingest"], []])
+def test_a_stage_with_the_name_of_a_tool_that_is_not_in_it_is_refused(members):
+    error = refusal(TOOLS, {"ingest": ["fetch"], "render": members, "full": ["render"]})
+
+    assert has_one_sentence(error, "STAGES['render']: a tool has this name too", "Rename")
+    error = refusal(TOOLS, {"render": ["rendr"]})
+    assert has_one_sentence(error, "no tool or stage 'rendr'")
+
+
 def test_all_mistakes_are_reported_at_once_each_with_its_way_out():
     error = str(refusal(
         {"fetch": "tools/fetch", "parse": {"modul": "tools.parse"}, "-x": "tools.x",
@@ -819,6 +828,8 @@ def test_whatever_the_reads_and_writes_each_reader_comes_after_its_writers_or_be
     ("LIMITS = []", [], "LIMITS is a list, not a dict.", "LIMITS = {"),
     ("", ["--exlude", "fetch"], "There is no flag '--exlude'.", "Did you mean '--exclude'?"),
     ("", ["nothing"], "Nothing is left to run.", "--list"),
+    ('STAGES["fetch"] = ["parse"]', ["parse"],
+     "STAGES['fetch']: a tool has this name too and is not in the stage", "Rename"),
     ("def format_table(): pass", [], "format_table", "Rename"),
     ("from time import time", [], "time", "Rename"),
 ])
