@@ -3036,6 +3036,20 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
         show(message, end="")
 
+    def format_help(self) -> str:
+        """Return the help. Raise UserError for a flag whose help argparse could not show."""
+        for action in self._actions:
+            text = str(action.help or "").replace("%%", "")
+            try:
+                if re.search(r"%(?!\()", text):
+                    raise ValueError(text)
+                text % {**vars(action), "prog": self.prog}
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"add_arguments(): a % in the help of {action.option_strings[0]} "
+                                "does not begin a name such as %(default)s.",
+                                "Write %% for a percent sign.") from None
+        return super().format_help()
+
     def error(self, message: str) -> Any:
         """Raise UserError with argparse's sentence."""
         raise UserError(message[:1].upper() + message[1:] + ".", f"See {self.prog} --help.")

@@ -140,6 +140,21 @@ def test_help_shows_the_groups_of_add_arguments_after_the_engines(sandbox):
                      "arguments of the tools:", "days:"]
 
 
+@pytest.mark.parametrize("text", ["5 % off", "at least 100%", "100% sure", "as %(defualt)s"])
+def test_a_percent_sign_that_help_could_not_show_is_told_with_its_flag(sandbox, text):
+    sandbox.pipeline(f'''
+        TOOL_MAP = {{"t": "t"}}
+        def add_arguments(parser):
+            parser.add_argument("--good", default="x", help="10 %% of %(default)s, %(prog)s")
+            parser.add_argument("--share", help="{text}")
+    ''').tool("t", "def run(): pass")
+    ended = sandbox.run("--help")
+    assert (ended.code, ended.out) == (2, "") and "Traceback" not in ended.err
+    if sys.version_info < (3, 14):  # which refuses most of these by itself
+        assert "in the help of --share" in ended.err and "Write %% for" in ended.err
+        assert sandbox.run().code == 0
+
+
 def test_version_names_the_engine_and_python(three):
     assert three.run("--version").out == (
         f"orchestrator.py {VERSION}, Python {sys.version.split()[0]}\n")
