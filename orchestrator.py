@@ -81,6 +81,11 @@ from typing import (
     Tuple, Union,
 )
 
+if sys.version_info < (3, 9):  # so all of this file is written in what 3.6 can read
+    sys.stderr.write("orchestrator.py needs Python 3.9 or newer; this is %d.%d.%d.\n"
+                     % sys.version_info[:3])
+    sys.exit(2)
+
 VERSION = "1.0.0"
 _ENGINE_FILE = _YOURS["__file__"]
 _CODE = sys._getframe().f_code  # of this whole file, yours and the engine's

@@ -1,9 +1,12 @@
 """The order of the house: one mark, rooms that only look up, effects that stay in their rooms."""
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 import symtable
+from pathlib import Path
 
 import pytest
 from conftest import TOP
@@ -209,8 +212,10 @@ def test_no_room_reads_a_name_of_the_users_part_but_the_last_lines():
 # --- effects ---
 
 @pytest.mark.parametrize("names, rooms", [
-    (("print", "input", "sys.exit", "exit", "sys.argv"), {"DOOR"}),
-    (("sys.stdout", "sys.stderr", "sys.stdin"), {"WORKERS", "DOOR"}),  # a worker's lead to a file
+    (("print", "input", "exit", "sys.argv"), {"DOOR"}),
+    (("sys.exit",), {"MARK", "DOOR"}),  # at the mark, of a Python that is too old
+    (("sys.stdout", "sys.stdin"), {"WORKERS", "DOOR"}),  # a worker's lead to a file
+    (("sys.stderr",), {"MARK", "WORKERS", "DOOR"}),
     (("sqlite3", "psycopg", "duckdb"), {"CONNECTION"}),
     (("importlib.import_module", "importlib.util.find_spec"), {"CALLING"}),
     (("sys.modules", "open"), {"CALLING", "WORKERS", "DOOR"}),
@@ -288,6 +293,23 @@ def test_only_the_standard_library_is_imported():
 
 def test_no_part_of_the_file_needs_a_future():
     assert "__future__" not in SOURCE
+
+
+@pytest.mark.parametrize("minor", [6, 7, 8])
+def test_a_python_that_is_too_old_is_told_so_in_one_sentence(minor):
+    root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    found = [*root.glob(f"versions/3.{minor}.*/bin/python"),
+             *filter(None, [shutil.which(f"python3.{minor}")])]
+    if not found:
+        pytest.skip("it is not here")
+
+    ended = subprocess.run([str(found[0]), "-B", str(TOP / "orchestrator.py"), "--list"],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+                           timeout=60)
+
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.fullmatch(rf"orchestrator.py needs Python 3.9 or newer; this is 3.{minor}.\d+.\n",
+                        ended.stderr)
 
 
 @pytest.mark.parametrize("above", ["", "from __future__ import annotations\n"])
