@@ -14,7 +14,6 @@ Whatever run() wrote through `conn` is committed when it succeeds and rolled bac
 
 Everything that you edit stands above the ENGINE mark. Nothing below it needs to be read.
 """
-from pathlib import Path
 
 # === YOUR PIPELINE === edit from here ============================================================
 
@@ -37,6 +36,7 @@ STAGES = {  # a stage's name: its tools, and other stages
 def get_connection():
     """Return the connection that every tool gets as `conn`; None if there is no database."""
     import sqlite3
+    from pathlib import Path
     return sqlite3.connect(Path(__file__).with_name("data.db"))
 
 

@@ -328,8 +328,8 @@ def test_the_engine_imports_alone_and_says_nothing(tmp_path, above):
 def test_importing_the_file_loads_nothing_slow(tmp_path):
     # What only some commands need is imported inside functions; each of these costs 2 to 20 ms.
     slow = ["ast", "asyncio", "dataclasses", "graphlib", "difflib", "inspect", "json", "logging",
-            "multiprocessing", "sqlite3", "subprocess", "traceback", "unittest", "concurrent",
-            "pickle", "random", "select", "shutil", "socket", "tempfile", "threading"]
+            "multiprocessing", "pathlib", "sqlite3", "subprocess", "traceback", "unittest",
+            "concurrent", "pickle", "random", "select", "shutil", "socket", "tempfile", "threading"]
     use = ("import sys; sys.path.insert(0, sys.argv[1]); before = set(sys.modules); "
            "import orchestrator; print(*sorted(set(sys.modules) - before))")
 

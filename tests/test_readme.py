@@ -99,6 +99,13 @@ def test_every_python_block_is_python():
         compile(body, "README.md", "exec")
 
 
+def test_every_get_connection_of_the_readme_imports_what_it_uses(tmp_path):
+    for body in blocks("python", "sqlite3.connect(Path"):
+        names = {"__file__": str(tmp_path / "orchestrator.py")}
+        exec(body, names)
+        names["get_connection"]().close()
+
+
 @pytest.mark.parametrize("hook", ["def add_arguments", "PRAGMA"])
 def test_a_hook_of_the_readme_works_above_the_mark(copied, hook):
     tables = blocks("python", "TOOL_MAP = {")[0]
@@ -118,8 +125,7 @@ def test_the_python_lines_of_the_readme_run(copied):
 
 def test_a_second_pipeline_runs_on_the_same_engine(copied):
     copied.pipeline(blocks("python", "TOOL_MAP = {")[0])
-    tables = "from pathlib import Path\n" + blocks("python", "TOOL_MAP = {")[0]
     (copied.folder / "second.py").write_text(
-        tables + blocks("python", "from orchestrator import main")[0])
+        blocks("python", "TOOL_MAP = {")[0] + blocks("python", "from orchestrator import main")[0])
     assert "report" in run("python second.py --list", copied.folder).stdout
     assert run("python second.py", copied.folder).returncode == 0
