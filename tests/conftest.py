@@ -1,5 +1,8 @@
 """A sandbox that copies the one file into an empty folder and runs it as a person would."""
+import contextlib
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -65,7 +68,6 @@ class Sandbox:
 
     def query(self, sql, *values):
         """Return the rows of a query on the pipeline's data.db."""
-        import sqlite3
         conn = sqlite3.connect(self.folder / "data.db")
         try:
             return conn.execute(sql, values).fetchall()
@@ -81,6 +83,43 @@ class Ended:
 
     def __repr__(self):
         return f"exit {self.code}\n--- out\n{self.out}\n--- err\n{self.err}"
+
+
+MODES = {"one after another": (), "side by side": ("--jobs", "4")}
+
+
+class Example:
+    """A copy of the engine and of a pipeline in example/, without what runs have left there."""
+
+    def __init__(self, folder, name):
+        self.folder, self.name = folder, name
+        self.home = folder / "example" / name
+        shutil.copy(TOP / "orchestrator.py", folder)
+        shutil.copytree(TOP / "example" / name, self.home,
+                        ignore=shutil.ignore_patterns("*.db*", "__pycache__"))
+
+    def run(self, *words, program=None, cwd=None):
+        """Run the pipeline as its docstring says, or by another way to start it."""
+        ended = subprocess.run(
+            [sys.executable, *(program or ["-m", f"example.{self.name}.pipeline"]), *words],
+            cwd=cwd or self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+            encoding="utf-8", timeout=60)
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+    def connect(self):
+        """Return a connection to the pipeline's database, which closes itself after a `with`."""
+        return contextlib.closing(sqlite3.connect(self.home / f"{self.name}.db"))
+
+    def query(self, sql):
+        """Return the rows of a query on the pipeline's database."""
+        with self.connect() as conn:
+            return conn.execute(sql).fetchall()
+
+    def dump(self):
+        """Return all that is in the database, whatever the order in which it came there."""
+        with self.connect() as conn:
+            return sorted(conn.iterdump())
 
 
 @pytest.fixture

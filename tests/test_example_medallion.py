@@ -6,60 +6,19 @@
                       (and silver_trips)
 """
 import json
-import os
 import shlex
 import shutil
-import sqlite3
-import subprocess
-import sys
 
 import pytest
-from conftest import TOP, Ended, summary
+from conftest import MODES, TOP, Example, summary
 
-FOLDER = os.path.join("example", "medallion")
 MISSING_END = '"docks": 8}]\n'  # what the docstring of the pipeline appends to stations.json
-MODES = {"one after another": (), "side by side": ("--jobs", "4")}
-
-
-def copy_pipeline(folder):
-    """Copy the engine and this example, without what runs have left there."""
-    shutil.copy(TOP / "orchestrator.py", folder)
-    shutil.copytree(TOP / FOLDER, folder / FOLDER,
-                    ignore=shutil.ignore_patterns("*.db*", "__pycache__"))
-    return folder
 
 
 def mend(sources):
     """Complete the broken file in a folder of sources."""
     with (sources / "stations.json").open("a", encoding="utf-8") as file:
         file.write(MISSING_END)
-
-
-def run(folder, *words, program=("-m", "example.medallion.pipeline"), cwd=None):
-    """Run the pipeline as its docstring says, or by another way to start it."""
-    ended = subprocess.run(
-        [sys.executable, *program, *words], cwd=cwd or folder, stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"}, encoding="utf-8",
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-    return Ended(ended.returncode, ended.stdout, ended.stderr)
-
-
-def query(folder, sql):
-    """Return the rows of a query on the pipeline's database."""
-    conn = sqlite3.connect(folder / FOLDER / "medallion.db")
-    try:
-        return conn.execute(sql).fetchall()
-    finally:
-        conn.close()
-
-
-def dump(folder):
-    """Return all that is in the database, whatever the order in which it came there."""
-    conn = sqlite3.connect(folder / FOLDER / "medallion.db")
-    try:
-        return sorted(conn.iterdump())
-    finally:
-        conn.close()
 
 
 def statuses(ended):
@@ -73,22 +32,22 @@ def statuses(ended):
 @pytest.fixture
 def pipeline(tmp_path):
     """A copy of the pipeline that has never run."""
-    return copy_pipeline(tmp_path)
+    return Example(tmp_path, "medallion")
 
 
 @pytest.fixture
 def mended(tmp_path):
     """A folder of sources in which nothing is broken."""
-    shutil.copytree(TOP / FOLDER / "sources", tmp_path / "mended")
+    shutil.copytree(TOP / "example" / "medallion" / "sources", tmp_path / "mended")
     mend(tmp_path / "mended")
     return tmp_path / "mended"
 
 
 @pytest.fixture(scope="module", params=MODES.values(), ids=MODES)
 def broken(request, tmp_path_factory):
-    """A copy that has run once with its broken source: (folder, how it ended, the flags)."""
-    folder = copy_pipeline(tmp_path_factory.mktemp("medallion"))
-    return folder, run(folder, *request.param), request.param
+    """A copy that has run once with its broken source: (copy, how it ended, the flags)."""
+    copy = Example(tmp_path_factory.mktemp("medallion"), "medallion")
+    return copy, copy.run(*request.param), request.param
 
 
 def test_the_broken_source_fails_the_run_and_skips_exactly_what_needs_it(broken):
@@ -110,11 +69,11 @@ def test_each_skipped_tool_names_the_broken_source_and_not_its_neighbour(broken)
 
 
 def test_what_does_not_need_the_broken_source_is_whole(broken):
-    folder, _, _ = broken
-    assert query(folder, "SELECT * FROM gold_days") == [
+    copy, _, _ = broken
+    assert copy.query("SELECT * FROM gold_days") == [
         ("2024-06-01", 4, 77, 0.0), ("2024-06-02", 2, 36, 11.5), ("2024-06-03", 3, 42, 0.4)]
     for empty in ("silver_stations", "gold_stations"):
-        assert query(folder, f"SELECT count(*) FROM {empty}") == [(0,)]
+        assert copy.query(f"SELECT count(*) FROM {empty}") == [(0,)]
 
 
 def test_the_report_is_printed_all_the_same_and_says_what_is_not_renewed(broken):
@@ -124,58 +83,58 @@ def test_the_report_is_printed_all_the_same_and_says_what_is_not_renewed(broken)
 
 
 def test_both_modes_end_in_the_same_tables_and_print_the_same(broken, pipeline):
-    folder, ended, _ = broken
-    other = run(pipeline, "--jobs", "2")
+    copy, ended, _ = broken
+    other = pipeline.run("--jobs", "2")
     assert (other.code, other.out) == (ended.code, ended.out)
-    assert dump(pipeline) == dump(folder)
+    assert pipeline.dump() == copy.dump()
 
 
 def test_a_second_broken_run_changes_nothing(broken):
-    folder, first, flags = broken
-    before = dump(folder)
-    again = run(folder, *flags)
+    copy, first, flags = broken
+    before = copy.dump()
+    again = copy.run(*flags)
     assert (again.code, again.out) == (1, first.out)
-    assert dump(folder) == before
+    assert copy.dump() == before
 
 
 @pytest.mark.parametrize("flags", MODES.values(), ids=MODES)
 def test_with_mended_sources_the_whole_succeeds_and_twice_is_as_good_as_once(
         pipeline, mended, flags):
-    ended = run(pipeline, "--sources", str(mended), *flags)
+    ended = pipeline.run("--sources", str(mended), *flags)
     assert ended.code == 0, ended
     assert set(statuses(ended)) == {"success"} and "NOT RENEWED" not in ended.out
-    assert query(pipeline, "SELECT * FROM gold_stations ORDER BY 1") == [
+    assert pipeline.query("SELECT * FROM gold_stations ORDER BY 1") == [
         ("Central Square", 4, 4 / 24), ("Harbour", 2, 2 / 8), ("Museum", 3, 3 / 16)]
-    before = dump(pipeline)
-    assert run(pipeline, "--sources", str(mended), *flags).code == 0
-    assert dump(pipeline) == before
+    before = pipeline.dump()
+    assert pipeline.run("--sources", str(mended), *flags).code == 0
+    assert pipeline.dump() == before
 
 
 @pytest.mark.parametrize("flags", MODES.values(), ids=MODES)
 def test_a_broken_run_leaves_what_the_last_good_one_knew_of_that_source(
         pipeline, mended, flags):
-    assert run(pipeline, "--sources", str(mended), *flags).code == 0
-    before = dump(pipeline)
-    ended = run(pipeline, *flags)
+    assert pipeline.run("--sources", str(mended), *flags).code == 0
+    before = pipeline.dump()
+    ended = pipeline.run(*flags)
     assert ended.code == 1 and "NOT RENEWED" in ended.out
-    assert dump(pipeline) == before
+    assert pipeline.dump() == before
 
 
 @pytest.mark.parametrize("flags", MODES.values(), ids=MODES)
 def test_once_the_source_is_mended_the_printed_command_finishes_the_work(
         pipeline, mended, tmp_path_factory, flags):
-    ended = run(pipeline, *flags)
-    mend(pipeline / FOLDER / "sources")
+    ended = pipeline.run(*flags)
+    mend(pipeline.home / "sources")
     command = ended.err[ended.err.rindex("\nNext: ") + len("\nNext: "):].splitlines()[0]
-    again = run(pipeline, program=shlex.split(command)[1:])
+    again = pipeline.run(program=shlex.split(command)[1:])
     assert again.code == 0, again
-    whole = copy_pipeline(tmp_path_factory.mktemp("whole"))
-    assert run(whole, "--sources", str(mended)).code == 0
-    assert dump(pipeline) == dump(whole)
+    whole = Example(tmp_path_factory.mktemp("whole"), "medallion")
+    assert whole.run("--sources", str(mended)).code == 0
+    assert pipeline.dump() == whole.dump()
 
 
 def test_the_plan_puts_each_layer_into_a_wave_of_its_own_and_the_report_last(pipeline):
-    plan = json.loads(run(pipeline, "--plan", "--json", "--jobs", "4").out)
+    plan = json.loads(pipeline.run("--plan", "--json", "--jobs", "4").out)
     layers = {1: "bronze", 2: "silver", 3: "gold", 4: "report"}
     assert [step["tool"].split("_")[0] for step in plan["steps"]] \
         == [layers[step["wave"]] for step in plan["steps"]]
@@ -183,27 +142,27 @@ def test_the_plan_puts_each_layer_into_a_wave_of_its_own_and_the_report_last(pip
 
 
 def test_the_tools_after_the_broken_source_are_what_its_name_with_a_plus_means(pipeline):
-    plan = json.loads(run(pipeline, "--plan", "--json", "bronze_stations+").out)
+    plan = json.loads(pipeline.run("--plan", "--json", "bronze_stations+").out)
     assert [step["tool"] for step in plan["steps"]] == [
         "bronze_stations", "silver_stations", "gold_stations", "report"]
 
 
 def test_a_layer_is_a_stage_that_runs_by_itself(pipeline):
-    assert set(summary(run(pipeline, "bronze").err)) == {
+    assert set(summary(pipeline.run("bronze").err)) == {
         "bronze_trips", "bronze_stations", "bronze_weather"}
-    assert query(pipeline, "SELECT DISTINCT source FROM bronze ORDER BY 1") == [
+    assert pipeline.query("SELECT DISTINCT source FROM bronze ORDER BY 1") == [
         ("trips",), ("weather",)]
 
 
 def test_the_file_may_also_be_run_by_its_path_from_any_folder(broken, pipeline, tmp_path_factory):
-    folder, first, flags = broken
-    ended = run(pipeline, *flags, program=(str(pipeline / FOLDER / "pipeline.py"),),
-                cwd=tmp_path_factory.mktemp("elsewhere"))
+    copy, first, flags = broken
+    ended = pipeline.run(*flags, program=(str(pipeline.home / "pipeline.py"),),
+                         cwd=tmp_path_factory.mktemp("elsewhere"))
     assert (ended.code, ended.out) == (1, first.out)
-    assert dump(pipeline) == dump(folder)
+    assert pipeline.dump() == copy.dump()
 
 
 def test_the_medallion_has_no_mistakes_to_check(pipeline):
-    ended = run(pipeline, "--check")
+    ended = pipeline.run("--check")
     assert ended.code == 0 and "9 tools read, no mistakes found" in ended.out, ended
-    assert not (pipeline / FOLDER / "medallion.db").exists()
+    assert not (pipeline.home / "medallion.db").exists()
