@@ -718,6 +718,17 @@ def expand_stages(errors: List[UserError], tools: Iterable[str],
     return {stage: Stage(stage, names, tools_of[stage]) for stage, names in members.items()}
 
 
+def check_arguments(arguments: Any) -> None:
+    """Raise UserError if tools could not get this as arguments by name."""
+    check_table("arguments", arguments)
+    for name in arguments:
+        if not isinstance(name, str):
+            raise UserError(f"arguments: the name {name!r} is {format_type(name)}, not text.",
+                            "Put it in quotes.")
+        if name in RESERVED_ARGUMENTS:
+            raise UserError(f"arguments: {name!r} is the engine's own.", "Choose another name.")
+
+
 def format_type(value: Any) -> str:
     """Return the type of a value for a sentence: `a list`, `an int`."""
     kind = type(value).__name__
@@ -731,14 +742,20 @@ def format_type(value: Any) -> str:
 DEFAULT_STAGE = "full"
 
 
-def make_plan(pipeline: Pipeline, targets: Sequence[str] = (), *, exclude: Sequence[str] = (),
-              start_from: Optional[str] = None, jobs: int = 1) -> Plan:
+def make_plan(pipeline: Pipeline, targets: Union[None, str, Iterable[str]] = (), *,
+              exclude: Union[None, str, Iterable[str]] = (), start_from: Optional[str] = None,
+              jobs: int = 1) -> Plan:
     """Return the plan for some targets; without any, of the stage `full` or else of all tools.
 
     Raise UserError for a word that is neither a stage nor a tool, and if nothing is left to run.
     """
+    targets = read_targets("targets", targets)
+    exclude = read_targets("exclude", exclude)
+    if not isinstance(start_from, (str, type(None))):
+        raise UserError(f"start_from is {start_from!r}, not a name.",
+                        'Give one stage or tool: start_from="fetch".')
     if not targets and DEFAULT_STAGE in pipeline.stages:
-        targets = (DEFAULT_STAGE,)
+        targets = [DEFAULT_STAGE]
     reasons: Dict[str, str] = {}
     for target in targets:
         for tool, reason in expand_reasons(pipeline, target).items():
@@ -751,6 +768,16 @@ def make_plan(pipeline: Pipeline, targets: Sequence[str] = (), *, exclude: Seque
         raise UserError("Nothing is left to run.", "Name a target that holds a tool, or take "
                         "something out of --exclude; --list shows them all.")
     return make_steps(pipeline, order, reasons, jobs)
+
+
+def read_targets(where: str, value: Any) -> List[str]:
+    """Return a list of names; a single text stands for a list of it, None for none."""
+    is_list = isinstance(value, Iterable) and not isinstance(value, str)
+    names = list(value) if is_list else [] if value is None else [value]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where} is {value!r}, not a list of names.",
+                        f'Give stages and tools: {where}=["fetch"].')
+    return names
 
 
 def make_steps(pipeline: Pipeline, order: Sequence[str], reasons: Mapping[str, str],
@@ -2788,12 +2815,10 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     would have done without it.
     """
     pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
-    plan = make_plan(pipeline, [targets] if isinstance(targets, str) else targets,
-                     exclude=exclude, start_from=start_from, jobs=count_jobs(jobs))
+    plan = make_plan(pipeline, targets, exclude=exclude, start_from=start_from,
+                     jobs=count_jobs(jobs))
     arguments = {} if arguments is None else arguments
-    for reserved in RESERVED_ARGUMENTS:
-        if reserved in arguments:
-            raise UserError(f"arguments: {reserved!r} is the engine's own.", "Choose another name.")
+    check_arguments(arguments)
     result = run_plan(pipeline, plan, arguments, fail_fast=fail_fast, verbose=verbose,
                       grace_s=grace_s, on_event=on_event or (lambda event: None))
     if result.signal is not None:
@@ -3285,9 +3310,7 @@ class Screen:
         if self.is_terminal and not self.quiet and event.at - self.shown_s >= 0.1:
             self.shown_s, self.is_live = event.at, True
             line = format_progress(event, self.width, event.at - self.started_s)
-            self.stream.write("\r" + line[:os.get_terminal_size(self.stream.fileno()).columns - 1]
-                              + "\x1b[K")
-            self.stream.flush()
+            say("\r" + line[:find_columns(self.stream) - 1] + "\x1b[K", self.stream, end="")
 
     def write(self, text: str) -> None:
         """Write a line, over the live one."""
@@ -3299,6 +3322,14 @@ class Screen:
         except (AttributeError, OSError, ValueError):
             pass  # it is closed
         say(text, self.stream)
+
+
+def find_columns(terminal: Any) -> int:
+    """Return the width of a terminal, or what is usual where it does not tell."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 def write_bytes(stream: Any, content: bytes) -> None:
@@ -3338,11 +3369,11 @@ def fit(text: str, stream: Any) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def say(text: str, stream: Any = None) -> None:
+def say(text: str, stream: Any = None, end: str = "\n") -> None:
     """Write a line to stderr: what there is to say beside that."""
     stream = sys.stderr if stream is None else stream
     try:
-        stream.write(fit(text, stream) + "\n")
+        stream.write(fit(text, stream) + end)
         stream.flush()
     except (OSError, ValueError, AttributeError):
         pass  # nobody reads it, or there is none (pythonw): no reason for a run to end

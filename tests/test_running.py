@@ -29,6 +29,31 @@ def test_tools_run_in_the_order_of_the_plan(modules):
     assert result.results == {"c": [], "a": ["c"]}
 
 
+@pytest.mark.parametrize("targets, more, ran", [
+    (None, {}, "abcd"), ("a", {}, "a"), (iter("ca"), {}, "ca"), (dict.fromkeys("ca"), {}, "ca"),
+    ([], {"exclude": "b"}, "acd"), ([], {"exclude": None}, "abcd"),
+    (None, {"start_from": "c"}, "cd"),
+])
+def test_run_pipeline_takes_what_is_obvious(modules, targets, more, ran):
+    modules(works=WORKS)
+    assert run_pipeline(targets, dict.fromkeys("abcd", "works"), **more).succeeded == [*ran]
+
+
+@pytest.mark.parametrize("targets, more, says", [
+    ([1], {}, r"targets is \[1\], not a list of names."),
+    (5, {}, "targets is 5, not a list of names."),
+    ([["a"]], {}, "not a list of names."),
+    (["a"], {"exclude": [None]}, r"exclude is \[None\], not a list of names."),
+    (["a"], {"start_from": ["a"]}, r"start_from is \['a'\], not a name."),
+    (["a"], {"arguments": ["a"]}, "arguments is a list, not a dict."),
+    (["a"], {"arguments": {1: 2}}, "arguments: the name 1 is an int, not text."),
+])
+def test_run_pipeline_refuses_what_it_can_not_read_with_a_sentence(modules, targets, more, says):
+    modules(works="raise SystemExit('imported')")
+    with pytest.raises(UserError, match=says):
+        run_pipeline(targets, {"a": "works"}, **more)
+
+
 def test_after_a_failure_the_rest_is_skipped_with_its_cause(modules):
     modules(works=WORKS, fails=FAILS)
     result = run_pipeline([], TOOLS)
