@@ -3134,8 +3134,8 @@ def add_flags(parser: Parser) -> None:
                           'it; none means the stage "full", or else every tool')
     run.add_argument("--exclude", action="append", default=[], metavar="NAME",
                      help="leave out this tool or stage (may be repeated)")
-    run.add_argument("--from", dest="start_from", metavar="TOOL",
-                     help="begin at this tool, leaving out those before it")
+    run.add_argument("--from", dest="start_from", metavar="NAME",
+                     help="begin at this tool or stage, leaving out what is before it")
     run.add_argument("-j", "--jobs", type=int, default=1, metavar="N",
                      help="run up to N tools side by side; 0 means one for each core")
     run.add_argument("-x", "--fail-fast", action="store_true",

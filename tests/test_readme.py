@@ -79,6 +79,14 @@ def test_the_first_command_makes_the_page(example):
     assert "<svg" in (example / "output" / "flights.html").read_text(encoding="utf-8")
 
 
+def test_the_file_may_have_any_name(copied):
+    (copied.folder / "orchestrator.py").rename(copied.folder / "nightly.py")
+    assert copied.run(file="nightly.py").code == 0
+    ended = copied.run("nobody", file="nightly.py")
+    assert ended.code == 2 and "no tool or stage 'nobody'" in ended.err
+    assert "usage: nightly.py" in copied.run("--help", file="nightly.py").out
+
+
 @pytest.mark.parametrize("command", [c for kind, body in BLOCKS if kind == "sh"
                                      for c in commands(body) if "orchestrator.py" in c])
 def test_a_command_of_the_readme_works_in_the_pipeline_that_it_tells_to_write(copied, command):
