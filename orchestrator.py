@@ -2976,15 +2976,14 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
          get_connection: Optional[Callable[[], Any]] = None, *,
          argv: Optional[Sequence[str]] = None, name: Optional[str] = None,
          add_arguments: Optional[Callable[[Any], None]] = None,
-         limits: Optional[Mapping[str, int]] = None,
-         yours: Mapping[str, Any] = {}) -> int:
+         limits: Optional[Mapping[str, int]] = None, yours: Mapping[str, Any] = {}) -> int:
     """Do what the command line says and return the exit code.
 
     argv: the words after the program's name, by default sys.argv's. yours: what stands above the
     ENGINE mark, by name.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    verbose, code = False, EXIT_SUCCESS
+    verbose, code = "-v" in argv or "--verbose" in argv, EXIT_SUCCESS
     try:
         check_not_hidden(yours)
         check_spelling(yours)
@@ -3025,18 +3024,18 @@ def check_not_hidden(yours: Mapping[str, Any]) -> None:
                         + ", ".join(hidden) + ".",
                         "Rename yours, or put them into a module of your own.")
     hiding = [name for name in names if getattr(builtins, name, yours[name]) is not yours[name]
-              and any(uses_name(each, name) for each in _CODE.co_consts
-                      if getattr(each, "co_firstlineno", 0) > _ENGINE_LINE)]
+              and engine_uses(name)]
     if hiding:
         raise UserError("Above the ENGINE mark, your names hide Python's own, which the engine "
                         "uses: " + ", ".join(hiding) + ".",
                         "Rename yours, or import single names instead of *.")
 
 
-def uses_name(code: Any, name: str) -> bool:
-    """Return whether compiled code, or a function in it, names something of this name."""
-    return name in code.co_names or any(
-        uses_name(each, name) for each in code.co_consts if hasattr(each, "co_consts"))
+def engine_uses(name: str, code: Any = _CODE) -> bool:
+    """Return whether a function of the engine names something so."""
+    return code is not _CODE and name in code.co_names or any(
+        engine_uses(name, each) for each in code.co_consts
+        if getattr(each, "co_firstlineno", 0) > _ENGINE_LINE)
 
 
 HOOKS = ("TOOL_MAP", "STAGES", "LIMITS", "get_connection", "add_arguments")
@@ -3044,20 +3043,25 @@ HOOKS = ("TOOL_MAP", "STAGES", "LIMITS", "get_connection", "add_arguments")
 
 def check_spelling(yours: Mapping[str, Any]) -> None:
     """Raise UserError if a hook is missing, but a name very near to it is there."""
-    errors = []
-    for hook in HOOKS:
-        near = {} if hook in yours else {
-            name.lower(): name for name, value in yours.items() if name not in HOOKS
-            and (isinstance(value, Mapping) if hook.isupper() else callable(value))
-            and name[0] != "_" and len(set(hook.lower()) ^ set(name.lower())) < 4}
-        if near:
-            from difflib import get_close_matches
-            for name in get_close_matches(hook.lower(), near, 1, 0.8 if hook.isupper() else 0.9):
-                errors.append(UserError(
-                    f"There is no {hook} above the ENGINE mark, but {near[name]!r}.",
-                    f"Did you mean {hook}? If not, choose a name that is less like it."))
+    errors = [UserError(f"There is no {hook} above the ENGINE mark, but {name!r}.",
+                        f"Did you mean {hook}? If not, choose a name that is less like it.")
+              for hook in HOOKS if hook not in yours for name in find_near(hook, yours)]
     if errors:
         raise merge_errors(errors)
+
+
+def find_near(hook: str, yours: Mapping[str, Any]) -> List[str]:
+    """Return the table or function, as the hook is one, that was most likely meant for it."""
+    is_table = hook.isupper()
+    names = {name.lower(): name for name, value in yours.items()
+             if (isinstance(value, Mapping) if is_table else callable(value))
+             and name[0] != "_" and name not in HOOKS
+             and len(set(hook.lower()) ^ set(name.lower())) < 4}  # difflib takes 2 ms to import
+    if not names:
+        return []
+    from difflib import get_close_matches
+    found = get_close_matches(hook.lower(), names, 1, 0.8 if is_table else 0.9)
+    return [names[name] for name in found]
 
 
 class Parser(argparse.ArgumentParser):
@@ -3177,7 +3181,7 @@ def parse_arguments(parser: Parser, names: Sequence[str],
     if options.json and options.command not in (command_list, command_plan):
         raise UserError("--json goes with --list or --plan.", "Add one of them.")
     if required and options.command is command_run:
-        for each in required:
+        for each in required:  # argparse itself says which of them is missing
             each.required = True
         parser.parse_known_intermixed_args(argv)
     return options, {name: value for name, value in vars(options).items() if name in names}

@@ -95,6 +95,12 @@ def test_a_flag_that_can_not_be_is_refused_with_a_sentence(sandbox, declaration,
     assert "Traceback" not in ended.err
 
 
+def test_verbose_shows_where_add_arguments_failed(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"t": "t"}\ndef add_arguments(parser): return 1 / 0')
+    assert "return 1 / 0" not in sandbox.run("--list").err
+    assert "return 1 / 0" in sandbox.run("-v", "--list").err
+
+
 def test_a_required_flag_is_required_for_a_run_and_not_for_looking(sandbox):
     sandbox.pipeline('''
         TOOL_MAP = {"t": "t"}

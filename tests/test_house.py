@@ -209,6 +209,12 @@ def test_no_room_reads_a_name_of_the_users_part_but_the_last_lines():
     assert readers == []  # _YOURS is how the last lines take them
 
 
+def test_every_hook_that_the_last_lines_take_is_one_whose_misspelling_is_told():
+    from orchestrator import HOOKS
+
+    assert {*HOOKS, "NAME"} == {*re.findall(r'_YOURS\.get\("(\w+)"\)', SOURCE)}
+
+
 # --- effects ---
 
 @pytest.mark.parametrize("names, rooms", [
