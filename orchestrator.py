@@ -1213,6 +1213,9 @@ class Results(Mapping[str, Any]):
         import pickle
         return pickle.loads(result.content)  # noqa: S301 - from our own worker's pipe
 
+    def __contains__(self, tool: object) -> bool:
+        return tool in self._results
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._results)
 
@@ -1231,9 +1234,12 @@ class Part(Mapping[str, Any]):
         self._whole, self._has = whole, has
 
     def __getitem__(self, name: str) -> Any:
-        if not self._has(name):
+        if name not in self:
             raise KeyError(name)
         return self._whole[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._whole and self._has(name)
 
     def __iter__(self) -> Iterator[str]:
         return filter(self._has, self._whole)
@@ -1346,6 +1352,20 @@ class Interrupts:
             return function(*args, **kwargs)
         finally:
             self.in_tool = False
+
+    def finish(self, step: Callable[..., Any], *args: Any) -> Any:
+        """Return what a step of the engine returns that foreign code asked for, never torn."""
+        import threading
+        if threading.current_thread() is not threading.main_thread():
+            return step(*args)
+        self.in_tool = False
+        try:
+            result = step(*args)
+        finally:
+            self.in_tool = True
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        return result
 
 
 def find_module(name: str) -> Optional[Any]:
@@ -1887,6 +1907,7 @@ class Worker:
     def __init__(self, channel: Any, pid: int = 0) -> None:
         self.channel, self.pid = channel, pid
         self.tool = ""  # what it executes, if anything
+        self.results: Mapping[str, Any] = {}  # what that may see
         self.is_leaving = False  # whether it was told, or said, that it goes
 
 
@@ -1914,16 +1935,14 @@ class Workers:
 
     def start(self, order: Order) -> None:
         """Hand an attempt to an idle worker, or to a new one."""
-        message = order._replace(results={tool: pack_result(result)
-                                          for tool, result in order.results.items()})
         while True:
             worker = self.idle.pop() if self.idle else self._add()
             try:
-                worker.channel.send(tuple(message))
+                worker.channel.send(tuple(order._replace(results={})))  # it asks for what it reads
             except OSError:
                 worker.is_leaving = True  # it died while idle
                 continue
-            worker.tool = order.tool
+            worker.tool, worker.results = order.tool, order.results
             return
 
     def wait(self, timeout_s: float) -> List[Tuple[str, str, Any]]:
@@ -1947,13 +1966,16 @@ class Workers:
     def _hear(self, worker: Worker, said: List[Tuple[str, str, Any]]) -> None:
         try:
             kind, what, worker.is_leaving = worker.channel.recv()
+            if kind == "asks":
+                worker.channel.send(find_result(worker.results, what))
+                return
         except (EOFError, OSError):
             worker.channel.close()
             worker.channel = None  # the starter will tell how it ended
             return
         said.append((kind, worker.tool, Outcome(*what) if kind == "ended" else what))
         if kind == "ended":
-            worker.tool = ""
+            worker.tool, worker.results = "", {}
             if not worker.is_leaving:
                 self.idle.append(worker)
 
@@ -1993,6 +2015,54 @@ class Workers:
                     signal_group(worker.pid, "SIGKILL")
             self.wait(max(0.1, min(left_s, 1.0)))
         self.starter.close()
+
+
+def find_result(results: Mapping[str, Any], tool: Optional[str]) -> Any:
+    """Return a result as it travels, None if there is none; the names of all if asked for None."""
+    if tool is None:
+        return list(results)
+    return pack_result(results[tool]) if tool in results else None
+
+
+class Asked(Mapping[str, Any]):
+    """What tools returned, asked of the orchestrator each time it is read. In the worker.
+
+    So what nobody reads is not sent, and a worker keeps nothing.
+    """
+
+    def __init__(self, channel: Any, interrupts: Interrupts) -> None:
+        import threading
+        self._channel, self._interrupts = channel, interrupts
+        self._lock, self._pid = threading.RLock(), os.getpid()
+
+    def _ask(self, tool: Optional[str]) -> Any:
+        if os.getpid() != self._pid:
+            raise RuntimeError("context.results can not be read in a process that the tool started "
+                               "or after the tool has ended: read it before, in run() itself")
+        with self._lock, bounded_memory(2**62):  # the tool's own bound would tear the answer
+            self._channel.send(("asks", tool, False))
+            return self._channel.recv()
+
+    def __getitem__(self, tool: str) -> Any:
+        name = str.__str__(tool) if isinstance(tool, str) else ""  # nothing strange may travel
+        result = self._interrupts.finish(self._ask, name)
+        if result is None:
+            raise KeyError(tool)
+        return result
+
+    def __contains__(self, tool: object) -> bool:
+        return any(each == tool for each in self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._interrupts.finish(self._ask, None))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def close(self) -> None:
+        """Let nobody ask any more: a thread that the tool left would take the next order."""
+        with self._lock:
+            self._pid = 0
 
 
 def can_fork() -> bool:
@@ -2337,10 +2407,13 @@ class Server:
                 return Outcome("interrupted")
             except UserError as error:
                 return Outcome("failed", "not tried again", error=format_one_line(error))
-            context = Context(order.run_id, order.tool, order.attempt, Results(order.results),
-                              tell)
-            return run_attempt(callees[order.tool], database, self.arguments, context,
-                               interrupts, self.verbose)
+            results = Asked(channel, interrupts)
+            context = Context(order.run_id, order.tool, order.attempt, Results(results), tell)
+            try:
+                return run_attempt(callees[order.tool], database, self.arguments, context,
+                                   interrupts, self.verbose)
+            finally:
+                results.close()
 
 
 def die_with_orchestrator(life_fd: int) -> None:
@@ -2537,9 +2610,12 @@ class Run:
         self.tried: Dict[str, Outcome] = {}
         self.stopped_by: Optional[str] = None
         self.is_interrupted = False
-        # who still waits for a result: those that need it, and those that wait for all before
-        self.users = {tool: len(self.schedule.after.get(tool, ())) for tool in self.steps}
-        self.lines = sum(step.needs == ALL_BEFORE for step in plan.steps)
+        # how many still wait for a result: those that need it and, of those that wait for all
+        # before them, the last one, since it is settled after the others
+        self.last_in_line = max((i for i, step in enumerate(plan.steps)
+                                 if step.needs == ALL_BEFORE), default=-1)
+        self.users = {tool: len(self.schedule.after.get(tool, ())) + (i < self.last_in_line)
+                      for i, tool in enumerate(self.steps)}
         self.folder = ""  # where workers' output goes
 
     def loop(self, here: Here, workers: Optional[Workers]) -> None:
@@ -2737,15 +2813,15 @@ class Run:
         """Let go of the results that only this tool still waited for."""
         if self.keep_results:
             return
-        if self.steps[tool].needs == ALL_BEFORE:
-            self.lines -= 1
-            settled = [tool] if self.lines else list(self.results)
-        else:
-            settled = [tool, *(need for need in self.steps[tool].needs if need in self.users)]
-            for need in settled[1:]:
-                self.users[need] -= 1
-        for each in settled:
-            if not self.users[each] and not self.lines:
+        needs = self.steps[tool].needs
+        if needs == ALL_BEFORE:
+            position = self.schedule.position[tool]
+            needs = tuple(self.steps)[:position] if position == self.last_in_line else ()
+        for each in needs:
+            if each in self.users:
+                self.users[each] -= 1
+        for each in (tool, *needs):
+            if not self.users.get(each):
                 self.results.pop(each, None)
 
     def output_of(self, tool: str) -> str:

@@ -7,7 +7,9 @@ import threading
 import pytest
 from conftest import SQLITE, summary, wait_until
 
-from orchestrator import UserError, run_pipeline
+from orchestrator import (
+    Interrupts, Results, UserError, load_pipeline, make_plan, run_pipeline, run_plan,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups of POSIX")
 
@@ -133,6 +135,99 @@ def test_a_result_that_can_not_travel_is_told_with_its_tool_and_type(modules, ma
     assert f"the result of 'make' is {kind}, which can not travel" in result.errors["use"]
 
 
+def test_what_is_sent_to_workers_grows_with_the_tools_and_not_with_their_square(
+        modules, monkeypatch):
+    from multiprocessing.connection import Connection
+    sent, send = [], Connection._send_bytes
+    monkeypatch.setattr(Connection, "_send_bytes",
+                        lambda self, what: sent.append(len(what)) or send(self, what))
+    modules(m="""
+        def run(conn=None, **kwargs):
+            return "x" * 1000
+        def last(context):
+            return len(context.results), sum(map(len, context.results.values()))
+    """)
+    result = run_pipeline([], {**{f"t{i}": "m" for i in range(100)}, "last": "m:last"}, jobs=2)
+    assert result.errors == {}
+    assert result.results["last"] == (100, 100_000)
+    assert 100_000 < sum(sent) < 200_000  # each result was read once, and by one tool alone
+
+
+def test_in_a_worker_results_are_the_mapping_that_they_are_elsewhere(modules):
+    modules(m="""
+        from concurrent.futures import ThreadPoolExecutor
+        def make():
+            return {"rows": 2}
+        def no_data():
+            return lambda: 1
+        def use(context):
+            results = context.results
+            with ThreadPoolExecutor(8) as pool:
+                read = list(pool.map(results.__getitem__, ["make"] * 100))
+            try:
+                results["other"]
+            except KeyError as error:
+                missing = str(error)
+            return (sorted(results), len(results), "no_data" in results, "other" in results,
+                    results.get("other", 7), results.get(("no", object())), missing,
+                    read == [{"rows": 2}] * 100)
+    """)
+    tools = {"make": {"module": "m:make", "needs": []}, "other": {"module": "m:make", "needs": []},
+             "no_data": {"module": "m:no_data", "needs": []},
+             "use": {"module": "m:use", "needs": ["make", "no_data"]}}
+    ours, theirs = run_pipeline([], tools), run_pipeline([], tools, jobs=2)
+    assert theirs.errors == {}
+    assert ours.results["use"] == theirs.results["use"] == (
+        ["make", "no_data"], 2, True, False, 7, None, "'other'", True)
+
+
+def test_results_are_refused_with_a_reason_in_a_process_that_a_tool_forked(modules):
+    modules(m="""
+        import multiprocessing
+        def make():
+            return 1
+        def use(context):
+            def read():
+                try:
+                    context.results["make"]
+                except RuntimeError as error:
+                    theirs.send(str(error))
+            ours, theirs = multiprocessing.Pipe()
+            multiprocessing.get_context("fork").Process(target=read).start()
+            return ours.poll(20) and ours.recv(), context.results["make"]
+    """)
+    result = run_pipeline([], {"make": "m:make", "use": "m:use"}, jobs=2)
+    says, value = result.results["use"]
+    assert "read it before, in run() itself" in says and value == 1
+
+
+def test_a_signal_does_not_tear_what_a_tool_asks_of_the_orchestrator():
+    asked = []
+
+    def ask():
+        signal.raise_signal(signal.SIGTERM)
+        asked.append("whole")
+
+    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
+        interrupts.call(interrupts.finish, ask)
+    assert asked == ["whole"] and interrupts.signal == signal.SIGTERM
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_result_is_let_go_when_the_last_that_may_read_it_is_done(modules, jobs):
+    """
+        a -> b -> e      c(*) d(*)      f
+    """
+    modules(m="def run(context): return sorted(context.results)")
+    tools = {"a": [], "b": ["a"], "c": None, "d": None, "e": ["b"], "f": []}
+    pipeline = load_pipeline({tool: {"module": "m", **({} if needs is None else {"needs": needs})}
+                              for tool, needs in tools.items()})
+    result = run_plan(pipeline, make_plan(pipeline, jobs=jobs), {}, keep_results=False)
+    seen = Results({tool: outcome.result for tool, outcome in result.outcomes.items()})
+    assert (seen["c"], seen["d"], seen["e"]) == (["a", "b"], ["a", "b", "c"], ["b"])
+    assert result.results == {}
+
+
 def test_each_worker_opens_its_own_connection_and_nothing_opened_here_crosses(modules):
     folder = modules(m="""
         import os
@@ -249,6 +344,22 @@ def test_memory_bounds_a_tool_and_not_the_next_one(modules):
                                "large": {"module": "m", "isolate": True, "needs": []}})
     assert result.errors == {"small": "MemoryError; its memory is bounded to 100.0 MB"}
     assert result.succeeded == ["large"]
+
+
+@LINUX
+def test_a_result_that_is_too_large_for_a_tools_memory_fails_that_tool_alone(modules):
+    modules(m="""
+        def make():
+            return bytes(120_000_000)
+        def use(context):
+            return len(context.results["make"])
+    """)
+    result = run_pipeline([], {"make": {"module": "m:make", "isolate": True},
+                               "small": {"module": "m:use", "memory": "100MB",
+                                         "on_failure": "continue"},
+                               "large": {"module": "m:use", "isolate": True}})
+    assert result.errors == {"small": "MemoryError; its memory is bounded to 100.0 MB"}
+    assert result.results["large"] == 120_000_000
 
 
 LOUD = """
