@@ -1054,7 +1054,11 @@ class Database:
     def open(self) -> Any:
         """Return the connection, opened if it is not. Whatever get_connection() raises, raises."""
         if not self.is_open:
-            self.conn, self.is_open = self.get_connection(), True
+            conn = self.get_connection()
+            if is_cursor(conn):
+                raise TypeError("get_connection() returned a cursor, through which nothing can be "
+                                "committed: return the connection itself")
+            self.conn, self.is_open = conn, True
             self.autocommit = getattr(self.conn, "autocommit", None)
             if is_sqlite(self.conn) and hasattr(self.conn, "set_progress_handler"):
                 self.conn.set_progress_handler(self.is_cancelled, _SQLITE_STEPS)
@@ -1119,6 +1123,12 @@ class Database:
                     raise
         if isinstance(self.autocommit, bool) and conn.autocommit is not self.autocommit:
             conn.autocommit = self.autocommit
+
+
+def is_cursor(thing: Any) -> bool:
+    """Return whether a thing is a DB-API cursor; some connections can fetch, but also commit."""
+    return hasattr(thing, "fetchone") and hasattr(thing, "description") \
+        and not hasattr(thing, "commit")
 
 
 def is_sqlite(conn: Any) -> bool:

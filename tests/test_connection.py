@@ -495,6 +495,19 @@ def test_an_exception_in_get_connection_fails_the_tool_before_it_is_called(modul
     assert sys.modules["tool"].CALLS == []
 
 
+def test_a_get_connection_that_returns_a_cursor_fails_the_tool_before_it_is_called(sandbox):
+    sandbox.pipeline("""
+        TOOL_MAP = {"tool": "tool"}
+        def get_connection():
+            import sqlite3
+            return sqlite3.connect("data.db").cursor()
+    """).tool("tool", "def run(conn): print('called')")
+    ended = sandbox.run()
+    assert ended.code == 1 and ended.out == ""
+    assert "get_connection() returned a cursor" in ended.err
+    assert "return the connection itself" in ended.err
+
+
 def test_get_connection_is_asked_once_for_all_tools_of_a_run(modules):
     fake, asked = make_fake("close"), []
     modules(tool=RUNS["success"])
