@@ -1041,14 +1041,15 @@ class Database:
     """The connection of a run, opened at its first use and closed exactly once.
 
     State: `conn`, what get_connection() returned; `is_open`, whether it was asked; `autocommit`,
-    the mode in which the connection came, to which it is put back after each attempt.
+    the mode in which the connection came, to which it is put back after each attempt; `has_begun`,
+    whether begin() told the driver to begin a transaction.
     """
 
     def __init__(self, get_connection: Callable[[], Any],
                  is_cancelled: Callable[[], bool] = lambda: False) -> None:
         self.get_connection, self.is_cancelled = get_connection, is_cancelled
         self.conn: Any = None
-        self.is_open = False
+        self.is_open = self.has_begun = False
         self.autocommit: Any = None
 
     def open(self) -> Any:
@@ -1076,10 +1077,12 @@ class Database:
                 # A deferred transaction that reads first can not wait for a lock; who opens with
                 # isolation_level="IMMEDIATE" gets one that does.
                 conn.execute("BEGIN " + (getattr(conn, "isolation_level", None) or ""))
+            self.has_begun = True
         elif self.autocommit is True:
             conn.autocommit = False
         elif callable(getattr(conn, "begin", None)) and not hasattr(conn, "in_transaction"):
             conn.begin()  # DuckDB and MySQL drivers; SQLAlchemy, which has both, begins by itself
+            self.has_begun = True
 
     def commit(self) -> None:
         """Commit what is open. Raise what the driver raises, or if it would have been lost."""
@@ -1090,15 +1093,21 @@ class Database:
             raise RuntimeError("SQLite undid the transaction when a statement was interrupted")
         self._end("commit")
 
-    def rollback(self) -> None:
-        """Undo what is not committed. A connection that can not do that is let go as broken."""
+    def rollback(self) -> bool:
+        """Undo what is not committed. A connection that can not do that is let go as broken.
+
+        Return whether the transaction of begin() had ended before, as far as the driver tells.
+        """
+        had_ended = False
         try:
-            self._end("rollback")
+            had_ended = self._end("rollback")
+            is_broken = getattr(self.conn, "closed", False) \
+                or getattr(self.conn, "open", True) is False
         except Exception:
+            is_broken = True
+        if is_broken:
             self.close()
-        else:
-            if getattr(self.conn, "closed", False) or getattr(self.conn, "open", True) is False:
-                self.close()
+        return had_ended
 
     def close(self) -> None:
         """Close the connection if it is open; the next use opens another. Never raises."""
@@ -1108,8 +1117,9 @@ class Database:
         except Exception:
             pass  # what was committed is safe; what was not is gone with the connection
 
-    def _end(self, how: str) -> None:
-        conn = self.conn
+    def _end(self, how: str) -> bool:
+        conn, had_begun, self.has_begun = self.conn, self.has_begun, False
+        had_ended = is_sqlite(conn) and not conn.in_transaction
         if is_sqlite(conn) and (getattr(conn, "autocommit", None) is True
                                 or not hasattr(conn, how)):
             if conn.in_transaction:  # commit() and rollback() do nothing here, or are not there
@@ -1121,8 +1131,10 @@ class Database:
                 # The tool ended its transaction itself; DuckDB, for one, complains.
                 if "no transaction" not in str(error).lower():
                     raise
+                had_ended = True
         if isinstance(self.autocommit, bool) and conn.autocommit is not self.autocommit:
             conn.autocommit = self.autocommit
+        return had_begun and had_ended
 
 
 def is_cursor(thing: Any) -> bool:
@@ -1771,12 +1783,12 @@ def run_attempt(callee: Callee, database: Database, arguments: Mapping[str, Any]
     except BaseException as error:
         if os.getpid() != pid:
             os._exit(EXIT_FAILED)
-        if database.is_open:
-            database.rollback()
+        had_ended = database.is_open and database.rollback()
         if interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
             outcome = Outcome("interrupted", reason=format_signal(interrupts.signal))
         else:
-            outcome = Outcome("failed", error=format_one_line(error),
+            reason = "its transaction had ended before: what it committed stays"
+            outcome = Outcome("failed", reason * had_ended, error=format_one_line(error),
                               traceback=format_traceback(error, verbose))
     return outcome._replace(attempts=context.attempt,
                             duration_s=time.perf_counter() - started_s)
@@ -1872,6 +1884,9 @@ def format_place(error: BaseException, tool: Tool) -> str:
 # returns what came of those that were begun, as (kind, tool, what): "event" with the fields of an
 # Event, or "ended" with an Outcome; terminate(tool) and kill(tool) end an attempt, close() all.
 # It does not decide what runs, when to give up, or what an outcome means.
+
+
+NOT_AGAIN = "not tried again"  # the reason of a failure that another try would only repeat
 
 
 class Order(NamedTuple):
@@ -2416,7 +2431,7 @@ class Server:
             except KeyboardInterrupt:
                 return Outcome("interrupted")
             except UserError as error:
-                return Outcome("failed", "not tried again", error=format_one_line(error))
+                return Outcome("failed", NOT_AGAIN, error=format_one_line(error))
             results = Asked(channel, interrupts)
             context = Context(order.run_id, order.tool, order.attempt, Results(results), tell)
             try:
@@ -2741,13 +2756,15 @@ class Run:
             outcome = outcome._replace(error=f"{outcome.error}; its memory is bounded to "
                                              f"{options.memory_bytes / 2**20:.1f} MB")
         if outcome.status == "failed" and outcome.attempts <= options.retries \
-                and not outcome.reason and self.stopped_by is None and not self.is_interrupted:
+                and outcome.reason != NOT_AGAIN \
+                and self.stopped_by is None and not self.is_interrupted:
             from random import random
             delay_s = retry_delay_s(options, outcome.attempts, random)
             heappush(self.retries, (self.clock.monotonic() + delay_s, tool))
             self.tried[tool] = outcome
             reason = f"try {outcome.attempts} of {options.retries + 1}; again"
             reason += f" in {format_duration(delay_s)}" if delay_s else ""
+            reason = f"{outcome.reason}; {reason}" if outcome.reason else reason
             self.tell("tool_retried", tool, outcome=outcome._replace(reason=reason),
                       output=self.output_of(tool))
         else:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from conftest import SQLITE, wait_until
 
 from orchestrator import Database, run_pipeline
 
@@ -203,6 +203,57 @@ def test_what_a_tool_committed_in_between_outlives_its_failure(base, mode):
     """)
     assert result.failed == ["tool"]
     assert base.query("SELECT x FROM old") == [(1,), (2,)]
+
+
+STAYS = "its transaction had ended before: what it committed stays"
+
+
+@pytest.mark.parametrize("mode", [DEFAULT, NO_LEVEL, AUTO])  # the fourth begins again by itself
+@pytest.mark.parametrize("body, reason, rows", [
+    ("conn.execute(INSERT); conn.execute('COMMIT')", STAYS, [(1,), (2,)]),
+    ("conn.executescript(INSERT)", STAYS, [(1,), (2,)]),
+    ("conn.execute(INSERT)", "", [(1,)]),
+    ("conn.execute('COMMIT'); conn.execute('BEGIN'); conn.execute(INSERT)", "", [(1,)]),
+])
+def test_a_failed_tool_that_ended_its_transaction_is_said_to_leave_something_behind(
+        base, mode, body, reason, rows):
+    if "autocommit" in mode and "script" in body:
+        pytest.skip("executescript() commits only in the older modes")
+    result = base.run(mode, tool=f"""
+        INSERT = "INSERT INTO old VALUES (2)"
+        def run(conn):
+            {body}
+            raise ValueError
+    """)
+    assert result.outcomes["tool"].reason == reason
+    assert base.query("SELECT x FROM old") == rows
+
+
+@each_mode
+@pytest.mark.parametrize("error", ["ValueError", "sqlite3.OperationalError('disk full')"])
+def test_a_failed_tool_that_commits_itself_is_not_said_to_have_ended_anything(base, mode, error):
+    result = base.run(mode, options={"commits": True}, tool=f"""
+        import sqlite3
+        def run(conn):
+            raise {error}
+    """)
+    assert result.outcomes["tool"].reason == ""
+
+
+def test_a_tool_that_left_something_behind_is_tried_again_and_says_so_each_time(sandbox):
+    sandbox.pipeline(SQLITE + """
+TOOL_MAP = {"tool": {"module": "tool", "retries": 1, "retry_delay": 0}}
+""").tool("tool", """
+        def run(conn):
+            conn.execute("CREATE TABLE IF NOT EXISTS t (x)")
+            conn.execute("INSERT INTO t VALUES (1)")
+            conn.commit()
+            raise ValueError("no")
+    """)
+    ended = sandbox.run()
+    assert ended.code == 1 and sandbox.query("SELECT count(*) FROM t") == [(2,)]
+    told = [line for line in ended.err.splitlines() if STAYS in line]
+    assert len(told) == 2 and told[0].endswith(STAYS + "; try 1 of 2; again")
 
 
 # Where a tool has ended its transaction in the other two modes, each statement is its own: that is

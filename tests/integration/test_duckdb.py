@@ -123,6 +123,7 @@ def test_a_tool_may_commit_as_its_last_act(duck, run_tools, commit, end, status)
             {end}
     """)
     assert result.status == status
+    assert ("what it committed stays" in result.outcomes["tool"].reason) == (status == "failed")
     assert duck.rows() == [1, 2]
 
 
