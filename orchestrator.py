@@ -1036,6 +1036,15 @@ def expand_target(pipeline: Pipeline, name: str) -> Tuple[str, ...]:
 _SQLITE_STEPS = 100_000
 _POSTGRES_INERROR = 3  # PQTRANS_INERROR of libpq: a COMMIT would silently roll back
 
+_HINTS = (  # what drivers say of mistakes that the way a tool is called leads to: the way out
+    (r"(inside|within) a transaction",
+     'a transaction is open already: "commits": True in TOOL_MAP leaves transactions to the tool'),
+    (r"a closed (database|connection)|connection (is|already) closed",
+     "leave the connection open: the engine closes it"),
+    (r"database is locked",
+     'another writes: isolation_level="IMMEDIATE" and timeout=60 in get_connection() wait for it'),
+)
+
 
 class Database:
     """The connection of a run, opened at its first use and closed exactly once.
@@ -1057,7 +1066,7 @@ class Database:
         if not self.is_open:
             conn = self.get_connection()
             if is_cursor(conn):
-                raise TypeError("get_connection() returned a cursor, through which nothing can be "
+                raise TypeError("it returned a cursor, through which nothing can be "
                                 "committed: return the connection itself")
             self.conn, self.is_open = conn, True
             self.autocommit = getattr(self.conn, "autocommit", None)
@@ -1168,6 +1177,14 @@ def is_aborted(conn: Any) -> bool:
     except Exception as error:
         return "abort" in str(error).lower()
     return False
+
+
+def find_hint(error: BaseException) -> str:
+    """Return the way out of an error of a database driver, where one is known, else ""."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if not kinds & {"DatabaseError", "InterfaceError", "ResourceClosedError"}:
+        return ""  # others have connections, too
+    return next((hint for text, hint in _HINTS if re.search(text, str(error), re.I)), "")
 
 
 def call_if_there(thing: Any, method: str) -> None:
@@ -1774,21 +1791,26 @@ def run_attempt(callee: Callee, database: Database, arguments: Mapping[str, Any]
                 context: Context, interrupts: Interrupts, verbose: bool = False) -> Outcome:
     """Return how one attempt ended: begun, called, checked and committed, or rolled back."""
     started_s, pid = time.perf_counter(), os.getpid()
+    step = ""  # of the engine's own, if it is one that fails
     try:
         result = interrupts.call(call_in_transaction, callee, database, arguments, context)
         if os.getpid() != pid:  # a copy of us that the tool forked came back from it
             os._exit(EXIT_FAILED)
+        step = "at the commit: "
         database.commit()
         outcome = Outcome("success", result=result, rows=count_rows(result))
     except BaseException as error:
         if os.getpid() != pid:
             os._exit(EXIT_FAILED)
+        step = step if database.is_open else "in get_connection(): "
         had_ended = database.is_open and database.rollback()
         if interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
             outcome = Outcome("interrupted", reason=format_signal(interrupts.signal))
         else:
-            reason = "its transaction had ended before: what it committed stays"
-            outcome = Outcome("failed", reason * had_ended, error=format_one_line(error),
+            reasons = [find_hint(error),
+                       "its transaction had ended before: what it committed stays" * had_ended]
+            outcome = Outcome("failed", "; ".join(filter(None, reasons)),
+                              error=step + format_one_line(error),
                               traceback=format_traceback(error, verbose))
     return outcome._replace(attempts=context.attempt,
                             duration_s=time.perf_counter() - started_s)

@@ -295,7 +295,7 @@ def test_a_constraint_that_fails_only_at_commit_fails_the_tool_and_leaves_nothin
             conn.execute("CREATE TABLE child (x REFERENCES old DEFERRABLE INITIALLY DEFERRED)")
             conn.execute("INSERT INTO child VALUES (99)")
     """)
-    assert result.errors == {"tool": "IntegrityError: FOREIGN KEY constraint failed"}
+    assert result.errors == {"tool": "at the commit: IntegrityError: FOREIGN KEY constraint failed"}
     assert base.dump() == before
 
 
@@ -377,6 +377,40 @@ class NotClosed:
 
     def __setattr__(self, name, value):
         setattr(self.conn, name, value)
+
+
+# --- errors of a driver, and the way out ---------------------------------------------------------
+
+@pytest.mark.parametrize("body, error, hint", [
+    ("conn.execute('VACUUM')", "cannot VACUUM", '"commits": True in TOOL_MAP'),
+    ("conn.execute('PRAGMA synchronous = 0')", "Safety level", '"commits": True in TOOL_MAP'),
+    ("conn.close()", "at the commit: ProgrammingError", "the engine closes it"),
+    ("conn.close(); conn.cursor()", " ProgrammingError", "the engine closes it"),
+    ("conn.execute('SELECT 1 FROM nowhere')", "no such table: nowhere", ""),
+    ("raise ValueError('the connection is closed')", "ValueError: the connection", ""),
+])
+def test_an_error_that_the_way_of_calling_leads_to_is_told_with_the_way_out(
+        sandbox, body, error, hint):
+    sandbox.pipeline(SQLITE + 'TOOL_MAP = {"tool": "tool"}').tool("tool", f"def run(conn): {body}")
+    ended = sandbox.run()
+    line = next(line for line in ended.err.splitlines() if error in line and "failed " in line)
+    assert hint in line
+    assert ("TOOL_MAP" in line or "engine" in line) == bool(hint)
+
+
+def test_a_locked_database_is_told_with_the_way_to_wait_for_it(sandbox):
+    sandbox.pipeline("""
+        TOOL_MAP = {"tool": "tool"}
+        def get_connection():
+            import sqlite3
+            return sqlite3.connect("data.db", timeout=0, isolation_level="IMMEDIATE")
+    """).tool("tool", "def run(conn): raise ValueError('not called')")
+    other = sqlite3.connect(sandbox.folder / "data.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    ended = sandbox.run()
+    other.close()
+    assert ended.code == 1 and "OperationalError: database is locked, another writes" in ended.err
+    assert "had ended" not in ended.err
 
 
 # --- connections that break ----------------------------------------------------------------------
@@ -483,7 +517,7 @@ def test_only_methods_that_a_connection_has_are_called_each_once(modules, method
 @pytest.mark.parametrize("failing, how, calls, error", [
     ("begin", "success", ["begin", "rollback", "close"], "OSError: begin failed"),
     ("commit", "success", ["begin", "run", "commit", "rollback", "close"],
-     "OSError: commit failed"),
+     "at the commit: OSError: commit failed"),
     ("rollback", "failed", ["begin", "run", "rollback", "close"], "ValueError: of the tool"),
     ("close", "failed", ["begin", "run", "rollback", "close"], "ValueError: of the tool"),
     ("close", "success", ["begin", "run", "commit", "close"], None),
@@ -542,7 +576,7 @@ def test_an_exception_in_get_connection_fails_the_tool_before_it_is_called(modul
         raise OSError("no such host")
 
     result = run_pipeline([], {"tool": "tool"}, get_connection=get_connection)
-    assert result.errors == {"tool": "OSError: no such host"}
+    assert result.errors == {"tool": "in get_connection(): OSError: no such host"}
     assert sys.modules["tool"].CALLS == []
 
 
@@ -555,7 +589,7 @@ def test_a_get_connection_that_returns_a_cursor_fails_the_tool_before_it_is_call
     """).tool("tool", "def run(conn): print('called')")
     ended = sandbox.run()
     assert ended.code == 1 and ended.out == ""
-    assert "get_connection() returned a cursor" in ended.err
+    assert "in get_connection(): TypeError: it returned a cursor" in ended.err
     assert "return the connection itself" in ended.err
 
 
@@ -606,6 +640,34 @@ def test_a_connection_found_broken_after_a_failure_is_closed_once_and_replaced(b
 
     assert broken.calls == ["rollback", "close"]
     assert sound.calls == ["rollback", "close"]
+
+
+def test_a_driver_whose_closed_connection_answers_nothing_fails_the_tool_and_not_the_engine(
+        modules):
+    class Touchy:
+        is_closed = False
+
+        def close(self):
+            self.is_closed = True
+
+        def commit(self):
+            self.closed  # noqa: B018
+
+        def rollback(self):
+            pass
+
+        @property
+        def closed(self):
+            if self.is_closed:
+                raise OSError("no server")
+            return False
+
+    opened = []
+    modules(bad="def run(conn): conn.close(); raise ValueError", good="def run(conn): return 1")
+    result = run_pipeline([], {"bad": {"module": "bad", "on_failure": "continue"}, "good": "good"},
+                          get_connection=lambda: opened.append(Touchy()) or opened[-1])
+    assert (result.errors, result.succeeded) == ({"bad": "ValueError"}, ["good"])
+    assert [conn.is_closed for conn in opened] == [True, True]
 
 
 def test_a_database_that_nobody_used_is_neither_opened_nor_closed():

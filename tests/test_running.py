@@ -91,7 +91,7 @@ def test_a_get_connection_that_raises_fails_the_tool_with_its_own_line(modules):
         raise OSError("the database is away")
 
     result = run_pipeline([], {"a": "a", "b": "a"}, {}, get_connection)
-    assert result.errors == {"a": "OSError: the database is away"}
+    assert result.errors == {"a": "in get_connection(): OSError: the database is away"}
     assert "test_running.py" in result.outcomes["a"].traceback
     assert result.skipped == ["b"]
 
