@@ -1342,12 +1342,14 @@ def make_log(tool: str, tell: Callable[..., None]) -> Any:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM, while a run lasts and only on the main thread.
+    """Ctrl-C, SIGTERM and a closed terminal, while a run lasts and only on the main thread.
 
     The first one ends what the tool is doing, by KeyboardInterrupt, and is noted in `signal`;
     the engine's own steps are never torn, they look at `signal` between tools. The second one
-    ends the process at once. A signal that was ignored before stays ignored.
+    ends the process at once, but for SIGHUP, of which a terminal that closes sends several. A
+    signal that was ignored before, as by nohup, stays ignored.
     """
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all of them
 
     def __init__(self) -> None:
         self.signal: Optional[int] = None
@@ -1359,7 +1361,7 @@ class Interrupts:
         import signal
         import threading
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (getattr(signal, n) for n in self.NAMES if hasattr(signal, n)):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self.before[number] = signal.signal(number, self.on_signal)
         return self
@@ -1375,12 +1377,12 @@ class Interrupts:
         if os.getpid() != self.pid:  # a process that a tool forked: not our affair
             signal.signal(number, self.before[number])
             signal.raise_signal(number)
-        elif self.signal is not None:
-            os._exit(EXIT_SIGNAL + number)
-        else:
+        elif self.signal is None:
             self.signal = number
             if self.in_tool:
                 raise KeyboardInterrupt
+        elif number != getattr(signal, "SIGHUP", None):
+            os._exit(EXIT_SIGNAL + number)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return what foreign code returns, which the first signal may interrupt."""
@@ -2230,8 +2232,11 @@ def tend(socket: Any, life: int, serve: "Server") -> None:
     wake, waker = os.pipe()
     for each in (wake, waker):
         os.set_blocking(each, False)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ours = [signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup is for workers too
+        ours.append(signal.SIGHUP)
+    for number in ours:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(waker)
     workers: List[int] = []
@@ -2249,8 +2254,8 @@ def tend(socket: Any, life: int, serve: "Server") -> None:
                 for each in (wake, waker, socket.detach()):
                     os.close(each)
                 signal.set_wakeup_fd(-1)
-                for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD"):
-                    signal.signal(getattr(signal, name), signal.SIG_DFL)
+                for number in ours:
+                    signal.signal(number, signal.SIG_DFL)
                 serve.begin(fds[0], life)
             own_group(pid)
             workers.append(pid)
@@ -2936,8 +2941,8 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     the flags and tables of the same names say.
 
     A tool that fails is told in the result; raise UserError for bad input, before anything has
-    run. On the main thread, Ctrl-C and SIGTERM first end the run in order and then do what they
-    would have done without it.
+    run. On the main thread, Ctrl-C, SIGTERM and SIGHUP first end the run in order and then do
+    what they would have done without it.
     """
     pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
     plan = make_plan(pipeline, targets, exclude=exclude, start_from=start_from,

@@ -195,10 +195,11 @@ SLOW = """
 @pytest.mark.parametrize("number, code, says", [
     (signal.SIGINT, 130, "interrupted by Ctrl-C"),
     (signal.SIGTERM, 143, "interrupted by SIGTERM"),
+    (1, 129, "interrupted by SIGHUP"),
 ])
 def test_a_signal_ends_the_run_with_its_code_and_closes_once(sandbox, number, code, says):
     sandbox.pipeline(CLOSES_ONCE).tool("t.first", WORKS).tool("t.slow", SLOW)
-    process = sandbox.start()
+    process = sandbox.start(preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
     wait_until((sandbox.folder / "started").exists)
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
@@ -207,6 +208,37 @@ def test_a_signal_ends_the_run_with_its_code_and_closes_once(sandbox, number, co
     assert says in rows["slow"] and "pending" in rows["last"] and "success" in rows["first"]
     assert sandbox.read("closed") == "closed\n"
     assert "--from slow" in err and "Traceback" not in err
+
+
+@POSIX
+def test_a_terminal_that_says_more_than_once_that_it_closes_does_not_tear_the_end_of_a_run(sandbox):
+    sandbox.pipeline(CLOSES_ONCE.replace("t.slow", "t.tidy")).tool("t.first", WORKS)
+    sandbox.tool("t.tidy", """
+        import os, pathlib, signal
+        def run():
+            try:
+                signal.raise_signal(signal.SIGHUP)
+            finally:
+                signal.raise_signal(signal.SIGHUP)
+                pathlib.Path("tidied").touch()
+    """)
+    ended = sandbox.run(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+    assert ended.code == 129 and sandbox.read("tidied") == ""
+    assert sandbox.read("closed") == "closed\n" and "Next:" in ended.err
+
+
+@POSIX
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_run_under_nohup_goes_on_when_the_terminal_closes(sandbox, jobs):
+    sandbox.pipeline('TOOL_MAP = {"t": "t"}').tool("t", """
+        import os, signal
+        def run():
+            os.kill(os.getpid(), signal.SIGHUP)
+            return 7
+    """)
+    ended = sandbox.run("--jobs", jobs,
+                        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert ended.code == 0 and "7 rows" in ended.err
 
 
 @POSIX
