@@ -1892,15 +1892,18 @@ def format_traceback(error: BaseException, verbose: bool = False) -> str:
 
 
 def format_place(error: BaseException, tool: Tool) -> str:
-    """Return the file and line of an import's failure: the tool's own line, where it has one."""
+    """Return where an import failed: the tool's own line, and the one that it led to elsewhere."""
+    import importlib
     import traceback
+    own = getattr(find_module(tool.module), "origin", None)
+    places = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)
+              if not is_engine_frame(f.filename, f.lineno) and f.filename != importlib.__file__]
     if isinstance(error, SyntaxError) and error.filename:
-        return f"{format_path(error.filename)}:{error.lineno}"
-    frames = [f for f in traceback.extract_tb(error.__traceback__)
-              if not is_engine_frame(f.filename, f.lineno)]
-    file = getattr(find_module(tool.module), "origin", None)
-    own = [f for f in frames if f.filename == file] or frames
-    return f"{format_path(own[-1].filename)}:{own[-1].lineno}" if own else "in no line of its own"
+        places.append((error.filename, error.lineno))
+    last = [place for place in places if place[0] == own][-1:]
+    last += [place for place in places[-1:] if place[0] != own]
+    return " -> ".join(f"{format_path(file)}:{line}" for file, line in last) \
+        or "in no line of its own"
 
 
 # === 6 WORKERS ==================================================================================

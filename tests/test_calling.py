@@ -212,6 +212,19 @@ def test_a_module_that_can_not_be_used_is_told_with_the_line(modules, source, sa
         run_pipeline([], {"t": "m"})
 
 
+@pytest.mark.parametrize("helper, says", [
+    ("x = 1\nimport no_such_thing", "t.py:2 -> helper.py:2:\n  ModuleNotFoundError: "),
+    ("def f():\n    1 / 0\nf()", "t.py:2 -> helper.py:2:\n  ZeroDivisionError: "),
+    ("x = (", "t.py:2 -> helper.py:1:\n  SyntaxError: "),
+    ("import importlib\nimportlib.import_module('gone')", "t.py:2 -> helper.py:2:\n  Module"),
+])
+def test_an_import_that_fails_in_a_helper_is_told_with_the_tools_line_and_the_helpers(
+        sandbox, helper, says):
+    sandbox.pipeline('TOOL_MAP = {"t": "t"}').tool("helper", helper)
+    ended = sandbox.tool("t", "import os\nimport helper\ndef run(): pass").run()
+    assert ended.code == 2 and f"importing t failed, {says}" in ended.err
+
+
 def test_every_broken_module_of_the_plan_is_told_at_once(modules):
     modules(a="import nope_a", b="def run(): pass", c="import nope_c")
     with pytest.raises(UserError) as caught:
