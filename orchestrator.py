@@ -1323,7 +1323,7 @@ class Context:
 
 
 def make_log(tool: str, tell: Callable[..., None]) -> Any:
-    """Return a logger whose lines are events, unless somebody set up handlers of their own.
+    """Return a logger whose lines are events, unless somebody has set up handlers of their own.
 
     It is not registered with `logging`, so nothing of a run stays behind in the process.
     """
@@ -1331,13 +1331,26 @@ def make_log(tool: str, tell: Callable[..., None]) -> Any:
 
     class Teller(logging.Handler):
         def emit(self, record: Any) -> None:
-            tell("log", tool, text=self.format(record), level=record.levelno)
+            if logger.parent.hasHandlers():  # asked for each line: they may come at any time
+                return
+            try:
+                text = self.format(record)
+            except Exception:
+                self.handleError(record)  # a line with wrong arguments fails nothing
+            else:
+                tell("log", tool, text=text, level=record.levelno)
 
-    logger = logging.Logger("orchestrator." + tool)
+    class Log(logging.Logger):
+        def getEffectiveLevel(self) -> int:
+            of_others = self.parent.getEffectiveLevel() if self.parent.hasHandlers() else 0
+            return self.level or of_others or logging.DEBUG
+
+        def isEnabledFor(self, level: int) -> bool:  # the cache of Logger would not notice them
+            return self.manager.disable < level >= self.getEffectiveLevel()
+
+    logger = Log("orchestrator." + tool)
     logger.parent = logging.getLogger("orchestrator")
-    if not logger.parent.hasHandlers():
-        logger.setLevel(logging.DEBUG)
-        logger.addHandler(Teller())
+    logger.addHandler(Teller())
     return logger
 
 

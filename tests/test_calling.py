@@ -176,6 +176,43 @@ def test_log_lines_go_to_the_handlers_that_the_user_set_up(modules, caplog):
     assert [e.kind for e in events if e.kind == "log"] == []
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_log_line_whose_arguments_do_not_fit_fails_nothing(sandbox, jobs):
+    sandbox.pipeline('TOOL_MAP = {"t": "t"}').tool("t", """
+        def run(context):
+            context.log.info("%d", "no number")
+            context.log.info("goes on")
+            return 7
+    """)
+    ended = sandbox.run("--jobs", jobs)
+    assert ended.code == 0 and "7 rows" in ended.err and "goes on" in ended.err
+    assert "--- Logging error ---" in ended.err + ended.out
+
+
+@pytest.mark.parametrize("set_up, takes", [
+    ("logging.warning('a library')", "warning"),
+    ("logging.basicConfig(level=logging.INFO)", "info warning"),
+    ("logging.getLogger('orchestrator').addHandler(logging.StreamHandler())", "warning"),
+    ("pass", "debug info warning"),
+])
+def test_handlers_that_a_tool_sets_up_take_every_line_from_then_on_once(sandbox, set_up, takes):
+    sandbox.pipeline('TOOL_MAP = {"t": "t"}').tool("t", f"""
+        import logging
+        def run(context):
+            for when in ("before", "after"):
+                context.log.debug(when + " debug")
+                context.log.info(when + " info")
+                context.log.warning(when + " warning")
+                if when == "before":
+                    {set_up}
+    """)
+    ended = sandbox.run("--verbose")
+    assert [ended.err.count("before " + each) for each in ("debug", "info", "warning")] == [1, 1, 1]
+    assert [each for each in ("debug", "info", "warning")
+            if ended.err.count("after " + each) == 1] == takes.split()
+    assert ended.err.count("after") == len(takes.split())
+
+
 def test_a_traceback_begins_at_the_tool_and_keeps_its_causes(modules):
     outcome = run_one(modules, """
         def inner():
