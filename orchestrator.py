@@ -1692,7 +1692,7 @@ def load_callee(tool: Tool, available: Iterable[str]) -> Callee:
     try:
         module = importlib.import_module(tool.module)
     except SystemExit as error:
-        raise UserError(f"{where}: importing {tool.module} called sys.exit({error.code!r}), "
+        raise UserError(f"{where}: importing {tool.module} called {format_one_line(error)}, "
                         f"{format_place(error, tool)}.",
                         'Put that under `if __name__ == "__main__":`.') from error
     except Exception as error:
@@ -1869,12 +1869,22 @@ def format_signal(number: Optional[int]) -> str:
     return f"interrupted by {signal.Signals(number).name}"
 
 
+_ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[\]P^_X].*?(\x07|\x1b\\)|.)", re.S)  # of terminals
+_LINE_LENGTH = 300  # of an error; its traceback keeps all
+
+
 def format_one_line(error: BaseException) -> str:
-    """Return an exception in one line."""
+    """Return an exception in one line, of letters that do nothing to a terminal."""
+    try:
+        text = str(error)[:10 * _LINE_LENGTH]
+    except Exception:
+        text = "(its text can not be read)"
     if isinstance(error, SystemExit):
-        return f"sys.exit({error.code!r})"
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        line = f"sys.exit({error.code!r})"
+    else:
+        text = "".join(c if c.isprintable() else " " for c in _ESCAPE.sub("", text))
+        line = ": ".join(filter(None, [type(error).__name__, " ".join(text.split())]))
+    return line if len(line) <= _LINE_LENGTH else line[:_LINE_LENGTH - 3] + "..."
 
 
 def format_path(path: str) -> str:

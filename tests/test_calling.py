@@ -229,6 +229,35 @@ def test_a_traceback_begins_at_the_tool_and_keeps_its_causes(modules):
     assert outcome.traceback.count("m.py") == 3  # inner, its caller, the raise
 
 
+@pytest.mark.parametrize("error, line", [
+    (r"ValueError('a\n  b\tc')", "ValueError: a b c"),
+    (r"ValueError('\x1b[31mred\x1b[0m \x1b]0;title\x07bell\x07')", "ValueError: red bell"),
+    (r"ValueError('\x9b2J\u202egpj.exe caf\xe9')", "ValueError: 2J gpj.exe caf\xe9"),
+    ("ValueError()", "ValueError"),
+    ("ValueError('x' * 10**6)", "ValueError: " + "x" * 285 + "..."),
+    ("SystemExit('y' * 10**6)", "sys.exit('" + "y" * 287 + "..."),
+    ("Mute()", "Mute: (its text can not be read)"),
+])
+def test_an_error_is_one_line_that_does_nothing_to_a_terminal(modules, error, line):
+    outcome = run_one(modules, f"""
+        class Mute(Exception):
+            def __str__(self):
+                raise KeyError
+        def run():
+            raise {error}
+    """)
+    assert outcome.error == line and len(line) <= 300
+    assert outcome.traceback.count("x") >= 10**6 or "'x'" not in error  # which keeps all
+
+
+def test_an_import_that_fails_with_a_page_of_text_is_told_in_few_lines(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"t": "t", "u": "u"}')
+    sandbox.tool("t", "raise ValueError('page\\n' * 999)")
+    sandbox.tool("u", "import sys\nsys.exit('page\\n' * 999)")
+    ended = sandbox.run()
+    assert ended.code == 2 and len(ended.err.splitlines()) < 8 and len(ended.err) < 1000
+
+
 def test_verbose_keeps_the_frames_of_the_engine(modules):
     outcome = run_one(modules, "def run(): 1 / 0", verbose=True)
     assert "orchestrator.py" in outcome.traceback
