@@ -1393,7 +1393,7 @@ class Interrupts:
         elif self.signal is None:
             self.signal = number
             if self.in_tool:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(number)
         elif number != getattr(signal, "SIGHUP", None):
             os._exit(EXIT_SIGNAL + number)
 
@@ -1402,7 +1402,7 @@ class Interrupts:
         self.in_tool = True
         try:
             if self.signal is not None:  # it came in the instant before
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(self.signal)
             return function(*args, **kwargs)
         finally:
             self.in_tool = False
@@ -1418,7 +1418,7 @@ class Interrupts:
         finally:
             self.in_tool = True
         if self.signal is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self.signal)
         return result
 
 
@@ -3159,8 +3159,10 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         return EXIT_USAGE
     except SystemExit as done:  # argparse, after --help and --version
         return done.code if isinstance(done.code, int) else EXIT_SUCCESS
-    except KeyboardInterrupt:
-        return EXIT_SIGNAL + SIGINT
+    except KeyboardInterrupt as error:
+        number = next((each for each in error.args if isinstance(each, int)), SIGINT)
+        say(format_signal(number) + ", before anything had run")
+        return EXIT_SIGNAL + number
     except OutputError as error:
         if error.args:
             say(str(error))

@@ -211,6 +211,26 @@ def test_a_signal_ends_the_run_with_its_code_and_closes_once(sandbox, number, co
 
 
 @POSIX
+@pytest.mark.parametrize("number, code, says", [
+    (signal.SIGINT, 130, "interrupted by Ctrl-C, before anything had run\n"),
+    (signal.SIGTERM, 143, "interrupted by SIGTERM, before anything had run\n"),
+])
+def test_a_signal_while_modules_are_imported_says_that_nothing_had_run(
+        sandbox, number, code, says):
+    sandbox.pipeline(CLOSES_ONCE).tool("t.first", WORKS).tool("t.slow", """
+        import pathlib, time
+        pathlib.Path("started").touch()
+        time.sleep(60)
+    """)
+    process = sandbox.start()
+    wait_until((sandbox.folder / "started").exists)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (code, says)
+    assert not (sandbox.folder / "closed").exists()
+
+
+@POSIX
 def test_a_terminal_that_says_more_than_once_that_it_closes_does_not_tear_the_end_of_a_run(sandbox):
     sandbox.pipeline(CLOSES_ONCE.replace("t.slow", "t.tidy")).tool("t.first", WORKS)
     sandbox.tool("t.tidy", """
