@@ -1539,9 +1539,13 @@ def find_mistakes_of(tool: Tool, available: Iterable[str]) -> Iterator[UserError
     with tokenize.open(path) as file:
         lines = file.read().splitlines()
     path = format_path(path)
-    if find_definition(tree, tool.function) is None:
+    node = find_definition(tree, tool.function)
+    if node is None:
         error = missing_run(tool, path, [n.name for n in tree.body if hasattr(n, "name")])
         yield UserError(f"{path}:1: {error.problem}", error.fix)
+    for value in find_plain_values(tree, node):
+        error = wrong_run(tool, path, value)
+        yield UserError(f"{path}:{node.lineno}: {error.problem}", error.fix)
     for name in (tool.function, "check"):
         node = find_definition(tree, name)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.decorator_list:
@@ -1574,6 +1578,18 @@ def find_definition(tree: Any, name: str) -> Optional[Any]:
         if name in names or "*" in names and found is None:
             found = node
     return found
+
+
+def find_plain_values(tree: Any, name: Any) -> Iterator[Any]:
+    """Yield the number, text, list or the like that the node of a name is given, if it is one."""
+    import ast
+    for node in walk_scope(tree):
+        targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+        if name in targets and isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
+            try:
+                yield ast.literal_eval(node.value)
+            except (ValueError, TypeError, SyntaxError):
+                pass  # it is made by a call, say
 
 
 def walk_scope(scope: Any) -> Iterator[Any]:
@@ -1702,6 +1718,8 @@ def load_callee(tool: Tool, available: Iterable[str]) -> Callee:
                         ) from error
     run = getattr(module, tool.function, None)
     if not callable(run):
+        if hasattr(module, tool.function):
+            raise wrong_run(tool, getattr(module, "__file__", None), run)
         raise missing_run(tool, getattr(module, "__file__", None),
                           (name for name in vars(module) if not name.startswith("_")))
     check = getattr(module, "check", None)
@@ -1720,6 +1738,13 @@ def missing_run(tool: Tool, file: Optional[str], names: Iterable[str]) -> UserEr
                      f"{tool.function}().",
                      (near + " " if near.startswith("Did") else "")
                      + f"Write `def {tool.function}(conn, **kwargs):` in it.")
+
+
+def wrong_run(tool: Tool, file: Optional[str], value: Any) -> UserError:
+    """Return the sentence for a module in which the name of the function is something else."""
+    return UserError(f"TOOL_MAP[{tool.name!r}]: {tool.function} of "
+                     f"{format_path(file or tool.module)} is {format_type(value)}, not a function.",
+                     f"Write `def {tool.function}(conn, **kwargs):` in it.")
 
 
 def find_parameters(function: Callable[..., Any]) -> Parameters:

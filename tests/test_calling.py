@@ -270,6 +270,7 @@ def test_verbose_keeps_the_frames_of_the_engine(modules):
     ("def run(): pass\nraise ValueError('at import')", "m.py:2:\n  ValueError: at import"),
     ("def other(): pass", r"has no function run\(\)"),
     ("def rum(): pass", "Did you mean 'rum'"),
+    ("run = 3", r"run of \S*m.py is an int, not a function.\n  Write `def run"),
 ])
 def test_a_module_that_can_not_be_used_is_told_with_the_line(modules, source, says):
     folder = modules()

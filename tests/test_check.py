@@ -198,6 +198,27 @@ def test_a_run_that_can_take_what_it_is_given_is_accepted(check_source, source):
     assert is_clean(check_source(source))
 
 
+@pytest.mark.parametrize("source, kind", [
+    ("run = 3", "an int"), ("import os\n\nrun: list = []", "a list"),
+    ("run = other = {}", "a dict"),
+    ("def run(): pass\nrun = None", "a NoneType"),
+])
+def test_a_run_that_is_plain_data_is_told_by_its_type(check_source, source, kind):
+    code, lines = check_source(source)
+    line = len(source.splitlines())
+    assert code == 2 and lines[:2] == [
+        f"ck_tool.py:{line}: TOOL_MAP['tool']: run of ck_tool.py is {kind}, not a function.",
+        "  Write `def run(conn, **kwargs):` in it."]
+
+
+@pytest.mark.parametrize("source", [
+    "run = print", "import functools\nrun = functools.partial(print)", "run = lambda: 1",
+    "run = [print][0]",
+])
+def test_a_run_that_is_made_by_an_expression_is_no_mistake(check_source, source):
+    assert is_clean(check_source(source))
+
+
 @pytest.mark.parametrize("source", [
     "", "x = 1", "def start(conn): pass",
     "def make():\n    def run(conn): pass",
