@@ -1784,7 +1784,9 @@ def check_parameters(tool: Tool, function: str, takes: Parameters,
                         "Take the `/` out of its parameters: arguments are passed by name.")
     missing = [name for name in takes.required if name not in available]
     if missing:
+        near = format_nearest(missing[0], available)
         raise UserError(f"{where} asks for {', '.join(map(repr, missing))}, which nothing gives.",
+                        near if near.startswith("Did") else
                         f"Give it a default ({missing[0]}=None), or declare "
                         f"--{missing[0].replace('_', '-')} in add_arguments().")
 

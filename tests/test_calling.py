@@ -271,6 +271,8 @@ def test_verbose_keeps_the_frames_of_the_engine(modules):
     ("def other(): pass", r"has no function run\(\)"),
     ("def rum(): pass", "Did you mean 'rum'"),
     ("run = 3", r"run of \S*m.py is an int, not a function.\n  Write `def run"),
+    ("def run(con, **kwargs): pass", "asks for 'con', which nothing gives.\n  Did you mean 'con"),
+    ("def run(weight): pass", r"asks for 'weight', which nothing gives.\n  Give it a default"),
 ])
 def test_a_module_that_can_not_be_used_is_told_with_the_line(modules, source, says):
     folder = modules()
