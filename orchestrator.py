@@ -1928,6 +1928,20 @@ def is_engine_frame(file: str, line: Optional[int]) -> bool:
                                                     and (line or 0) > _ENGINE_LINE)
 
 
+def leave_out_engine(frames: Sequence[Any]) -> List[Any]:
+    """Return the frames of a traceback that are not the engine's.
+
+    Nor those of asyncio through which the engine called the tool; what the tool called comes
+    after its own.
+    """
+    left = [f for f in frames if not is_engine_frame(f.filename, f.lineno)]
+    if len(left) < len(frames) and "asyncio" in sys.modules:
+        folder = os.path.dirname(sys.modules["asyncio"].__file__)
+        while len(left) > 1 and os.path.dirname(left[0].filename) == folder:
+            del left[0]
+    return left
+
+
 def format_traceback(error: BaseException, verbose: bool = False) -> str:
     """Return an exception's traceback without the engine's frames; with them if verbose."""
     import traceback
@@ -1935,7 +1949,7 @@ def format_traceback(error: BaseException, verbose: bool = False) -> str:
     left = [] if verbose else [whole]
     while left:
         part = left.pop()
-        part.stack[:] = [f for f in part.stack if not is_engine_frame(f.filename, f.lineno)]
+        part.stack[:] = leave_out_engine(part.stack)
         left += [p for p in (part.__cause__, part.__context__,
                              *(getattr(part, "exceptions", None) or ())) if p]
     return "".join(whole.format())

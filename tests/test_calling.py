@@ -229,6 +229,28 @@ def test_a_traceback_begins_at_the_tool_and_keeps_its_causes(modules):
     assert outcome.traceback.count("m.py") == 3  # inner, its caller, the raise
 
 
+def test_a_traceback_of_an_async_run_begins_at_the_tool_and_keeps_what_it_called(modules):
+    source = """
+        import asyncio
+        async def inner():
+            try:
+                await asyncio.wait_for(asyncio.Event().wait(), 0.01)
+            except asyncio.TimeoutError as error:
+                raise ValueError("late") from error
+        async def run():
+            await asyncio.gather(inner())
+    """
+    outcome = run_one(modules, source)
+    assert outcome.error == "ValueError: late"
+    *_, cause, last = [
+        [line.split('"')[1] for line in part.splitlines() if line.startswith("  File")]
+        for part in outcome.traceback.split("direct cause")]
+    assert cause[0].endswith("m.py") and cause[1].endswith("tasks.py")
+    assert [file.endswith("m.py") for file in last] == [True, True]
+    whole = run_one(modules, source, verbose=True).traceback
+    assert "base_events.py" in whole and "base_events.py" not in outcome.traceback
+
+
 @pytest.mark.parametrize("error, line", [
     (r"ValueError('a\n  b\tc')", "ValueError: a b c"),
     (r"ValueError('\x1b[31mred\x1b[0m \x1b]0;title\x07bell\x07')", "ValueError: red bell"),
