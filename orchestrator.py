@@ -58,17 +58,19 @@ def add_arguments(parser):
 #   1 WORDS        statuses, exit codes, records, errors, durations
 #   2 SETUP        the tables above, checked -> Pipeline
 #   3 PLANNING     targets -> Plan
-#   4 CONNECTION   how database drivers differ
-#   5 CALLING      find, import and call a tool, one attempt in one transaction
-#   6 WORKERS      the ways to execute an attempt: in this process, in worker processes
-#   7 RUNNING      one loop that carries out a Plan -> RunResult
-#   8 VIEWS        text and JSON for people and programs
-#   9 DOOR         the command line
+#   4 HISTORY      what was run before, and the lock: all that lives in .orchestrator/
+#   5 CONNECTION   how database drivers differ
+#   6 CALLING      find, import and call a tool, one attempt in one transaction
+#   7 WORKERS      the ways to execute an attempt: in this process, in worker processes
+#   8 RUNNING      one loop that carries out a Plan -> RunResult
+#   9 VIEWS        text and JSON for people and programs
+#  10 DOOR         the command line
 
 # ruff: noqa: E402
 _YOURS = dict(globals())  # your names, before the engine adds its own: see the last lines
 
 import argparse
+import contextlib
 import gc
 import operator
 import os
@@ -77,7 +79,7 @@ import sys
 import time
 from heapq import heappop, heappush
 from typing import (
-    Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
+    Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
     Tuple, Union,
 )
 
@@ -97,25 +99,28 @@ _ENGINE_LINE = sys._getframe().f_lineno  # frames of this file below it are the 
 # records that travel from room to room (all immutable), and the error that a user can mend.
 # No input or output.
 
-EXIT_SUCCESS, EXIT_FAILED, EXIT_USAGE, EXIT_BUG = 0, 1, 2, 3
+EXIT_SUCCESS, EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_LOCKED = 0, 1, 2, 3, 4
 EXIT_SIGNAL = 128  # + the signal's number: 130 for Ctrl-C, 143 for SIGTERM, as shells count
 SIGINT = 2  # on every system
 
 MOVES = {  # status of a tool in a run -> the statuses that may follow
-    "pending": ("running", "skipped"),
+    "pending": ("running", "cached", "skipped"),
     "running": ("success", "failed", "interrupted"),
     "success": (),
+    "cached": (),
     "failed": (),
     "skipped": (),
     "interrupted": (),
 }
 
+DONE = ("success", "cached")  # statuses of a tool that those who need it can build on
 RESERVED_ARGUMENTS = ("conn", "context", "item")  # what run() gets from the engine
 ALL_BEFORE = "*"  # Step.needs of a tool that declares nothing: everything before it in the plan
 
 
 class UserError(Exception):
     """A mistake that the user can mend: `problem` says where and what, `fix` what to do."""
+    exit_code = EXIT_USAGE
 
     def __init__(self, problem: str, fix: str = "") -> None:
         super().__init__(problem, fix)
@@ -123,6 +128,16 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return self.problem + "".join("\n  " + line for line in self.fix.splitlines())
+
+
+class Locked(UserError):
+    """Another run of the same pipeline is not over."""
+    exit_code = EXIT_LOCKED
+
+
+class Settled(UserError):
+    """There is nothing to do: no mistake, but something to say."""
+    exit_code = EXIT_SUCCESS
 
 
 class Tool(NamedTuple):
@@ -146,6 +161,8 @@ class Tool(NamedTuple):
     when: str = "ready"
     uses: Tuple[Tuple[str, int], ...] = ()
     estimate_s: Optional[float] = None
+    cache_s: Optional[float] = None  # infinite for "cache": True
+    fresh_for_s: float = float("inf")
 
 
 class Stage(NamedTuple):
@@ -171,14 +188,54 @@ class Pipeline(NamedTuple):
     mistakes: Tuple[UserError, ...] = ()
 
 
+class Success(NamedTuple):
+    """A tool's last success, as history knows it.
+
+    `work` is the id of the attempt that did it, which stays the same while the tool is cached.
+    `needed` gives the work that each tool it needs had done by then; `source` and `inputs` what
+    its module and files were like. `result` is JSON, or None if that could not say it.
+    """
+    work: int
+    run_id: str
+    started_at: float
+    ended_at: float
+    rows: Optional[int] = None
+    result: Optional[str] = None
+    kind: str = ""
+    arguments: str = ""
+    source: str = ""
+    inputs: str = ""
+    needed: Mapping[str, int] = {}
+
+
+class Past(NamedTuple):
+    """What planning may ask of history, in functions. `now` is in seconds since the epoch.
+
+    `find_change` tells what changed in a tool itself since a success of it, or "". `done` are
+    the tools that ended well in the run that is resumed. `is_forced` overrides cache, freshness
+    and missing needs.
+    """
+    now: float
+    find_success: Callable[[str], Optional[Success]]
+    find_expected_s: Callable[[str], Optional[float]]
+    find_change: Callable[[Tool, Success], str]
+    done: Mapping[str, Success] = {}
+    is_forced: bool = False
+
+
 class Step(NamedTuple):
-    """One tool's place in a plan. `expected_s` is None where nothing is known of it."""
+    """One tool's place in a plan. `action` is run, cached, or skip: done before a resume.
+
+    `success` is what a tool that is not run again did when it was; `expected_s` is None where
+    nothing is known of it.
+    """
     tool: str
     wave: int
     action: str
     reason: str
     needs: Union[str, Tuple[str, ...]]
     expected_s: Optional[float] = None
+    success: Optional[Success] = None
 
 
 class Plan(NamedTuple):
@@ -194,7 +251,10 @@ class Plan(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a tool ended. `error` is one line, `traceback` the tool's own part of it, as text."""
+    """How a tool ended. `error` is one line, `traceback` the tool's own part of it, as text;
+    `log` the file that holds what it printed, or ""; `kept` what keep_result() made of its
+    result, where that is in another process.
+    """
     status: str
     reason: str = ""
     result: Any = None
@@ -202,7 +262,9 @@ class Outcome(NamedTuple):
     error: str = ""
     traceback: str = ""
     attempts: int = 0
-    duration_s: float = 0.0
+    duration_s: Optional[float] = 0.0
+    log: str = ""
+    kept: Optional[Tuple[Optional[str], Optional[str]]] = None
 
 
 class Event(NamedTuple):
@@ -322,10 +384,10 @@ def retry_delay_s(tool: Tool, attempt: int,
 
 
 def format_duration(seconds: Optional[float]) -> str:
-    """Return seconds as people say them: `0.12 s`, `42.0 s`, `1m 05s`, `2h 03m`.
+    """Return seconds as people say them: `0.12 s`, `42.0 s`, `1m 05s`, `2h 03m`, `3d 04h`.
 
-    >>> format_duration(0.123), format_duration(65), format_duration(7380)
-    ('0.12 s', '1m 05s', '2h 03m')
+    >>> format_duration(0.123), format_duration(65), format_duration(7380), format_duration(1e6)
+    ('0.12 s', '1m 05s', '2h 03m', '11d 13h')
     """
     if seconds is None:
         return ""
@@ -333,7 +395,22 @@ def format_duration(seconds: Optional[float]) -> str:
         return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
     minutes, rest_s = divmod(round(seconds), 60)
     hours, rest_m = divmod(minutes, 60)
+    days, rest_h = divmod(hours, 24)
+    if days > 1:
+        return f"{days}d {rest_h:02d}h"
     return f"{hours}h {rest_m:02d}m" if hours else f"{minutes}m {rest_s:02d}s"
+
+
+def format_moment(at: Optional[float]) -> Optional[str]:
+    """Return a moment, in seconds since the epoch, as ISO 8601 in UTC; None for None.
+
+    >>> format_moment(1357020000.5)
+    '2013-01-01T06:00:00.500Z'
+    """
+    if at is None:
+        return None
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
+    return f"{whole}.{int(at * 1000) % 1000:03d}Z"
 
 
 def merge_errors(errors: Sequence[UserError]) -> UserError:
@@ -513,6 +590,13 @@ def read_positive_s(value: Any) -> float:
     return seconds
 
 
+def read_cache_s(value: Any) -> Optional[float]:
+    """Return how long a success is good for, in seconds; None where it is good for nothing."""
+    if isinstance(value, bool):
+        return float("inf") if value else None
+    return read_positive_s(value)
+
+
 _NAMES = 'a list of names'
 _DURATION = 'a number of seconds or a text like "90s", "10m", "1h30m" or "7d"'
 _FLAG = read_choice(True, False)
@@ -546,6 +630,10 @@ OPTIONS: Dict[str, Tuple[str, Callable[[Any], Any], str, str]] = {
     "uses": ("uses", read_uses, "a dict of whole numbers from 1 on", '{"db": 1}'),
     # how long it takes, until history knows better
     "estimate": ("estimate_s", parse_duration_s, _DURATION, '"5m"'),
+    # not run again while nothing of it changed, for ever or that long
+    "cache": ("cache_s", read_cache_s, 'True, False or a duration like "24h"', '"24h"'),
+    # how old its last success may be for those that need it and do not run it
+    "fresh_for": ("fresh_for_s", read_positive_s, _DURATION + ", above 0", '"24h"'),
 }
 
 
@@ -744,10 +832,12 @@ DEFAULT_STAGE = "full"
 
 def make_plan(pipeline: Pipeline, targets: Union[None, str, Iterable[str]] = (), *,
               exclude: Union[None, str, Iterable[str]] = (), start_from: Optional[str] = None,
-              jobs: int = 1) -> Plan:
+              jobs: int = 1, past: Optional[Past] = None) -> Plan:
     """Return the plan for some targets; without any, of the stage `full` or else of all tools.
 
-    Raise UserError for a word that is neither a stage nor a tool, and if nothing is left to run.
+    Without `past` nothing is known of earlier runs, and everything is to be run. Raise UserError
+    for a word that is neither a stage nor a tool, if nothing is left to run, and if a tool needs
+    one that is not in the plan and has no success that is fresh enough.
     """
     targets = read_targets("targets", targets)
     exclude = read_targets("exclude", exclude)
@@ -767,7 +857,122 @@ def make_plan(pipeline: Pipeline, targets: Union[None, str, Iterable[str]] = (),
     if not order:
         raise UserError("Nothing is left to run.", "Name a target that holds a tool, or take "
                         "something out of --exclude; --list shows them all.")
-    return make_steps(pipeline, order, reasons, jobs)
+    if past:
+        check_needs_met(pipeline, order, past)
+    redo: Dict[str, str] = {}
+    while True:
+        steps = make_steps(pipeline, order, reasons, past, redo)
+        lost = find_lost_results(steps)
+        if not lost:
+            break
+        redo.update(lost)
+    known = all(step.expected_s is not None for step in steps)
+    expected_s = simulate(
+        Schedule(steps, pipeline, jobs), durations_of(steps), jobs) if known else None
+    return Plan(tuple(steps), find_critical_path(steps), expected_s, jobs)
+
+
+def check_needs_met(pipeline: Pipeline, order: Sequence[str], past: Past) -> None:
+    """Raise UserError for each need outside the plan whose tool has no success fresh enough."""
+    there = set(order)
+    errors = []
+    needed = {} if past.is_forced else {
+        need: tool for tool in reversed(order)
+        if pipeline.needs[tool] != ALL_BEFORE and tool not in past.done
+        for need in pipeline.needs[tool] if need not in there}
+    for need, tool in needed.items():
+        success = past.find_success(need)
+        limit_s = pipeline.tools[need].fresh_for_s
+        if success is None:
+            problem = "has never succeeded"
+        elif is_young(success, limit_s, past.now):
+            continue
+        else:
+            problem = (f"succeeded {format_age(success, past.now)}, in run {success.run_id}, and "
+                       f"is fresh for {format_duration(limit_s)}")
+        errors.append(UserError(
+            f"{tool} needs {need}, which is not in this plan and {problem}.",
+            f"Run it too: +{tool} takes all that {tool} needs; or go on without: --force."))
+    if errors:
+        raise merge_errors(errors)
+
+
+def is_young(success: Success, limit_s: float, now: float) -> bool:
+    """Return whether a success is not older than a limit; one in the future has no known age."""
+    return limit_s == float("inf") or 0 <= now - success.ended_at <= limit_s
+
+
+def format_age(success: Success, now: float) -> str:
+    """Return how long ago a success was, in words."""
+    if now < success.ended_at:
+        return "in the future, if the clock is right"
+    return format_duration(now - success.ended_at) + " ago"
+
+
+def find_needed_works(pipeline: Pipeline, tool: str,
+                      find_success: Callable[[str], Optional[Success]]) -> Dict[str, int]:
+    """Return the last work of each tool that one needs: what it was, or would be, built on.
+
+    For a tool that waits for all before it, the newest work of those before it in TOOL_MAP.
+    """
+    def find_work(name: str) -> int:
+        success = find_success(name)
+        return success.work if success else 0
+
+    needs = pipeline.needs[tool]
+    if needs != ALL_BEFORE:
+        return {need: find_work(need) for need in needs}
+    newest = 0
+    for name in pipeline.tools:
+        if name == tool:
+            break
+        newest = max(newest, find_work(name))
+    return {ALL_BEFORE: newest}
+
+
+def decide(pipeline: Pipeline, tool: str, running: Mapping[str, None], redo: Mapping[str, str],
+           past: Past) -> Tuple[str, str, Optional[Success]]:
+    """Return the action for a tool, the reason for it, and the success that it rests on, if any.
+
+    `running` are the tools before it in the plan that will run; `redo` those that must, and why.
+    """
+    done = past.done.get(tool)
+    cache_s = None if past.is_forced else pipeline.tools[tool].cache_s
+    success = done or (past.find_success(tool) if cache_s else None)
+    if success is None or tool in redo:
+        return "run", redo.get(tool, ""), None
+    needs = pipeline.needs[tool]
+    ran = next((need for need in (running if needs == ALL_BEFORE else needs) if need in running),
+               None)
+    if ran is not None:
+        return "run", f"again, because {ran} will run", None
+    if done:
+        return "skip", f"succeeded in run {done.run_id}", done
+    if find_needed_works(pipeline, tool, past.find_success) != success.needed:
+        return "run", f"what it needs has run since run {success.run_id}", None
+    if not is_young(success, cache_s, past.now):
+        return "run", f"succeeded {format_age(success, past.now)}", None
+    change = past.find_change(pipeline.tools[tool], success)
+    if change:
+        return "run", f"{change} since run {success.run_id}", None
+    return "cached", f"unchanged since run {success.run_id}", success
+
+
+def find_lost_results(steps: Sequence[Step]) -> Dict[str, str]:
+    """Return the tools that must run again for their results, which are not kept, and why."""
+    lost: Dict[str, str] = {}
+    waiting: Dict[str, str] = {}  # need -> a tool that will run and waits for it
+    in_line = ""  # a tool that will run and waits for all before it
+    for step in reversed(steps):
+        who = waiting.get(step.tool) or in_line
+        if step.success and step.success.result is None and who:
+            lost[step.tool] = f"{who} needs its result, {step.success.kind}, which is not kept"
+        if step.action == "run" or step.tool in lost:
+            if step.needs == ALL_BEFORE:
+                in_line = step.tool
+            else:
+                waiting.update(dict.fromkeys(step.needs, step.tool))
+    return lost
 
 
 def read_targets(where: str, value: Any) -> List[str]:
@@ -781,9 +986,10 @@ def read_targets(where: str, value: Any) -> List[str]:
 
 
 def make_steps(pipeline: Pipeline, order: Sequence[str], reasons: Mapping[str, str],
-               jobs: int) -> Plan:
-    """Return the plan for tools in an order that their needs allow."""
+               past: Optional[Past], redo: Mapping[str, str]) -> List[Step]:
+    """Return the steps for tools in an order that their needs allow."""
     waves: Dict[str, int] = {}
+    running: Dict[str, None] = {}
     last_wave = 0
     steps = []
     for tool in order:
@@ -791,12 +997,15 @@ def make_steps(pipeline: Pipeline, order: Sequence[str], reasons: Mapping[str, s
         waves[tool] = 1 + (last_wave if needs == ALL_BEFORE else
                            max((waves[need] for need in needs if need in waves), default=0))
         last_wave = max(last_wave, waves[tool])
-        steps.append(Step(tool, waves[tool], "run", reasons[tool], needs,
-                          pipeline.tools[tool].estimate_s))
-    known = all(step.expected_s is not None for step in steps)
-    expected_s = simulate(
-        Schedule(steps, pipeline, jobs), durations_of(steps), jobs) if known else None
-    return Plan(tuple(steps), find_critical_path(steps), expected_s, jobs)
+        action, why, success = decide(
+            pipeline, tool, running, redo, past) if past else ("run", "", None)
+        if action == "run":
+            running[tool] = None
+        expected_s = 0.0 if success else (
+            past and past.find_expected_s(tool)) or pipeline.tools[tool].estimate_s
+        reason = why if success else "; ".join(filter(None, [reasons[tool], why]))
+        steps.append(Step(tool, waves[tool], action, reason, needs, expected_s, success))
+    return steps
 
 
 def expand_reasons(pipeline: Pipeline, target: str) -> Dict[str, str]:
@@ -1026,7 +1235,776 @@ def expand_target(pipeline: Pipeline, name: str) -> Tuple[str, ...]:
                     format_nearest(name, [*pipeline.tools, *pipeline.stages]))
 
 
-# === 4 CONNECTION ===============================================================================
+# === 4 HISTORY ==================================================================================
+# All that lives in .orchestrator/NAME/: history.db, plain SQLite with the schema below; logs/, a
+# file for each attempt that printed something; and lock, which keeps two runs apart. Every change
+# of a status is committed before the next thing happens. What is read from there is data: nothing
+# of it is unpickled or evaluated. It never touches other people's databases.
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x6F726368  # "orch" in the header of the file says whose it is
+
+SCHEMA = """
+-- A run is one execution of a plan. The attempts of a run have ids without a gap from
+-- first_attempt on, because there is one run at a time.
+CREATE TABLE runs (
+    run_id        INTEGER PRIMARY KEY AUTOINCREMENT,  -- never given again, not even after --prune
+    status        TEXT NOT NULL,     -- running, success, failed, interrupted
+    resumes       INTEGER,           -- the run that this one goes on with; NULL if it began anew
+    targets       TEXT NOT NULL,     -- JSON list of stages and tools; [] means the default
+    exclude       TEXT NOT NULL,     -- JSON list
+    start_from    TEXT,              -- what --from said; NULL if it was not given
+    arguments     TEXT NOT NULL,     -- JSON object: what tools got by name
+    words         TEXT,              -- JSON list: the command line; NULL for a run from Python
+    started_at    REAL NOT NULL,     -- seconds since 1970, UTC
+    duration_s    REAL,              -- by a clock that is never set; NULL if it was killed
+    pid           INTEGER NOT NULL,  -- of the orchestrator
+    first_attempt INTEGER NOT NULL,  -- attempt_id of the first attempt, if there is any
+    version       TEXT NOT NULL,     -- of orchestrator.py
+    git_commit    TEXT,              -- of the repository around it; NULL where there is none
+    tables        TEXT NOT NULL,     -- fingerprint of TOOL_MAP, STAGES and LIMITS
+    sources       TEXT NOT NULL      -- JSON object: module -> fingerprint of its file
+);
+-- An attempt is one try of one tool in a run; or, with attempt 0, why there was none.
+CREATE TABLE attempts (
+    attempt_id    INTEGER PRIMARY KEY,
+    run_id        INTEGER NOT NULL REFERENCES runs,
+    tool          TEXT NOT NULL,
+    attempt       INTEGER NOT NULL,  -- 1, 2, ...; 0 for a tool that was cached or skipped
+    status        TEXT NOT NULL,     -- running, success, cached, failed, skipped, interrupted
+    reason        TEXT NOT NULL DEFAULT '',
+    started_at    REAL NOT NULL,     -- seconds since 1970, UTC
+    duration_s    REAL,              -- by a clock that is never set; NULL if it never ended
+    pid           INTEGER,           -- of the process that ran it
+    work          INTEGER,           -- success: its own attempt_id; cached: that of the success
+                                     -- that still stands; else NULL
+    rows          INTEGER,           -- NULL if the tool did not say
+    result        TEXT,              -- JSON of what it returned; NULL if JSON can not say that
+    kind          TEXT,              -- type of such a result: 'a DataFrame'; else NULL
+    error         TEXT,              -- one line; NULL if there was none
+    traceback     TEXT,
+    log           TEXT,              -- file, seen from this folder; NULL if nothing was printed
+    source        TEXT,              -- cached tools: fingerprint of the module as syntax tree
+    inputs        TEXT,              -- cached tools: JSON, the files that they read and write
+    needed        TEXT               -- cached tools: JSON object, needed tool -> its work then
+);
+CREATE INDEX attempts_of_tool ON attempts (tool);
+"""
+UPGRADES: Dict[int, str] = {}  # schema version -> the statements that lead to the next one
+
+RESULT_CAP_BYTES = 2**20  # a longer result is not kept
+LOG_CAP_BYTES = 10 * 2**20  # a longer log keeps its beginning and its end
+_WORKER_BYTES = 2**30  # byte 0 of the lock file is the run's, these many after it the workers'
+WORKERS_END_S = 5.0  # workers of a killed run are gone by then
+_held: Set[str] = set()  # lock files that runs of this very process hold: the kernel only keeps
+#                          processes apart
+
+
+class Request(NamedTuple):
+    """What was asked for, as a run records it, so that a resume can ask for the same."""
+    targets: Tuple[str, ...] = ()
+    exclude: Tuple[str, ...] = ()
+    start_from: Optional[str] = None
+    words: Optional[Tuple[str, ...]] = None
+    resumes: Optional[int] = None
+
+
+class Versions(NamedTuple):
+    """What ran: the fingerprint of the tables, and that of each module's file."""
+    tables: str
+    sources: Dict[str, str]
+
+
+def find_pipeline_folder(home: str, name: str) -> str:
+    """Return the folder of a pipeline in a home folder."""
+    return os.path.join(os.path.abspath(home), make_file_name(name))
+
+
+def make_file_name(name: str) -> str:
+    """Return a name that every file system takes, and that no other name comes to.
+
+    >>> make_file_name("daily"), make_file_name("a/b")
+    ('daily', 'a_b-07f4401c')
+    """
+    if name.isidentifier() and len(name) <= 80:
+        return name
+    from zlib import crc32
+    safe = re.sub(r"[^\w.-]", "_", name)[:80].lstrip(".")
+    return safe if safe == name else f"{safe}-{crc32(name.encode()):08x}"
+
+
+def make_folder(folder: str) -> None:
+    """Create the folder of a pipeline, and its home, for their owner alone, where they are not."""
+    home = os.path.dirname(folder)
+    try:
+        if not os.path.isdir(home):
+            os.makedirs(home, 0o700)
+            write_private(os.path.join(home, ".gitignore"), "*\n")
+        os.makedirs(os.path.join(folder, "logs"), 0o700, exist_ok=True)
+        os.chmod(folder, 0o700)
+    except OSError as error:
+        raise refused(folder, error) from error
+
+
+def write_private(path: str, text: str = "") -> None:
+    """Create a file that only its owner can read, if it is not there."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        if not os.fstat(fd).st_size:
+            os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def refused(path: str, error: BaseException) -> UserError:
+    """Return the sentence for a folder or file of the history that can not be used."""
+    import sqlite3
+    text = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, sqlite3.DatabaseError) and (
+            "not a database" in text or "malformed" in text):
+        return UserError(f"{path} is damaged: {text}.",
+                         "Nothing was changed in it. Move it away to begin a new history, or run "
+                         "without one: --no-history.")
+    return UserError(f"The history can not be used, {path}: {text}.",
+                     "Mend that, choose another folder in the environment variable "
+                     "ORCHESTRATOR_HOME, or run without history: --no-history.")
+
+
+class Lock:
+    """Keeps runs of one pipeline apart, by locks on bytes of a file, which the kernel frees.
+
+    Byte 0 belongs to the run, one byte after it to each worker. So the lock of a run that was
+    killed is free when the last of its workers is gone. No other code of this process may open
+    the file: to close it would free the locks (fcntl(2)).
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.path = os.path.join(folder, "lock")
+        self.fd: Optional[int] = None
+
+    def take(self) -> str:
+        """Take the lock and return ""; or who has it, "run" or "worker"."""
+        if self.path in _held:
+            return "run"
+        self.fd = open_lock(self.path)
+        holder = "run"
+        if lock_bytes(self.fd, 0, 1):
+            holder = "worker"
+            if lock_bytes(self.fd, 1, _WORKER_BYTES):
+                lock_bytes(self.fd, 1, _WORKER_BYTES, free=True)
+                _held.add(self.path)
+                return ""
+        os.close(self.fd)
+        self.fd = None
+        return holder
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self.fd is not None:
+            _held.discard(self.path)
+            os.close(self.fd)
+            self.fd = None
+
+
+def open_lock(path: str) -> int:
+    """Return the lock file, opened."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise refused(path, error) from error
+
+
+def lock_bytes(fd: int, first: int, count: int, free: bool = False) -> bool:
+    """Lock bytes of a file, or free them; return False if another process has one of them."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+            os.lseek(fd, first, os.SEEK_SET)
+            msvcrt.locking(fd, msvcrt.LK_UNLCK if free else msvcrt.LK_NBLCK, count)
+        else:
+            import fcntl
+            fcntl.lockf(fd, fcntl.LOCK_UN if free else fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)
+    except OSError:
+        return False
+    return True
+
+
+def hold_worker_byte(path: str) -> None:
+    """Let the run's lock not be free while this process lives. Runs in a worker."""
+    lock_bytes(open_lock(path), 1 + os.getpid() % _WORKER_BYTES, 1)
+
+
+def open_database(path: str) -> Any:
+    """Return a connection to a history, created or upgraded if need be.
+
+    Raise UserError if the file is somebody else's, damaged, or of a newer engine.
+    """
+    import sqlite3
+    try:
+        write_private(path)
+        check_is_whole(path)
+        db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA synchronous = NORMAL")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        owner = db.execute("PRAGMA application_id").fetchone()[0]
+        if owner != APPLICATION_ID and (
+                owner or version or db.execute("SELECT 1 FROM sqlite_master").fetchone()):
+            raise UserError(f"{path} is a database of something else.",
+                            "Move it away, or choose another folder in ORCHESTRATOR_HOME.")
+        if version > SCHEMA_VERSION:
+            raise UserError(f"{path} has schema version {version}, and this engine, "
+                            f"{VERSION}, knows {SCHEMA_VERSION}.",
+                            "Use the newer orchestrator.py that wrote it.")
+        if version < SCHEMA_VERSION:
+            db.execute("PRAGMA journal_mode = WAL")
+            upgrade(db, version)
+    except (sqlite3.Error, OSError) as error:
+        raise refused(path, error) from error
+    return db
+
+
+def check_is_whole(path: str) -> None:
+    """Raise sqlite3.DatabaseError if a file is shorter than its own header says.
+
+    SQLite would notice only when it comes to a page that is missing. With a log of changes
+    beside it (`-wal`) the header may be ahead of the file.
+    """
+    import sqlite3
+    with open(path, "rb") as file:
+        head = file.read(100)
+    pages = int.from_bytes(head[28:32], "big")  # https://sqlite.org/fileformat2.html
+    page_bytes = int.from_bytes(head[16:18], "big")
+    page_bytes = 65536 if page_bytes == 1 else page_bytes
+    has_changes = os.path.exists(path + "-wal") and os.path.getsize(path + "-wal")
+    if head[:6] == b"SQLite" and not has_changes and pages * page_bytes > os.path.getsize(path):
+        raise sqlite3.DatabaseError("it is malformed, its end is missing")
+
+
+def upgrade(db: Any, version: int) -> None:
+    """Bring a history to the schema of this engine, or create it, in one transaction."""
+    db.execute("BEGIN IMMEDIATE")
+    for text in [SCHEMA] if version == 0 else [
+            UPGRADES[each] for each in range(version, SCHEMA_VERSION)]:
+        for statement in re.sub(r"--.*", "", text).split(";"):
+            db.execute(statement)
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    db.execute("COMMIT")
+
+
+class NoHistory:
+    """Stands for a history where none is kept: it takes all and knows nothing."""
+    folder = base = ""
+
+    def begin_run(self, plan: Plan, request: Request, arguments: Mapping[str, Any],
+                  versions: Versions, at: float) -> str:
+        """Return an id for a run that sorts by its start: `20130101T060000Z-1a2b`."""
+        return time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime(at)) + os.urandom(2).hex()
+
+    def begin_attempt(self, tool: str, attempt: int, at: float, pid: int) -> None:
+        """Record that an attempt begins."""
+
+    def end_attempt(self, tool: str, outcome: Outcome, facts: Mapping[str, Any]) -> None:
+        """Record how an attempt ended."""
+
+    def note(self, tool: str, outcome: Outcome, at: float) -> None:
+        """Record why there was no attempt."""
+
+    def end_run(self, status: str, duration_s: float) -> None:
+        """Record how a run ended."""
+
+    def commit(self) -> None:
+        """Make durable what was recorded."""
+
+    def find_success(self, tool: str) -> Optional[Success]:
+        """Return the last success of a tool."""
+
+    def find_last_success_at(self, tool: str) -> Optional[float]:
+        """Return when the last successful attempt of a tool began."""
+        success = self.find_success(tool)
+        return success.started_at if success else None
+
+    def find_expected_s(self, tool: str) -> Optional[float]:
+        """Return the seconds that a tool is expected to take."""
+
+    def find_last(self, tool: str) -> Optional[Dict[str, Any]]:
+        """Return the newest row of `attempts` for a tool."""
+
+    def close(self) -> None:
+        """Let go of the file; the next use opens it again."""
+
+
+_SUCCESS = """
+    SELECT a.tool, a.status, w.attempt_id, w.run_id, w.started_at, w.duration_s, w.rows,
+           w.result, w.kind, r.arguments, w.source, w.inputs, w.needed
+    FROM attempts a LEFT JOIN attempts w ON w.attempt_id = a.work
+                    LEFT JOIN runs r ON r.run_id = w.run_id
+"""
+
+
+def make_success(row: Sequence[Any]) -> Success:
+    """Return a row of _SUCCESS as a Success."""
+    import json
+    (work, run_id, started_at, duration_s, rows, result, kind, arguments, source, inputs,
+     needed) = row[2:]
+    return Success(work, str(run_id), started_at, started_at + (duration_s or 0.0), rows, result,
+                   kind or "", arguments, source or "", inputs or "",
+                   json.loads(needed) if needed else {})
+
+
+class History(NoHistory):
+    """The history of a pipeline, in its folder. Only who holds its lock writes to it.
+
+    `base` is the folder from which the pipeline names files. State: `run_id` of the run that is
+    recorded; `open`, the attempt_id of each attempt that runs; `successes`, the last success of
+    each tool that was asked for.
+    """
+
+    def __init__(self, folder: str, base: str) -> None:
+        self.folder, self.base = folder, base
+        self.path = os.path.join(folder, "history.db")
+        self._db: Any = None
+        self.is_changed = False  # whether something is recorded that is not yet durable
+        self.run_id = 0
+        self.open: Dict[str, int] = {}
+        self.successes: Dict[str, Optional[Success]] = {}
+
+    def change(self, sql: str, values: Sequence[Any]) -> Any:
+        """Execute a statement that commit() makes durable."""
+        if not self.is_changed:
+            self.do("BEGIN IMMEDIATE")
+            self.is_changed = True
+        return self.do(sql, values)
+
+    def commit(self) -> None:
+        """Make durable what was recorded."""
+        if self.is_changed:
+            self.do("COMMIT")
+            self.is_changed = False
+
+    def do(self, sql: str, values: Sequence[Any] = ()) -> Any:
+        """Execute a statement. Raise UserError if the file does not take it."""
+        import sqlite3
+        if self._db is None:
+            self._db = open_database(self.path)
+        try:
+            return self._db.execute(sql, values)
+        except sqlite3.Error as error:
+            raise refused(self.path, error) from error
+
+    def close(self) -> None:
+        """Let go of the file; the next use opens it again."""
+        if self._db is not None:
+            self._db.close()
+            self._db, self.is_changed = None, False
+
+    # --- what a run writes ---
+
+    def close_killed(self) -> Optional[int]:
+        """Record a run that was killed as interrupted and return its id; None if there is none."""
+        killed = self.find_running()
+        if killed is None:
+            return None
+        run_id = killed["run_id"]
+        logs = find_logs(self.folder, str(run_id))
+        self.do("BEGIN IMMEDIATE")
+        for attempt in self.load_attempts(killed):
+            if attempt["status"] == "running":
+                log = find_log(logs, attempt["tool"], attempt["attempt"])
+                if attempt["pid"] == killed["pid"]:
+                    append_spools(logs, log)
+                self.do("UPDATE attempts SET status = 'interrupted', log = ?, "
+                        "reason = 'its run was killed' WHERE attempt_id = ?",
+                        (os.path.relpath(log, self.folder) if has_bytes(log) else None,
+                         attempt["attempt_id"]))
+        self.do("UPDATE runs SET status = 'interrupted' WHERE run_id = ?", (run_id,))
+        self.do("COMMIT")
+        return run_id
+
+    def begin_run(self, plan: Plan, request: Request, arguments: Mapping[str, Any],
+                  versions: Versions, at: float) -> str:
+        """Record a run, with the tools that it need not do, and return its id."""
+        import json
+        self.do("BEGIN IMMEDIATE")
+        row = self.do("SELECT coalesce(max(attempt_id), 0) + 1 FROM attempts").fetchone()
+        self.run_id = self.do(
+            "INSERT INTO runs (status, resumes, targets, exclude, start_from, arguments, words, "
+            "started_at, pid, first_attempt, version, git_commit, tables, sources) "
+            "VALUES ('running', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (request.resumes, json.dumps(request.targets), json.dumps(request.exclude),
+             request.start_from, format_arguments(arguments),
+             None if request.words is None else json.dumps(request.words), at, os.getpid(),
+             row[0], VERSION, find_git_commit(self.folder), versions.tables,
+             json.dumps(versions.sources))).lastrowid
+        for step in plan.steps:
+            if step.success:
+                self.do("INSERT INTO attempts (run_id, tool, attempt, status, reason, started_at, "
+                        "work, rows) VALUES (?, ?, 0, 'cached', ?, ?, ?, ?)",
+                        (self.run_id, step.tool, step.reason, at, step.success.work,
+                         step.success.rows))
+        self.do("COMMIT")
+        return str(self.run_id)
+
+    def begin_attempt(self, tool: str, attempt: int, at: float, pid: int) -> None:
+        """Record that an attempt begins."""
+        self.open[tool] = self.change(
+            "INSERT INTO attempts (run_id, tool, attempt, status, started_at, pid) "
+            "VALUES (?, ?, ?, 'running', ?, ?)", (self.run_id, tool, attempt, at, pid)).lastrowid
+
+    def end_attempt(self, tool: str, outcome: Outcome, facts: Mapping[str, Any]) -> None:
+        """Record how an attempt ended, and of a tool with `cache` what its success was built on."""
+        attempt_id = self.open.pop(tool)
+        is_success = outcome.status == "success"
+        result, kind = outcome.kept or keep_result(outcome.result) if is_success else (None, None)
+        self.change(
+            "UPDATE attempts SET status = ?, reason = ?, duration_s = ?, work = ?, rows = ?, "
+            "result = ?, kind = ?, error = ?, traceback = ?, log = ?, source = ?, inputs = ?, "
+            "needed = ? WHERE attempt_id = ?",
+            (outcome.status, outcome.reason, outcome.duration_s,
+             attempt_id if is_success else None, outcome.rows, result, kind,
+             outcome.error or None, outcome.traceback or None,
+             os.path.relpath(outcome.log, self.folder) if outcome.log else None,
+             facts.get("source"), facts.get("inputs"), facts.get("needed"), attempt_id))
+        if is_success:
+            self.successes.pop(tool, None)
+
+    def note(self, tool: str, outcome: Outcome, at: float) -> None:
+        """Record why there was no attempt."""
+        self.change("INSERT INTO attempts (run_id, tool, attempt, status, reason, started_at) "
+                    "VALUES (?, ?, 0, ?, ?, ?)",
+                    (self.run_id, tool, outcome.status, outcome.reason, at))
+
+    def end_run(self, status: str, duration_s: float) -> None:
+        """Record how a run ended."""
+        self.change("UPDATE runs SET status = ?, duration_s = ? WHERE run_id = ?",
+                    (status, duration_s, self.run_id))
+        self.commit()
+
+    def prune(self, before: float) -> List[str]:
+        """Forget the runs that began before a moment; return the ids of those that are gone.
+
+        The newest run, and those that hold the last success of a tool, stay.
+        """
+        import shutil
+        self.do("BEGIN IMMEDIATE")
+        rows = self.do("""
+            SELECT run_id FROM runs WHERE started_at < ? AND status <> 'running'
+               AND run_id < (SELECT max(run_id) FROM runs)
+               AND run_id NOT IN (
+                   SELECT run_id FROM attempts WHERE attempt_id IN (
+                       SELECT max(work) FROM attempts WHERE work IS NOT NULL GROUP BY tool))
+            """, (before,)).fetchall()
+        for row in rows:
+            self.do("DELETE FROM attempts WHERE attempt_id >= (SELECT first_attempt FROM runs "
+                    "WHERE run_id = ?1) AND run_id = ?1", row)
+            self.do("DELETE FROM runs WHERE run_id = ?", row)
+        self.do("COMMIT")
+        self.do("VACUUM")
+        for row in rows:
+            shutil.rmtree(os.path.join(self.folder, "logs", str(row[0])), ignore_errors=True)
+        return [str(row[0]) for row in rows]
+
+    # --- what planning and views ask ---
+
+    def find_success(self, tool: str) -> Optional[Success]:
+        """Return the last success of a tool."""
+        if tool not in self.successes:
+            row = self.do(_SUCCESS + "WHERE a.tool = ? AND a.status IN ('success', 'cached') "
+                          "ORDER BY a.attempt_id DESC LIMIT 1", (tool,)).fetchone()
+            self.successes[tool] = make_success(row) if row and row[2] else None
+        return self.successes[tool]
+
+    def find_expected_s(self, tool: str) -> Optional[float]:
+        """Return the median of the seconds that a tool's last successes took."""
+        rows = self.do("SELECT duration_s FROM attempts WHERE tool = ? AND status = 'success' "
+                       "AND duration_s IS NOT NULL ORDER BY attempt_id DESC LIMIT 11",
+                       (tool,)).fetchall()
+        return sorted(rows)[len(rows) // 2][0] if rows else None
+
+    def find_done(self, run_id: int) -> Dict[str, Success]:
+        """Return the tools that ended well in a run or were done before it."""
+        done: Dict[str, Success] = {}
+        first = self.do("SELECT first_attempt FROM runs WHERE run_id = ?", (run_id,)).fetchone()[0]
+        for row in self.do(_SUCCESS + "WHERE a.attempt_id >= ? AND a.run_id = ? "
+                           "ORDER BY a.attempt_id", (first, run_id)):
+            done.pop(row[0], None)
+            if row[1] in DONE and row[2]:
+                done[row[0]] = make_success(row)
+        return done
+
+    def find_run(self, run_id: str) -> Dict[str, Any]:
+        """Return a row of `runs`. Raise UserError if there is none with that id."""
+        found = self._load_runs("WHERE run_id = ?", (run_id,))
+        if not found:
+            newest = self.do("SELECT max(run_id) FROM runs").fetchone()[0]
+            raise UserError(f"There is no run {run_id!r}.",
+                            f"The last run is {newest}; --history shows which there are."
+                            if newest else "Nothing has been run yet.")
+        return found[0]
+
+    def find_running(self) -> Optional[Dict[str, Any]]:
+        """Return the row of the run that is not recorded as ended: it goes on, or was killed."""
+        runs = self._load_runs("WHERE status = 'running' ORDER BY run_id DESC LIMIT 1")
+        return runs[0] if runs else None
+
+    def load_last_runs(self, count: int) -> List[Dict[str, Any]]:
+        """Return the rows of the last runs, the newest first."""
+        return self._load_runs("ORDER BY run_id DESC LIMIT ?", (count,))
+
+    def _load_runs(self, where: str, values: Sequence[Any] = ()) -> List[Dict[str, Any]]:
+        import json
+        cursor = self.do(f"SELECT * FROM runs {where}", values)  # noqa: S608 - text of our own
+        names = [column[0] for column in cursor.description]
+        runs = [dict(zip(names, row)) for row in cursor]
+        for run in runs:
+            for name in ("targets", "exclude", "arguments", "words", "sources"):
+                run[name] = json.loads(run[name]) if run[name] is not None else None
+        return runs
+
+    def load_attempts(self, run: Mapping[str, Any]) -> List[Dict[str, Any]]:
+        """Return the rows of `attempts` of a run, in the order in which they began."""
+        cursor = self.do("SELECT * FROM attempts WHERE attempt_id >= ? AND run_id = ? "
+                         "ORDER BY attempt_id", (run["first_attempt"], run["run_id"]))
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row)) for row in cursor]
+
+    def find_last(self, tool: str) -> Optional[Dict[str, Any]]:
+        """Return the newest row of `attempts` for a tool."""
+        cursor = self.do("SELECT * FROM attempts WHERE tool = ? ORDER BY attempt_id DESC LIMIT 1",
+                         (tool,))
+        names = [column[0] for column in cursor.description]
+        row = cursor.fetchone()
+        return dict(zip(names, row)) if row else None
+
+    def find_resumable(self, run_id: Optional[str]) -> Dict[str, Any]:
+        """Return the run that a resume goes on with: the last of the runs that resumed it.
+
+        Without an id, of the last run that did not succeed. Raise Settled if there is nothing
+        to resume.
+        """
+        if run_id is not None:
+            run = self.find_run(run_id)
+        else:
+            runs = self._load_runs("WHERE status <> 'success' ORDER BY run_id DESC LIMIT 1")
+            if not runs:
+                raise Settled("There is nothing to resume: no run failed or was interrupted.")
+            run = runs[0]
+        while True:
+            next_one = self._load_runs("WHERE resumes = ? ORDER BY run_id DESC LIMIT 1",
+                                      (run["run_id"],))
+            if not next_one:
+                break
+            run = next_one[0]
+        good = self.do(
+            "SELECT a.run_id FROM runs a, runs b WHERE b.run_id = ? AND a.run_id >= b.run_id "
+            "AND a.status = 'success' AND a.targets = b.targets AND a.exclude = b.exclude "
+            "AND a.start_from IS b.start_from AND a.arguments = b.arguments LIMIT 1",
+            (run["run_id"],)).fetchone()
+        if good:
+            raise Settled(f"There is nothing to resume: run {good[0]} did all of "
+                          f"{'it' if good[0] == run['run_id'] else 'run ' + str(run['run_id'])}.")
+        return run
+
+
+def format_arguments(arguments: Mapping[str, Any]) -> str:
+    """Return the arguments of tools as JSON, in one order; what JSON can not say, by its repr."""
+    import json
+    return json.dumps(dict(arguments), default=repr, sort_keys=True)
+
+
+def keep_result(result: Any) -> Tuple[Optional[str], Optional[str]]:
+    """Return a result as JSON and None; or None and its type, if JSON can not say it."""
+    if result is None:
+        return "null", None
+    import json
+    try:
+        text = json.dumps(result)
+        if len(text) <= RESULT_CAP_BYTES and json.loads(text) == result:  # tuples would be lists
+            return text, None
+    except (TypeError, ValueError, RecursionError):
+        pass
+    return None, format_type(result)
+
+
+def find_git_commit(folder: str) -> Optional[str]:
+    """Return the commit that is checked out around a folder, as the files in .git tell."""
+    while not os.path.exists(os.path.join(folder, ".git")):
+        folder, below = os.path.dirname(folder), folder
+        if folder == below:
+            return None
+    git = os.path.join(folder, ".git")
+    try:
+        if os.path.isfile(git):  # a worktree: "gitdir: PATH"
+            git = os.path.join(folder, read_text(git).partition(": ")[2])
+        head = read_text(os.path.join(git, "HEAD"))
+        if not head.startswith("ref: "):
+            return head
+        if os.path.exists(os.path.join(git, "commondir")):
+            git = os.path.join(git, read_text(os.path.join(git, "commondir")))
+        loose = os.path.join(git, head[5:])
+        if os.path.exists(loose):
+            return read_text(loose)
+        for line in read_text(os.path.join(git, "packed-refs")).splitlines():
+            if line.endswith(" " + head[5:]):
+                return line.partition(" ")[0]
+    except (OSError, ValueError):
+        pass  # a repository without a commit, or one of a kind that we do not know
+    return None
+
+
+def read_text(path: str) -> str:
+    """Return a small text file, without blanks around it."""
+    with open(path, encoding="utf-8") as file:
+        return file.read().strip()
+
+
+def find_reads(tool: Tool, base: str, known: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return size, time of change and content's fingerprint of the files that a tool reads.
+
+    Names are seen from the folder `base`; those that are no files or folders, such as tables, do
+    not count. The fingerprint is taken from `known`, the state at another time, where size and
+    time are the same.
+    """
+    files: Dict[str, Any] = {}
+    for name in tool.reads or ():
+        top = os.path.join(base, name)
+        for path in [top] if os.path.isfile(top) else find_files(top):
+            shown = os.path.relpath(path, base).replace(os.sep, "/")
+            stat = os.stat(path)
+            size_time = [stat.st_size, stat.st_mtime_ns]
+            same = known.get(shown, [None])[:2] == size_time
+            files[shown] = [*size_time, known[shown][2] if same else hash_file(path)]
+    return files
+
+
+def find_writes(tool: Tool, base: str) -> List[str]:
+    """Return those of the names that a tool writes that are files or folders."""
+    return [name for name in tool.writes or () if os.path.exists(os.path.join(base, name))]
+
+
+def find_files(folder: str) -> List[str]:
+    """Return all files in a folder, at any depth, in one order."""
+    return sorted(os.path.join(each, name) for each, _, names in os.walk(folder) for name in names)
+
+
+def hash_file(path: str) -> str:
+    """Return a fingerprint of a file's content."""
+    from hashlib import sha256
+    digest = sha256()
+    with open(path, "rb") as file:
+        while True:
+            piece = file.read(1 << 20)
+            if not piece:
+                return digest.hexdigest()
+            digest.update(piece)
+
+
+def find_changed_file(tool: Tool, base: str, inputs: str) -> str:
+    """Return what changed of a tool's files since `inputs` were recorded, in words, or ""."""
+    import json
+    old = json.loads(inputs or "{}")
+    old_reads = old.get("reads", {})
+    new_reads = find_reads(tool, base, old_reads)
+    for name in [*new_reads, *old_reads]:
+        if (name in old_reads) != (name in new_reads):
+            return f"{name} is {'new' if name in new_reads else 'gone'}"
+        if old_reads[name][2] != new_reads[name][2]:
+            return f"{name} changed"
+    writes = find_writes(tool, base)
+    return next((f"{name} is gone" for name in old.get("writes", ()) if name not in writes), "")
+
+
+SPOOLS = (".stdout", ".stderr")  # beside the logs of a run, while it lasts: see Capture
+
+
+def find_logs(folder: str, run_id: str) -> str:
+    """Return the folder for the logs of a run."""
+    return os.path.join(folder, "logs", run_id)
+
+
+def find_log(logs: str, tool: str, attempt: int) -> str:
+    """Return the file for what an attempt prints."""
+    return os.path.join(logs, f"{make_file_name(tool)}.{attempt}.log")
+
+
+def append_spools(logs: str, log: str) -> None:
+    """Append to a log what a run that was killed had printed last, and not carried there yet."""
+    for name in SPOOLS:
+        spool = os.path.join(logs, name)
+        if has_bytes(spool):
+            with open(spool, "rb") as source, open(log, "ab") as target:
+                target.write(source.read())
+        if os.path.exists(spool):
+            os.unlink(spool)
+
+
+def has_bytes(path: str) -> bool:
+    """Return whether a file is there and not empty."""
+    try:
+        return os.path.getsize(path) > 0
+    except OSError:
+        return False
+
+
+def append_log(path: str, line: str) -> None:
+    """Add a line to a log."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(fd, line.encode("utf-8", "backslashreplace") + b"\n")
+    finally:
+        os.close(fd)
+
+
+def tidy_log(path: str) -> None:
+    """Remove a log without a byte, and trim one that is too long."""
+    if has_bytes(path):
+        trim_log(path)
+    elif os.path.exists(path):
+        os.unlink(path)
+
+
+def trim_log(path: str, cap_bytes: int = LOG_CAP_BYTES) -> None:
+    """Cut a file that is too long to its beginning and its end, and say there what was left out."""
+    size = os.path.getsize(path)
+    if size <= cap_bytes:
+        return
+    half = cap_bytes // 2
+    with open(path, "r+b") as file:
+        file.seek(size - half)
+        end = file.read()
+        file.seek(half)
+        file.write(b"\n[... %d bytes were left out here ...]\n" % (size - 2 * half))
+        file.write(end)
+        file.truncate()
+
+
+def read_tail(path: str, lines: int, room_bytes: int = 1 << 16) -> List[str]:
+    """Return the last lines of a log, in which nothing can take hold of a terminal."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            start = max(0, size - max(room_bytes, 200 * lines))
+            file.seek(start)
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return clean(text).splitlines()[start > 0:][-lines:] if lines else []
+
+
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -~]?"
+                      r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def clean(text: str) -> str:
+    """Return a text without control characters but tabs and ends of lines.
+
+    >>> clean("a\\x1b[31mred\\x1b[0m\\r\\n\\x00b")
+    'ared\\nb'
+    """
+    return _ESCAPES.sub("", text.replace("\r\n", "\n"))
+
+
+# === 5 CONNECTION ===============================================================================
 # The one place that knows how database drivers differ: open, begin, commit, roll back, close,
 # replace. `conn` may be any DB-API connection, any object with or without close(), commit() and
 # rollback(), or None. It does not decide when to do any of these.
@@ -1194,7 +2172,7 @@ def call_if_there(thing: Any, method: str) -> None:
         function()
 
 
-# === 5 CALLING ==================================================================================
+# === 6 CALLING ==================================================================================
 # From a Tool to an Outcome: find the module, read or import it, see that run() can take what it
 # will be given, call it, all of one attempt inside one transaction. It does not decide what an
 # outcome means for the run.
@@ -1291,14 +2269,25 @@ class Context:
     """What a tool may know of its run: `context` among its arguments.
 
     run_id: text. tool: its name. attempt: 1, 2, ... results: what the tools that it waits for
-    returned, by name, to read only.
+    returned, by name, to read only. last_success: the moment in UTC, a `datetime`, at which the
+    last successful attempt of this tool began, so that what came later has not been seen; None
+    if there was none, or no history is kept.
     """
 
     def __init__(self, run_id: str, tool: str, attempt: int, results: Mapping[str, Any],
-                 tell: Callable[..., None]) -> None:
+                 tell: Callable[..., None],
+                 find_last_success_at: Callable[[str], Optional[float]]) -> None:
         self.run_id, self.tool, self.attempt, self.results = run_id, tool, attempt, results
+        self._find_last_success_at = find_last_success_at
         self._tell = tell  # tell(kind, tool, ...) reaches the listener of the run
         self._log: Any = None
+
+    @property
+    def last_success(self) -> Any:
+        """When the last successful attempt began, as a `datetime` in UTC, or None."""
+        from datetime import datetime, timezone
+        at = self._find_last_success_at(self.tool)
+        return None if at is None else datetime.fromtimestamp(at, timezone.utc)
 
     @property
     def log(self) -> Any:
@@ -1482,6 +2471,43 @@ def read_module(tool: Tool) -> Tuple[str, Any]:
         line = getattr(error, "lineno", None) or 1
         raise UserError(f"{format_path(path)}:{line}: {format_one_line(error)}",
                         "Mend that line.") from error
+
+
+def find_base(get_connection: Optional[Callable[[], Any]]) -> str:
+    """Return the folder of the file that defines get_connection, else of the main program."""
+    code = getattr(get_connection, "__code__", None)
+    file = getattr(code, "co_filename", None) \
+        or getattr(sys.modules["__main__"], "__file__", None) or "."
+    return os.path.dirname(os.path.abspath(file))
+
+
+def hash_source(tool: Tool) -> str:
+    """Return a fingerprint of a tool's module as syntax tree: comments and blanks do not count.
+
+    A module without source has that of its file.
+    """
+    import ast
+    from hashlib import sha256
+    path, tree = read_module(tool)
+    if tree is None:
+        return hash_file(path) if os.path.isfile(path) else ""
+    return sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def find_versions(pipeline: Pipeline, tools: Iterable[Tool]) -> Versions:
+    """Return what runs: the fingerprint of the tables, and of the file of each module."""
+    from zlib import crc32
+    tables = repr([[*map(tuple, pipeline.tools.values())], [*map(tuple, pipeline.stages.values())],
+                   pipeline.limits])
+    sources = {}
+    for module in dict.fromkeys(tool.module for tool in tools):
+        path = getattr(find_module(module), "origin", None) or ""
+        try:
+            with open(path, "rb") as file:
+                sources[module] = f"{crc32(file.read()):08x}"
+        except OSError:
+            pass  # it has no file of its own
+    return Versions(f"{crc32(tables.encode()):08x}", sources)
 
 
 def find_summary(tool: Tool) -> str:
@@ -1970,7 +2996,7 @@ def format_place(error: BaseException, tool: Tool) -> str:
         or "in no line of its own"
 
 
-# === 6 WORKERS ==================================================================================
+# === 7 WORKERS ==================================================================================
 # The ways to execute attempts, behind one interface: start(order) begins an attempt, wait(timeout)
 # returns what came of those that were begun, as (kind, tool, what): "event" with the fields of an
 # Event, or "ended" with an Outcome; terminate(tool) and kill(tool) end an attempt, close() all.
@@ -1981,12 +3007,17 @@ NOT_AGAIN = "not tried again"  # the reason of a failure that another try would 
 
 
 class Order(NamedTuple):
-    """An attempt to execute: which try of which tool, with what results, printing to where."""
+    """An attempt to execute: which try of which tool, with what results, printing to where.
+
+    `is_kept` says that its result is to be recorded.
+    """
     tool: str
     attempt: int
     run_id: str
     results: Mapping[str, Any]
     output: str = ""
+    last_success_at: Optional[float] = None
+    is_kept: bool = False
 
 
 class Here:
@@ -1994,10 +3025,22 @@ class Here:
 
     def __init__(self, callees: Mapping[str, Callee], database: Database,
                  arguments: Mapping[str, Any], interrupts: Interrupts, verbose: bool,
-                 tell: Callable[..., None]) -> None:
+                 tell: Callable[..., None], capture: "NoCapture",
+                 find_last_success_at: Callable[[str], Optional[float]]) -> None:
+        self.find_last_success_at = find_last_success_at
         self.callees, self.database, self.arguments = callees, database, arguments
-        self.interrupts, self.verbose, self.tell = interrupts, verbose, tell
+        self.interrupts, self.verbose, self.capture = interrupts, verbose, capture
         self.order: Optional[Order] = None
+        self._tell = tell
+
+    def tell(self, kind: str, tool: str, **what: Any) -> None:
+        """Tell the listener, after what the tool printed before."""
+        self.capture.drain()
+        self._tell(kind, tool, **what)
+
+    def reserve(self, tool: str) -> int:
+        """Return the id of the process that will execute a tool."""
+        return os.getpid()
 
     def start(self, order: Order) -> None:
         """Note what wait() is to execute."""
@@ -2007,14 +3050,208 @@ class Here:
         """Execute what was started, however long it takes."""
         order, self.order = self.order, None
         context = Context(order.run_id, order.tool, order.attempt, Results(order.results),
-                          self.tell)
-        return [("ended", order.tool, run_attempt(
-            self.callees[order.tool], self.database, self.arguments, context, self.interrupts,
-            self.verbose))]
+                          self.tell, self.find_last_success_at)
+        self.capture.begin(order.output)
+        outcome = run_attempt(self.callees[order.tool], self.database, self.arguments, context,
+                              self.interrupts, self.verbose)
+        return [("ended", order.tool, outcome._replace(log=self.capture.end()))]
 
     def close(self) -> None:
         """Close the connection."""
         self.database.close()
+
+
+OUTPUT_LOST = 50  # the level of the log event that tells so: CRITICAL, as in logging
+
+
+class NoCapture:
+    """Lets tools in this process print where they will, and keeps nothing of it."""
+    error = ""
+
+    def __enter__(self) -> "NoCapture":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def begin(self, log: str) -> None:
+        """Let what is printed from now on go into a log as well."""
+
+    def drain(self) -> None:
+        """Let what was printed until now reach the screen and the log."""
+
+    def end(self) -> str:
+        """Let what is printed from now on go into no log any more; return the log, if it is made.
+        """
+        return ""
+
+
+class Capture(NoCapture):
+    """Keeps what tools in this process print in their logs, besides showing it.
+
+    On a terminal, and where Python's streams are not the process's own (a notebook), what Python
+    writes is copied. Elsewhere the file descriptor leads into a file, the spool, so that C code
+    and child processes are heard too; a thread carries that on to where the descriptor led
+    before, within a tenth of a second. What a process that dies had printed is still in its spool.
+    State: `log`, the file of the attempt that runs, made at the first byte; `log_fd`.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.streams = {1: sys.stdout, 2: sys.stderr}
+        self.spools: List[Spool] = []
+        self.log, self.log_fd = "", -1
+
+    def __enter__(self) -> "Capture":
+        import threading
+        self.lock, self.stop = threading.RLock(), threading.Event()
+        for fd, stream in self.streams.items():
+            if is_own_fd(stream, fd) and not stream.isatty():
+                stream.flush()
+                self.spools.append(Spool(fd, os.path.join(self.folder, SPOOLS[fd - 1])))
+                stream.reconfigure(line_buffering=True)
+            elif stream is not None:
+                setattr(sys, "stdout" if fd == 1 else "stderr", Copier(stream, self.write_log))
+        self.thread = threading.Thread(target=self.carry, daemon=True)
+        if self.spools:
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.end()
+        self.stop.set()
+        if self.spools:
+            self.thread.join()
+        for spool in self.spools:
+            spool.close()
+            self.error = self.error or spool.error
+        sys.stdout, sys.stderr = self.streams[1], self.streams[2]
+
+    def begin(self, log: str) -> None:
+        """Let what is printed from now on go into a log as well."""
+        self.log = log
+
+    def drain(self) -> None:
+        """Let what was printed until now reach the screen and the log."""
+        for spool in self.spools:
+            stream = self.streams[spool.fd]
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                pass  # the tool closed it
+            if spool.has_more():
+                with self.lock:
+                    spool.carry(self.write_log)
+
+    def end(self) -> str:
+        """Let what is printed from now on go into no log any more; return the log, if it is made.
+        """
+        self.drain()
+        for spool in self.spools:
+            spool.empty()
+        log = ""
+        if self.log_fd >= 0:
+            os.close(self.log_fd)
+            log = self.log
+            trim_log(log)
+        self.log, self.log_fd = "", -1
+        return log
+
+    def carry(self) -> None:
+        """Show again and again what is new. Runs in a thread."""
+        while not self.stop.wait(0.1):
+            for spool in self.spools:
+                with self.lock:
+                    spool.carry(self.write_log)
+
+    def write_log(self, content: bytes) -> None:
+        """Write to the log of the attempt that runs, if there is one."""
+        if self.log and self.log_fd < 0:
+            self.log_fd = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        if self.log:
+            write_all(self.log_fd, content)
+
+
+class Spool:
+    """A file descriptor that leads into a file, from which carry() brings it to where it led."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.fd, self.real = fd, os.dup(fd)
+        into = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(into, fd)
+        os.close(into)
+        self.file = open(path, "r+b", buffering=0)
+        self.shown, self.error = 0, ""
+
+    def has_more(self) -> bool:
+        """Return whether there is something to carry."""
+        return os.fstat(self.fd).st_size > self.shown
+
+    def carry(self, keep: Callable[[bytes], None]) -> None:
+        """Bring what is new to where the descriptor led, and to `keep`."""
+        self.file.seek(self.shown)
+        while True:
+            piece = self.file.read(1 << 20)
+            if not piece:
+                return
+            self.shown += len(piece)
+            keep(piece)
+            try:
+                write_all(self.real, piece)
+            except BrokenPipeError:
+                pass  # nobody reads it, which is no reason for a tool to fail
+            except OSError as error:
+                self.error = (f"{('stdout', 'stderr')[self.fd - 1]} could not be written: "
+                              f"{error.strerror}; --logs shows all of it")
+
+    def empty(self) -> None:
+        """Begin the file anew, if all of it was carried."""
+        if self.shown and not self.has_more():
+            self.file.truncate(0)
+            self.shown = 0
+
+    def close(self) -> None:
+        """Let the descriptor lead again to where it led."""
+        os.dup2(self.real, self.fd)
+        os.close(self.real)
+        path = self.file.name
+        self.file.close()
+        os.unlink(path)
+
+
+class Copier:
+    """A stream of which a copy is kept of what Python writes to it."""
+
+    def __init__(self, stream: Any, keep: Callable[[bytes], None]) -> None:
+        self._stream, self._keep = stream, keep
+
+    def write(self, text: str) -> Any:
+        """Write a text, and keep it."""
+        written = self._stream.write(text)
+        self._keep(text.encode("utf-8", "backslashreplace"))
+        return written
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several texts, and keep them."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def is_own_fd(stream: Any, fd: int) -> bool:
+    """Return whether a stream of Python is one of the process's own file descriptors."""
+    try:
+        return stream.fileno() == fd and hasattr(stream, "reconfigure")
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def write_all(fd: int, content: bytes) -> None:
+    """Write all of some bytes."""
+    while content:
+        content = content[os.write(fd, content):]
 
 
 class Worker:
@@ -2036,8 +3273,8 @@ class Workers:
     """
 
     def __init__(self, count: int, pipeline: Pipeline, arguments: Mapping[str, Any],
-                 verbose: bool) -> None:
-        serve = Server(pipeline, dict(arguments), verbose)
+                 verbose: bool, lock_path: str) -> None:
+        serve = Server(pipeline, dict(arguments), verbose, lock_path)
         self.starter: Any = Nursery(serve) if can_fork() else Spawner(serve)
         self.workers: List[Worker] = []
         self.idle: List[Worker] = []
@@ -2048,6 +3285,14 @@ class Workers:
         worker = self.starter.start()
         self.workers.append(worker)
         return worker
+
+    def reserve(self, tool: str) -> int:
+        """Return the id of the process that will execute a tool, as far as can be foreseen."""
+        if not self.idle:
+            self.idle.append(self._add())
+        if not self.idle[-1].pid:
+            self.starter.settle()
+        return self.idle[-1].pid
 
     def start(self, order: Order) -> None:
         """Hand an attempt to an idle worker, or to a new one."""
@@ -2441,8 +3686,10 @@ def has_main_guard(file: str) -> bool:
 class Server:
     """What a worker does: it serves attempts until its channel closes. Runs in the worker."""
 
-    def __init__(self, pipeline: Pipeline, arguments: Dict[str, Any], verbose: bool) -> None:
+    def __init__(self, pipeline: Pipeline, arguments: Dict[str, Any], verbose: bool,
+                 lock_path: str) -> None:
         self.pipeline, self.arguments, self.verbose = pipeline, arguments, verbose
+        self.lock_path = lock_path
 
     def begin(self, channel_fd: int, life_fd: int) -> None:
         """Be a forked worker. Does not return."""
@@ -2479,6 +3726,8 @@ class Server:
     def serve(self, channel: Any) -> None:
         """Execute attempts one after another."""
         pid = os.getpid()
+        if self.lock_path:
+            hold_worker_byte(self.lock_path)
         own_streams()
         with Interrupts() as interrupts:
             database = Database(self.pipeline.get_connection,
@@ -2497,7 +3746,8 @@ class Server:
                 is_leaving = interrupts.signal is not None or count_children() != children
                 if is_leaving:
                     database.close()
-                outcome = outcome._replace(result=pack_result(outcome.result))
+                kept = keep_result(outcome.result) if order.is_kept else None
+                outcome = outcome._replace(result=pack_result(outcome.result), kept=kept)
                 channel.send(("ended", tuple(outcome), is_leaving))
             database.close()
         os._exit(EXIT_SUCCESS)
@@ -2527,7 +3777,8 @@ class Server:
             except UserError as error:
                 return Outcome("failed", NOT_AGAIN, error=format_one_line(error))
             results = Asked(channel, interrupts)
-            context = Context(order.run_id, order.tool, order.attempt, Results(results), tell)
+            context = Context(order.run_id, order.tool, order.attempt, Results(results), tell,
+                              lambda _: order.last_success_at)
             try:
                 return run_attempt(callees[order.tool], database, self.arguments, context,
                                    interrupts, self.verbose)
@@ -2631,7 +3882,7 @@ def count_children() -> Tuple[bool, int]:
     return has_any, resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
 
 
-# === 7 RUNNING ==================================================================================
+# === 8 RUNNING ==================================================================================
 # One loop on one thread carries out a Plan and owns all state of the run: what is ready, what
 # runs, how each tool ended, what that means for the others, what is tried again. Every rule about
 # failure stands here. It prints nothing.
@@ -2648,27 +3899,35 @@ class Clock(NamedTuple):
 
 
 def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
+             history: NoHistory = NoHistory(), request: Request = Request(),
              fail_fast: bool = False, verbose: bool = False, keep_results: bool = True,
              grace_s: float = GRACE_S, on_event: Callable[[Event], None] = lambda event: None,
              clock: Clock = Clock()) -> RunResult:
     """Carry out a plan and return how it ended.
 
-    Raise UserError, before anything has run, if a module can not be imported or called.
+    Raise UserError, before anything has run, if a module can not be imported or called; and if
+    the history can not be written.
     """
-    tools = [pipeline.tools[step.tool] for step in plan.steps]
+    tools = [pipeline.tools[step.tool] for step in plan.steps if not step.success]
     check_modules_exist(tools)
-    workers = make_workers(pipeline, plan, arguments, verbose)  # before anything is opened
+    # Workers come first, before anything is opened: neither threads nor connections are inherited.
+    workers = make_workers(pipeline, plan, arguments, verbose, history)
     try:
         with Interrupts() as interrupts:
             callees = interrupts.call(load_callees, tools, arguments)
             database = Database(pipeline.get_connection, lambda: interrupts.signal is not None)
-            run = Run(pipeline, plan, interrupts, on_event, clock,
-                      fail_fast, keep_results, grace_s)
-            here = Here(callees, database, arguments, interrupts, verbose, run.tell)
-            try:
-                run.loop(here, workers)
-            finally:
-                here.close()
+            run = Run(pipeline, plan, interrupts, on_event, clock, fail_fast, keep_results,
+                      grace_s, history)
+            run.begin(request, arguments, find_versions(pipeline, tools))
+            with Capture(run.logs) if history.folder else NoCapture() as capture:
+                here = Here(callees, database, arguments, interrupts, verbose, run.tell_now,
+                            capture, history.find_last_success_at)
+                try:
+                    run.loop(here, workers)
+                finally:
+                    here.close()
+            if capture.error:
+                run.tell_now("log", text=capture.error, level=OUTPUT_LOST)
             return run.end()
     finally:
         if workers:
@@ -2676,10 +3935,15 @@ def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
 
 
 def make_workers(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any],
-                 verbose: bool) -> Optional[Workers]:
+                 verbose: bool, history: NoHistory) -> Optional[Workers]:
     """Return the workers that a plan wants, or None if it can do without."""
-    wanted = [step for step in plan.steps if plan.jobs > 1 or needs_worker(pipeline, step.tool)]
-    return Workers(min(plan.jobs, len(wanted)), pipeline, arguments, verbose) if wanted else None
+    wanted = [step for step in plan.steps if not step.success
+              and (plan.jobs > 1 or needs_worker(pipeline, step.tool))]
+    if not wanted:
+        return None
+    history.close()
+    lock_path = os.path.join(history.folder, "lock") if history.folder else ""
+    return Workers(min(plan.jobs, len(wanted)), pipeline, arguments, verbose, lock_path)
 
 
 def needs_worker(pipeline: Pipeline, name: str) -> bool:
@@ -2689,12 +3953,20 @@ def needs_worker(pipeline: Pipeline, name: str) -> bool:
 
 
 class Running:
-    """An attempt that runs: where, since when, until when, and why it is being ended, if it is."""
+    """An attempt that runs: where, since when, until when, and why it is being ended, if it is.
 
-    def __init__(self, executor: Any, started_s: float, deadline_s: float) -> None:
-        self.executor, self.started_s = executor, started_s
+    `facts` are what a success of it would be built on; `log` the file for what it prints, or "";
+    `has_logged` whether it used context.log; `lines` what it logged so in a worker, which joins
+    the log when what it printed has been shown.
+    """
+
+    def __init__(self, executor: Any, started_s: float, deadline_s: float, log: str,
+                 facts: Dict[str, Any]) -> None:
+        self.executor, self.started_s, self.log, self.facts = executor, started_s, log, facts
         self.deadline_s = deadline_s  # when the next measure is due: terminate, then kill
         self.verdict = ""
+        self.has_logged = False
+        self.lines: List[str] = []
 
 
 class Run:
@@ -2710,13 +3982,14 @@ class Run:
 
     def __init__(self, pipeline: Pipeline, plan: Plan, interrupts: Interrupts,
                  on_event: Callable[[Event], None], clock: Clock, fail_fast: bool,
-                 keep_results: bool, grace_s: float) -> None:
+                 keep_results: bool, grace_s: float, history: NoHistory) -> None:
         self.pipeline, self.plan, self.interrupts = pipeline, plan, interrupts
+        self.history = history
         self.on_event, self.clock, self.grace_s = on_event, clock, grace_s
         self.fail_fast, self.keep_results = fail_fast, keep_results
         self.steps = {step.tool: step for step in plan.steps}
         self.schedule = Schedule(plan.steps, pipeline, plan.jobs)
-        self.run_id = make_run_id(clock.wall())
+        self.run_id = ""
         self.started_s = clock.monotonic()
         self.statuses = dict.fromkeys(self.steps, "pending")
         self.outcomes: Dict[str, Outcome] = {}
@@ -2735,14 +4008,23 @@ class Run:
                                  if step.needs == ALL_BEFORE), default=-1)
         self.users = {tool: len(self.schedule.after.get(tool, ())) + (i < self.last_in_line)
                       for i, tool in enumerate(self.steps)}
-        self.folder = ""  # where workers' output goes
+        self.logs = ""  # the folder for what tools print
+        self.told: List[Event] = []
+
+    def begin(self, request: Request, arguments: Mapping[str, Any], versions: Versions) -> None:
+        """Record that the run begins."""
+        self.run_id = self.history.begin_run(self.plan, request, arguments, versions,
+                                             self.clock.wall())
+        if self.history.folder:
+            self.logs = find_logs(self.history.folder, self.run_id)
+            os.makedirs(self.logs, 0o700, exist_ok=True)
 
     def loop(self, here: Here, workers: Optional[Workers]) -> None:
         """Start what is ready and settle what has ended, until nothing is left to do."""
         import shutil
-        if workers:
+        if workers and not self.logs:
             import tempfile
-            self.folder = tempfile.mkdtemp(prefix="orchestrator-")
+            self.logs = tempfile.mkdtemp(prefix="orchestrator-")
         try:
             self.tell("run_started", plan=self.plan)
             self.unblock(self.schedule.begin())
@@ -2750,12 +4032,13 @@ class Run:
                 self.look_at_signals()
                 self.look_at_clock()
                 self.start_ready(here, workers)
+                self.publish()
                 if not self.running and (self.is_interrupted or not self.retries):
                     return
                 self.wait()
         finally:
-            if self.folder:
-                shutil.rmtree(self.folder, ignore_errors=True)
+            if workers and not self.history.folder:
+                shutil.rmtree(self.logs, ignore_errors=True)
 
     def wait(self) -> None:
         """Wait until something has ended, or the clock says that something is due."""
@@ -2817,14 +4100,30 @@ class Run:
         attempt = self.attempts[tool] = self.attempts.get(tool, 0) + 1
         if attempt == 1:
             self.statuses[tool] = check_move(self.statuses[tool], "running")
-        output = os.path.join(self.folder, f"{self.schedule.position[tool]}.{attempt}.log") \
-            if isinstance(executor, Workers) else ""
+        self.history.begin_attempt(tool, attempt, self.clock.wall(), executor.reserve(tool))
+        log = find_log(self.logs, tool, attempt) if self.logs else ""
         now_s = self.clock.monotonic()
         timeout_s = self.pipeline.tools[tool].timeout_s
         self.running[tool] = Running(executor, now_s,
-                                     float("inf") if timeout_s is None else now_s + timeout_s)
-        self.tell("tool_started", tool, output=output)
-        executor.start(Order(tool, attempt, self.run_id, self.results_for(tool), output))
+                                     float("inf") if timeout_s is None else now_s + timeout_s,
+                                     log, self.find_facts(tool))
+        is_worker = isinstance(executor, Workers)
+        self.tell("tool_started", tool, output=log if is_worker else "")
+        self.publish()
+        executor.start(Order(
+            tool, attempt, self.run_id, self.results_for(tool), log,
+            self.history.find_last_success_at(tool) if is_worker else None,
+            bool(self.history.folder)))
+
+    def find_facts(self, tool: str) -> Dict[str, Any]:
+        """Return what a success of a tool with `cache` would be built on, before it begins."""
+        options, history = self.pipeline.tools[tool], self.history
+        if not options.cache_s or not isinstance(history, History):
+            return {}
+        import json
+        needed = find_needed_works(self.pipeline, tool, history.find_success)
+        return {"source": hash_source(options), "needed": json.dumps(needed),
+                "reads": find_reads(options, history.base, {})}
 
     def results_for(self, tool: str) -> Mapping[str, Any]:
         """Return the results that a tool may see: those of the tools that it waits for."""
@@ -2838,13 +4137,16 @@ class Run:
         """Take the outcome of an attempt: settle the tool, or let it come again."""
         running = self.running.pop(tool)
         self.schedule.release(tool)
+        output = running.log if isinstance(running.executor, Workers) else ""
         if outcome.status != "success" and running.verdict:
             outcome = Outcome("interrupted", format_signal(self.interrupts.signal)) \
                 if self.is_interrupted else Outcome("failed", error=running.verdict)
         elif outcome.status == "interrupted" and not self.is_interrupted:
             self.is_interrupted = True
         outcome = outcome._replace(attempts=self.attempts[tool],
-                                   duration_s=self.clock.monotonic() - running.started_s)
+                                   duration_s=self.clock.monotonic() - running.started_s,
+                                   log=running.log if outcome.log or running.has_logged
+                                   or output and has_bytes(output) else "")
         options = self.pipeline.tools[tool]
         if options.memory_bytes is not None and outcome.error.startswith("MemoryError"):
             outcome = outcome._replace(error=f"{outcome.error}; its memory is bounded to "
@@ -2859,17 +4161,33 @@ class Run:
             reason = f"try {outcome.attempts} of {options.retries + 1}; again"
             reason += f" in {format_duration(delay_s)}" if delay_s else ""
             reason = f"{outcome.reason}; {reason}" if outcome.reason else reason
-            self.tell("tool_retried", tool, outcome=outcome._replace(reason=reason),
-                      output=self.output_of(tool))
+            outcome = outcome._replace(reason=reason)
+            self.record(tool, outcome, running.facts)
+            self.tell("tool_retried", tool, outcome=outcome, output=output)
         else:
-            self.settle(tool, outcome)
+            self.record(tool, outcome, running.facts)
+            self.settle(tool, outcome, output)
+        if output:
+            self.publish()  # who listens shows the file, before it is cut
+        if running.lines:
+            append_log(output, "\n".join(running.lines))
+        if output:
+            tidy_log(output)
         if self.stopped_by:  # nothing is tried again
             self.retries.clear()
             while self.tried:
                 each = next(iter(self.tried))
                 self.settle(each, self.tried.pop(each))
 
-    def settle(self, tool: str, outcome: Outcome) -> None:
+    def record(self, tool: str, outcome: Outcome, facts: Dict[str, Any]) -> None:
+        """Record how an attempt ended."""
+        if facts and outcome.status == "success":
+            import json
+            writes = find_writes(self.pipeline.tools[tool], self.history.base)
+            facts["inputs"] = json.dumps({"reads": facts["reads"], "writes": writes})
+        self.history.end_attempt(tool, outcome, facts)
+
+    def settle(self, tool: str, outcome: Outcome, output: str = "") -> None:
         """Note how a tool ended, and let those go on that waited for it."""
         self.statuses[tool] = check_move(self.statuses[tool], outcome.status)
         self.outcomes[tool] = outcome
@@ -2881,7 +4199,7 @@ class Run:
                 self.note_cause(tool, tool)
             if policy == "stop" and self.stopped_by is None:
                 self.stopped_by = tool
-        self.tell("tool_ended", tool, outcome=outcome, output=self.output_of(tool))
+        self.tell("tool_ended", tool, outcome=outcome, output=output)
         self.drop_results(tool)
         if outcome.status != "interrupted":
             freed = self.schedule.done(tool)
@@ -2889,16 +4207,22 @@ class Run:
             self.unblock([each for each in ready if each not in self.tried] + freed)
 
     def unblock(self, tools: Sequence[str]) -> None:
-        """Make tools ready that wait for nothing any more, or skip them and so unblock others."""
+        """Make tools ready that wait for nothing any more; settle those that are not to run."""
         left = list(tools)
         while left:
             tool = left.pop(0)
-            reason = self.find_hindrance(tool)
-            if reason is None:
+            success = self.steps[tool].success
+            reason = None if success else self.find_hindrance(tool)
+            if success:
+                self.outcomes[tool] = make_cached(self.steps[tool])
+                self.results[tool] = self.outcomes[tool].result
+            elif reason is None:
                 self.schedule.add(tool)
                 continue
-            self.statuses[tool] = check_move(self.statuses[tool], "skipped")
-            self.outcomes[tool] = Outcome("skipped", reason)
+            else:
+                self.outcomes[tool] = Outcome("skipped", reason)
+                self.history.note(tool, self.outcomes[tool], self.clock.wall())
+            self.statuses[tool] = check_move(self.statuses[tool], self.outcomes[tool].status)
             self.tell("tool_ended", tool, outcome=self.outcomes[tool])
             self.drop_results(tool)
             left += self.schedule.done(tool)
@@ -2945,15 +4269,27 @@ class Run:
             if not self.users.get(each):
                 self.results.pop(each, None)
 
-    def output_of(self, tool: str) -> str:
-        """Return the file that took what the last attempt of a tool printed, or ""."""
-        file = f"{self.schedule.position[tool]}.{self.attempts[tool]}.log"
-        path = os.path.join(self.folder, file)
-        return path if self.folder and os.path.exists(path) else ""
-
     def tell(self, kind: str, tool: str = "", **what: Any) -> None:
-        """Tell the listener."""
-        self.on_event(Event(kind, self.clock.wall(), self.run_id, tool, **what))
+        """Have the listener told at the next publish(); what a tool logs, its log too."""
+        if kind == "log" and tool in self.running and self.history.folder:
+            running = self.running[tool]
+            running.has_logged = True
+            if isinstance(running.executor, Workers):
+                running.lines.append(what["text"])
+            else:
+                append_log(running.log, what["text"])
+        self.told.append(Event(kind, self.clock.wall(), self.run_id, tool, **what))
+
+    def tell_now(self, kind: str, tool: str = "", **what: Any) -> None:
+        """Have the listener told at once."""
+        self.tell(kind, tool, **what)
+        self.publish()
+
+    def publish(self) -> None:
+        """Make durable what was recorded, and only then tell the listener of it."""
+        self.history.commit()
+        while self.told:
+            self.on_event(self.told.pop(0))
 
     def end(self) -> RunResult:
         """Return how the run ended, and tell the listener."""
@@ -2970,17 +4306,131 @@ class Run:
         status = "interrupted" if self.is_interrupted else "failed" if failed else "success"
         outcomes = {tool: self.outcomes.get(tool) or Outcome("pending", "not started")
                     for tool in self.statuses}
-        result = RunResult(self.run_id, status, having("success"), [], [], failed,
+        result = RunResult(self.run_id, status, having("success"), having("cached"), [], failed,
                            having("skipped"), {tool: outcomes[tool].error for tool in failed},
                            Results(self.results), self.clock.monotonic() - self.started_s,
                            outcomes, self.interrupts.signal)
+        self.history.end_run(status, result.duration_s)
         self.tell("run_ended", result=result)
+        self.publish()
         return result
 
 
-def make_run_id(now_s: float) -> str:
-    """Return an id for a run that sorts by its start: `20130101T060000Z-1a2b`."""
-    return time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime(now_s)) + os.urandom(2).hex()
+def make_cached(step: Step) -> Outcome:
+    """Return the outcome of a tool whose last success still stands."""
+    import json
+    success = step.success
+    result = json.loads(success.result) if success.result is not None \
+        else Packed(None, success.kind)
+    return Outcome("cached", step.reason, result, success.rows)
+
+
+@contextlib.contextmanager
+def hold_history(folder: str, base: str, wait_s: float = 0.0,
+                 clock: Clock = Clock()) -> Iterator[History]:
+    """Hold the history of a pipeline, which nobody else writes to meanwhile.
+
+    Raise Locked if another run holds it and is not over within `wait_s` seconds.
+    """
+    make_folder(folder)
+    lock, history = Lock(folder), History(folder, base)
+    end_s = clock.monotonic() + max(wait_s, 0.3)  # who only looks lets go of it at once
+    holder = lock.take()
+    if holder == "worker":
+        end_s = max(end_s, clock.monotonic() + WORKERS_END_S)
+    while holder:
+        if clock.monotonic() >= end_s:
+            raise make_locked(history, holder, clock)
+        clock.sleep(0.05)
+        holder = lock.take()
+    try:
+        yield history
+    finally:
+        history.close()
+        lock.release()
+
+
+def make_locked(history: History, holder: str, clock: Clock) -> Locked:
+    """Return the sentence for a pipeline of which another run is not over."""
+    fix = "Wait for its end with --wait; --status shows what it does."
+    try:
+        run, attempts = find_running(history)
+    finally:
+        history.close()
+    if run is None:
+        return Locked("Another run of this pipeline is just beginning or ending.", fix)
+    tools = ", ".join(attempt["tool"] for attempt in attempts) or "nothing yet"
+    if holder == "worker":
+        return Locked(f"Run {run['run_id']} was killed, and a worker of it has not ended: {tools}.",
+                      fix)
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run["started_at"]))
+    return Locked(f"Run {run['run_id']} of this pipeline is not over: process {run['pid']}, "
+                  f"since {since}, now at {tools}.", fix)
+
+
+def find_running(history: History) -> Tuple[Optional[Dict[str, Any]], List[Dict[str, Any]]]:
+    """Return the run that is not recorded as ended, and the attempts in it that run."""
+    run = history.find_running()
+    attempts = history.load_attempts(run) if run else []
+    return run, [attempt for attempt in attempts if attempt["status"] == "running"]
+
+
+def is_held(folder: str) -> bool:
+    """Return whether a run holds the lock of a pipeline, or a worker of one that was killed."""
+    lock = Lock(folder)
+    holder = lock.take()
+    lock.release()
+    return bool(holder)
+
+
+def make_request(run: Mapping[str, Any]) -> Request:
+    """Return what a resume of a run asks for."""
+    words = run["words"]
+    return Request(tuple(run["targets"]), tuple(run["exclude"]), run["start_from"],
+                   None if words is None else tuple(words), run["run_id"])
+
+
+def mark_done(pipeline: Pipeline, plan: Plan, request: Request, arguments: Mapping[str, Any],
+              history: History, tools: Sequence[str], now: float) -> List[str]:
+    """Record a run in which nothing was done but these tools, by hand; return what is left.
+
+    Raise UserError for a tool that is not in the plan, or that needs one that is not done.
+    """
+    marked = dict.fromkeys(tools)
+    open_tools = [step.tool for step in plan.steps if not step.success and step.tool not in marked]
+    steps = {step.tool: step for step in plan.steps}
+    for tool in marked:
+        if tool not in steps:
+            raise UserError(f"{tool!r} is not in run {request.resumes}.",
+                            format_nearest(tool, steps))
+        before = list(steps)[:list(steps).index(tool)]
+        needs = before if steps[tool].needs == ALL_BEFORE else steps[tool].needs
+        left = [need for need in needs if need in open_tools]
+        if left:
+            raise UserError(f"{tool} needs {left[0]}, which is not done.",
+                            f"Mark {left[0]} as done too, if it is.")
+    history.begin_run(plan, request, arguments,
+                      find_versions(pipeline, map(pipeline.tools.__getitem__, steps)), now)
+    for tool in marked:
+        history.begin_attempt(tool, 1, now, os.getpid())
+        history.end_attempt(tool, Outcome("success", "marked as done by hand", duration_s=None), {})
+    history.end_run("failed" if open_tools else "success", 0.0)
+    return open_tools
+
+
+def make_past(pipeline: Pipeline, history: NoHistory, arguments: Mapping[str, Any], now: float,
+              done: Mapping[str, Success], is_forced: bool) -> Past:
+    """Return what planning may ask of a history."""
+    mine = format_arguments(arguments)
+
+    def find_change(tool: Tool, success: Success) -> str:
+        if success.arguments != mine:
+            return "arguments changed"
+        if hash_source(tool) != success.source:
+            return "its source changed"
+        return find_changed_file(tool, history.base, success.inputs)
+
+    return Past(now, history.find_success, history.find_expected_s, find_change, done, is_forced)
 
 
 def count_jobs(jobs: Any) -> int:
@@ -2992,6 +4442,21 @@ def count_jobs(jobs: Any) -> int:
     return jobs or (len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
+def find_request(history: History, request: Request, arguments: Optional[Mapping[str, Any]],
+                 resume: Union[bool, str]) -> Tuple[Request, Any, Dict[str, Success]]:
+    """Return what to run, with which arguments, and what of it is done: for a resume, what the
+    resumed run says. Raise UserError if a resume is asked for together with targets.
+    """
+    if not resume:
+        return request, arguments, {}
+    if request != Request():
+        raise UserError("resume takes its targets and exclusions from the run.",
+                        "Leave out targets, exclude and start_from.")
+    run = history.find_resumable(None if resume is True else resume)
+    return (make_request(run), run["arguments"] if arguments is None else arguments,
+            history.find_done(run["run_id"]))
+
+
 def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any],
                  stages: Optional[Mapping[str, Any]] = None,
                  get_connection: Optional[Callable[[], Any]] = None, *,
@@ -2999,25 +4464,41 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
                  start_from: Optional[str] = None, jobs: int = 1,
                  limits: Optional[Mapping[str, int]] = None, fail_fast: bool = False,
                  verbose: bool = False, name: Optional[str] = None, grace_s: float = GRACE_S,
+                 home: Optional[str] = None, resume: Union[bool, str] = False,
+                 force: bool = False, wait_s: float = 0.0,
                  on_event: Optional[Callable[[Event], None]] = None) -> RunResult:
     """Run targets from Python, as the command line would, and return how that ended.
 
     targets: names of stages and tools; none means the stage `full`, or else every tool.
     arguments: what tools get by name. on_event: called with each Event; nothing is printed.
-    grace_s: seconds between asking a process to end and killing it. The other keywords say what
-    the flags and tables of the same names say.
+    grace_s: seconds between asking a process to end and killing it. home: a folder for the
+    history, without which none is kept, and no lock held. resume: True, or the id of a run, whose
+    targets and exclusions are taken, and its arguments unless some are given. The other keywords
+    say what the flags and tables of the same names say.
 
     A tool that fails is told in the result; raise UserError for bad input, before anything has
     run. On the main thread, Ctrl-C, SIGTERM and SIGHUP first end the run in order and then do
     what they would have done without it.
     """
     pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
-    plan = make_plan(pipeline, targets, exclude=exclude, start_from=start_from,
-                     jobs=count_jobs(jobs))
-    arguments = {} if arguments is None else arguments
-    check_arguments(arguments)
-    result = run_plan(pipeline, plan, arguments, fail_fast=fail_fast, verbose=verbose,
-                      grace_s=grace_s, on_event=on_event or (lambda event: None))
+    request = Request(tuple(read_targets("targets", targets)),
+                      tuple(read_targets("exclude", exclude)), start_from)
+    check_arguments({} if arguments is None else arguments)
+    if home is None and resume:
+        raise UserError("resume needs a history.", "Say where it is: home=.")
+    with contextlib.ExitStack() as stack:
+        history, past = NoHistory(), None
+        if home is not None:
+            history = stack.enter_context(hold_history(
+                find_pipeline_folder(home, pipeline.name), find_base(get_connection), wait_s))
+            history.close_killed()
+            request, arguments, done = find_request(history, request, arguments, resume)
+            past = make_past(pipeline, history, arguments or {}, Clock().wall(), done, force)
+        plan = make_plan(pipeline, request.targets, exclude=request.exclude, past=past,
+                         start_from=request.start_from, jobs=count_jobs(jobs))
+        result = run_plan(pipeline, plan, arguments or {}, history=history, request=request,
+                          fail_fast=fail_fast, verbose=verbose, grace_s=grace_s,
+                          on_event=on_event or (lambda event: None))
     if result.signal is not None:
         import signal
         signal.raise_signal(result.signal)
@@ -3026,10 +4507,11 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     return result
 
 
-# === 8 VIEWS ====================================================================================
+# === 9 VIEWS ====================================================================================
 # Text and JSON from plans, events and results. Nothing is decided, asked or printed here.
 
-_COLOURS = {"success": 32, "failed": 31, "skipped": 33, "interrupted": 33, "run": 36}
+_COLOURS = {"success": 32, "cached": 32, "failed": 31, "skipped": 33, "interrupted": 33,
+            "run": 36, "running": 36}
 
 
 class Style(NamedTuple):
@@ -3060,16 +4542,23 @@ def format_table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), statu
     return lines
 
 
-def make_list(pipeline: Pipeline, tools: Sequence[str],
-              find_summary: Callable[[Tool], str]) -> Dict[str, Any]:
+Row = Mapping[str, Any]  # a row of the history's tables, by column
+
+
+def make_list(pipeline: Pipeline, tools: Sequence[str], find_summary: Callable[[Tool], str],
+              find_last: Callable[[str], Optional[Row]]) -> Dict[str, Any]:
     """Return what --list shows, as data, for some of the tools and the stages made of them."""
+    def make_last(row: Optional[Row]) -> Optional[Dict[str, Any]]:
+        return row and {"status": row["status"], "run_id": str(row["run_id"]),
+                        "at": format_moment(row["started_at"])}
+
     stages = [s for s in pipeline.stages.values() if set(s.tools) <= set(tools)]
     return {
         "tools": [{"name": name, "module": pipeline.tools[name].module,
                    "summary": find_summary(pipeline.tools[name]),
                    "needs": pipeline.needs[name],
                    "stages": [s.name for s in pipeline.stages.values() if name in s.tools],
-                   "last": None} for name in tools],
+                   "last": make_last(find_last(name))} for name in tools],
         "stages": [{"name": s.name, "tools": list(s.tools)} for s in stages],
     }
 
@@ -3077,7 +4566,11 @@ def make_list(pipeline: Pipeline, tools: Sequence[str],
 def format_list(shown: Mapping[str, Any], style: Style) -> str:
     """Return --list as text."""
     lines = [style.bold("Tools")]
-    lines += format_table([("  " + t["name"], t["summary"]) for t in shown["tools"]])
+    lasts = [t["last"]["status"] if t["last"] else "" for t in shown["tools"]]
+    lines += format_table([("  " + t["name"], last, t["summary"]) if any(lasts)
+                           else ("  " + t["name"], t["summary"])
+                           for t, last in zip(shown["tools"], lasts)],
+                          status=1 if any(lasts) else -1, style=style)
     if shown["stages"]:
         lines += ["", style.bold("Stages")]
         lines += format_table([("  " + s["name"], " ".join(s["tools"])) for s in shown["stages"]])
@@ -3086,15 +4579,17 @@ def format_list(shown: Mapping[str, Any], style: Style) -> str:
 
 def make_plan_view(plan: Plan) -> Dict[str, Any]:
     """Return what --plan shows, as data."""
-    return {"steps": [{**step._asdict(), "needs": step.needs if step.needs == ALL_BEFORE
-                       else list(step.needs)} for step in plan.steps],
+    return {"steps": [{"tool": step.tool, "wave": step.wave, "action": step.action,
+                       "reason": step.reason, "needs": step.needs if step.needs == ALL_BEFORE
+                       else list(step.needs), "expected_s": step.expected_s}
+                      for step in plan.steps],
             "critical_path": list(plan.critical_path), "expected_s": plan.expected_s}
 
 
 def format_plan(plan: Plan, style: Style) -> str:
     """Return --plan as text: the steps by waves, the critical path, what is expected."""
     rows = [("wave", "tool", "action", "expected", "reason")]
-    rows += [(str(s.wave), s.tool, s.action, format_duration(s.expected_s),
+    rows += [(str(s.wave), s.tool, s.action, "" if s.success else format_duration(s.expected_s),
               s.reason + format_needs(s, plan)) for s in sorted(plan.steps, key=lambda s: s.wave)]
     head, *lines = format_table(rows, right=(0, 3))
     lines += ["", "Critical path: " + " -> ".join(plan.critical_path)]
@@ -3107,6 +4602,8 @@ def format_plan(plan: Plan, style: Style) -> str:
 
 def format_needs(step: Step, plan: Plan) -> str:
     """Return what a step waits for, as a clause; nothing for one that waits for nothing."""
+    if step.success:
+        return ""
     if step.needs == ALL_BEFORE:
         return "; after all before it" if step.wave > 1 else ""
     there = {each.tool for each in plan.steps}
@@ -3152,11 +4649,12 @@ def format_summary(result: RunResult, next_command: str, style: Style) -> str:
     """Return the closing table of a run: every tool, then the verdict and what to type next."""
     rows = [("tool", "status", "rows", "duration", "")]
     rows += [(tool, o.status, "" if o.rows is None else f"{o.rows:,}",
-              format_duration(o.duration_s) if o.attempts else "", o.error or o.reason)
+              format_duration(o.duration_s) if o.attempts else "",
+              ", ".join(filter(None, [o.error, o.reason])))
              for tool, o in result.outcomes.items()]
     head, *lines = format_table(rows, right=(2, 3), status=1, style=style)
     count = len(result.outcomes)
-    done = f"{len(result.succeeded)} of {count} tool{'s' * (count > 1)} done"
+    done = f"{len(result.succeeded) + len(result.cached)} of {count} tool{'s' * (count > 1)} done"
     verdict = (style.paint(result.status, result.status)
                + f": {done} in {format_duration(result.duration_s)} (run {result.run_id})")
     lines = ["", style.bold(head), *lines, "", verdict]
@@ -3165,7 +4663,110 @@ def format_summary(result: RunResult, next_command: str, style: Style) -> str:
     return "\n".join(lines)
 
 
-# === 9 DOOR =====================================================================================
+def make_status(tools: Sequence[str], find_last: Callable[[str], Optional[Row]],
+                running: Optional[Row], attempts: Sequence[Row], now: float) -> Dict[str, Any]:
+    """Return what --status shows, as data: the run that goes on, if any, and each tool."""
+    rows = []
+    for tool in tools:
+        last = find_last(tool) or {}
+        status = last.get("status", "pending")
+        if status == "running" and not running:
+            status = "interrupted"  # its run was killed
+        age_s = now - last["started_at"] if last else None
+        rows.append({"tool": tool, "status": status,
+                     "run_id": str(last["run_id"]) if last else None,
+                     "started_at": format_moment(last.get("started_at")), "age_s": age_s,
+                     "duration_s": age_s if status == "running" else last.get("duration_s"),
+                     "rows": last.get("rows"), "reason": last.get("reason") or "",
+                     "error": last.get("error") or ""})
+    return {"running": running and {
+        "run_id": str(running["run_id"]), "pid": running["pid"],
+        "started_at": format_moment(running["started_at"]),
+        "tools": [each["tool"] for each in attempts]}, "tools": rows}
+
+
+def format_status(shown: Mapping[str, Any], style: Style) -> str:
+    """Return --status as text."""
+    rows = [("tool", "status", "run", "age", "duration", "rows", "")]
+    rows += [(t["tool"], t["status"], t["run_id"] or "",
+              "" if t["age_s"] is None else format_duration(max(0.0, t["age_s"])),
+              format_duration(t["duration_s"]), "" if t["rows"] is None else f"{t['rows']:,}",
+              t["error"] or t["reason"]) for t in shown["tools"]]
+    head, *lines = format_table(rows, right=(2, 3, 4, 5), status=1, style=style)
+    run = shown["running"]
+    what = "Nothing runs now." if run is None else (
+        f"Run {run['run_id']} goes on, process {run['pid']}, since {run['started_at']}: "
+        f"{', '.join(run['tools']) or 'between two tools'}")
+    return "\n".join([style.bold(head), *lines, "", what])
+
+
+def make_run_view(run: Row, attempts: Sequence[Row], is_detailed: bool = False) -> Dict[str, Any]:
+    """Return a run as --history shows it, as data: each tool once, as its last attempt ended."""
+    tools: Dict[str, Dict[str, Any]] = {}
+    for row in attempts:
+        shown = {"tool": row["tool"], "status": row["status"], "reason": row["reason"],
+                 "attempts": row["attempt"], "started_at": format_moment(row["started_at"]),
+                 "duration_s": row["duration_s"], "rows": row["rows"], "error": row["error"]}
+        if is_detailed:
+            shown.update({key: row[key] for key in ("traceback", "log", "pid", "result")})
+        tools.pop(row["tool"], None)
+        tools[row["tool"]] = shown
+    started_at, duration_s = run["started_at"], run["duration_s"]
+    view = {"run_id": str(run["run_id"]), "status": run["status"], "targets": run["targets"],
+            "arguments": run["arguments"], "started_at": format_moment(started_at),
+            "ended_at": format_moment(None if duration_s is None else started_at + duration_s),
+            "duration_s": duration_s, "tools": list(tools.values())}
+    if is_detailed:
+        view.update({key: run[key] for key in
+                     ("exclude", "start_from", "resumes", "pid", "version", "git_commit")})
+    return view
+
+
+def format_runs(runs: Sequence[Mapping[str, Any]], style: Style) -> str:
+    """Return --history as text: a line for each run, the newest first."""
+    rows = [("run", "status", "started", "duration", "tools", "targets")]
+    for run in runs:
+        done = sum(tool["status"] in DONE for tool in run["tools"])
+        rows.append((run["run_id"], run["status"], run["started_at"][:19] + "Z",
+                     format_duration(run["duration_s"]), f"{done} of {len(run['tools'])}",
+                     " ".join(run["targets"])))
+    head, *lines = format_table(rows, right=(0, 3, 4), status=1, style=style)
+    return "\n".join([style.bold(head), *lines])
+
+
+def format_run(run: Mapping[str, Any], style: Style) -> str:
+    """Return --history RUN as text: all that is known of one run."""
+    import json
+    facts = [("run", run["run_id"] + (f", which resumed run {run['resumes']}"
+                                      if run["resumes"] else "")),
+             ("status", run["status"]), ("targets", " ".join(run["targets"])),
+             ("without", " ".join(run["exclude"])), ("from", run["start_from"] or ""),
+             ("arguments", json.dumps(run["arguments"], ensure_ascii=False)),
+             ("started", run["started_at"]), ("duration", format_duration(run["duration_s"])),
+             ("version", run["version"] + (f", commit {run['git_commit'][:12]}"
+                                           if run["git_commit"] else ""))]
+    lines = format_table([fact for fact in facts if fact[1]])
+    rows = [("tool", "status", "attempts", "started", "duration", "rows", "")]
+    rows += [(t["tool"], t["status"], str(t["attempts"] or ""), t["started_at"][11:19],
+              format_duration(t["duration_s"]), "" if t["rows"] is None else f"{t['rows']:,}",
+              t["error"] or t["reason"]) for t in run["tools"]]
+    head, *table = format_table(rows, right=(2, 4, 5), status=1, style=style)
+    lines += ["", style.bold(head), *table]
+    for tool in run["tools"]:
+        if tool["traceback"]:
+            lines += ["", style.bold(tool["tool"]), tool["traceback"].rstrip()]
+        if tool["log"]:
+            lines += [f"log of {tool['tool']}: {tool['log']}"]
+    return "\n".join(lines)
+
+
+def format_tail(tool: str, log: str, lines: Sequence[str], style: Style) -> str:
+    """Return the last lines that a failed tool printed, under its name."""
+    return "\n".join([style.bold(f"Last lines of {tool} ({log}):"),
+                      *("  " + line for line in lines)])
+
+
+# === 10 DOOR ====================================================================================
 # The command line: the parser, one command_ function per command, the one listener that prints,
 # and the one place where an error becomes a sentence and an exit code. No other logic.
 
@@ -3173,23 +4774,30 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
          get_connection: Optional[Callable[[], Any]] = None, *,
          argv: Optional[Sequence[str]] = None, name: Optional[str] = None,
          add_arguments: Optional[Callable[[Any], None]] = None,
-         limits: Optional[Mapping[str, int]] = None, yours: Mapping[str, Any] = {}) -> int:
+         limits: Optional[Mapping[str, int]] = None, home: Optional[str] = None,
+         yours: Mapping[str, Any] = {}) -> int:
     """Do what the command line says and return the exit code.
 
-    argv: the words after the program's name, by default sys.argv's. yours: what stands above the
-    ENGINE mark, by name.
+    argv: the words after the program's name, by default sys.argv's. home: the folder for the
+    history, by default `.orchestrator` beside the file that defines get_connection. yours: what
+    stands above the ENGINE mark, by name.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    name = name or os.path.splitext(os.path.basename(
+        getattr(sys.modules["__main__"], "__file__", None) or "pipeline"))[0]
     verbose, code = "-v" in argv or "--verbose" in argv, EXIT_SUCCESS
     try:
         check_not_hidden(yours)
         check_spelling(yours)
-        parser, names = make_parser(add_arguments)
-        options, arguments = parse_arguments(parser, names, argv)
+        options, arguments = parse_arguments(make_parser(add_arguments), argv)
         verbose = options.verbose
         load = read_pipeline if options.command is command_check else load_pipeline
         pipeline = load(tool_map, stages, get_connection, name=name, limits=limits)
-        code = options.command(pipeline, options, arguments, argv)
+        base = find_base(get_connection)
+        home = home or os.environ.get("ORCHESTRATOR_HOME") or os.path.join(base, ".orchestrator")
+        code = options.command(Call(
+            pipeline, options, arguments, argv, base, find_pipeline_folder(home, pipeline.name),
+            lambda words: parse_arguments(make_parser(add_arguments), words)))
         if not getattr(sys.stdout, "closed", True):
             show("", end="")  # what tools printed last goes out while a failure can be told
         return code
@@ -3197,7 +4805,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         if verbose and error.__cause__:
             say(format_traceback(error.__cause__, verbose))
         say(str(error))
-        return EXIT_USAGE
+        return error.exit_code
     except SystemExit as done:  # argparse, after --help and --version
         return done.code if isinstance(done.code, int) else EXIT_SUCCESS
     except KeyboardInterrupt as error:
@@ -3329,6 +4937,39 @@ def check_flags(flags: Mapping[str, str], engines: Iterable[str]) -> None:
                             "engine's own name.", "Choose another flag, or another dest=.")
 
 
+class Choose(argparse.Action):
+    """A flag that says which command to do; what follows it is `options.operand`."""
+
+    def __init__(self, *args: Any, command: Callable[..., int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.command = command
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        namespace.command, namespace.operand = self.command, values or None
+
+
+def read_wait_s(text: str) -> float:
+    """Return how long --wait waits."""
+    try:
+        return parse_duration_s(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no duration like "10m"; write targets before the flag') from None
+
+
+def check_companions(options: Any) -> None:
+    """Raise UserError for a flag that says nothing beside the command that was given."""
+    command = options.command
+    for flag, commands in [("json", (command_list, command_plan, command_status, command_history,
+                                     command_logs)),
+                           ("last", (command_history,)), ("run", (command_logs,)),
+                           ("tail", (command_logs,)), ("follow", (command_logs,))]:
+        if getattr(options, flag) not in (None, False) and command not in commands:
+            names = [each.__name__.partition("_")[2].replace("_", "-") for each in commands]
+            raise UserError(f"--{flag} goes with --{', --'.join(names)}.", "Add one of them."
+                            if len(names) > 1 else "Add it.")
+
+
 def add_flags(parser: Parser) -> None:
     """Declare the engine's own flags."""
     run = parser.add_argument_group("what to run")
@@ -3343,16 +4984,15 @@ def add_flags(parser: Parser) -> None:
                      help="run up to N tools side by side; 0 means one for each core")
     run.add_argument("-x", "--fail-fast", action="store_true",
                      help="start nothing more after the first failure")
-    look = parser.add_argument_group("looking, without running anything")
-    commands = look.add_mutually_exclusive_group()
-    for flags, command, text in [
-        (("--list",), command_list, "show the tools and stages"),
-        (("--plan", "-n", "--dry-run"), command_plan, "show what a run would do, and why"),
-        (("--check",), command_check, "read every module, import none, and report all mistakes"),
-    ]:
-        commands.add_argument(*flags, dest="command", action="store_const", const=command,
-                              default=command_run, help=text)
-    look.add_argument("--json", action="store_true", help="print JSON, with --list and --plan")
+    run.add_argument("--resume", nargs="?", const="", metavar="RUN",
+                     help="go on with the last run that did not succeed, or with that one")
+    run.add_argument("--force", action="store_true",
+                     help="run cached tools too, and do without needs that never succeeded")
+    run.add_argument("--wait", nargs="?", type=read_wait_s, const=float("inf"), default=0.0,
+                     metavar="DURATION", help="wait for another run of this pipeline to end")
+    run.add_argument("--no-history", action="store_true",
+                     help="keep no history, and take no lock")
+    add_commands(parser.add_argument_group("looking and tidying, without running anything"))
     other = parser.add_argument_group("other")
     other.add_argument("-v", "--verbose", action="store_true",
                        help="show the engine's part of tracebacks, and debug logs")
@@ -3362,12 +5002,41 @@ def add_flags(parser: Parser) -> None:
     other.add_argument("-h", "--help", action="help", help="show this help and exit")
 
 
-def parse_arguments(parser: Parser, names: Sequence[str],
+def add_commands(look: Any) -> None:
+    """Declare the flags that do something else than run, and what goes with them."""
+    commands = look.add_mutually_exclusive_group()
+    for flags, command, operand, text in [
+        (("--list",), command_list, {}, "show the tools and stages"),
+        (("--plan", "-n", "--dry-run"), command_plan, {}, "show what a run would do, and why"),
+        (("--check",), command_check, {},
+         "read every module, import none, and report all mistakes"),
+        (("--status",), command_status, {}, "show how each tool ended last, and what runs now"),
+        (("--history",), command_history, {"nargs": "?", "metavar": "RUN"},
+         "show the last runs, or all of one"),
+        (("--logs",), command_logs, {"nargs": "?", "metavar": "TOOL"},
+         "show what the tools of the last run printed, or one tool"),
+        (("--mark-done",), command_mark_done, {"nargs": "+", "metavar": "TOOL"},
+         "accept a tool that you mended by hand, for --resume"),
+        (("--prune",), command_prune, {"nargs": 1, "metavar": "DURATION"},
+         "forget the runs that are older"),
+    ]:
+        commands.add_argument(*flags, dest="command", action=Choose, command=command,
+                              default=command_run, help=text, **{"nargs": 0, **operand})
+    look.add_argument("--last", type=int, metavar="N", help="with --history: so many runs")
+    look.add_argument("--run", metavar="RUN", help="with --logs: of that run")
+    look.add_argument("--tail", type=int, metavar="N", help="with --logs: the last N lines")
+    look.add_argument("--follow", action="store_true",
+                      help="with --logs: go on while the run goes on")
+    look.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def parse_arguments(parser_names: Tuple[Parser, Sequence[str]],
                     argv: Sequence[str]) -> Tuple[Any, Dict[str, Any]]:
     """Return the engine's options, and apart from them the arguments that tools get.
 
     What add_arguments() requires is so for a run, not for looking.
     """
+    parser, names = parser_names
     required = [each for each in (*parser._actions, *parser._mutually_exclusive_groups)
                 if each.required]
     for each in required:
@@ -3377,8 +5046,7 @@ def parse_arguments(parser: Parser, names: Sequence[str],
         flags = [flag for action in parser._actions for flag in action.option_strings]
         raise UserError(f"There is no flag {unknown[0]!r}.",
                         format_nearest(unknown[0].partition("=")[0], flags))
-    if options.json and options.command not in (command_list, command_plan):
-        raise UserError("--json goes with --list or --plan.", "Add one of them.")
+    check_companions(options)
     if required and options.command is command_run:
         for each in required:  # argparse itself says which of them is missing
             each.required = True
@@ -3386,35 +5054,60 @@ def parse_arguments(parser: Parser, names: Sequence[str],
     return options, {name: value for name, value in vars(options).items() if name in names}
 
 
-def command_list(pipeline: Pipeline, options: Any, arguments: Mapping[str, Any],
-                 argv: Sequence[str]) -> int:
+class Call(NamedTuple):
+    """A call of the program. `folder` is that of its history; `parse` reads other words."""
+    pipeline: Pipeline
+    options: Any
+    arguments: Dict[str, Any]
+    argv: List[str]
+    base: str
+    folder: str
+    parse: Callable[[Sequence[str]], Tuple[Any, Dict[str, Any]]]
+
+
+def open_history(call: Call) -> NoHistory:
+    """Return the history to look at, without its lock; one that knows nothing if there is none."""
+    if call.options.no_history or not os.path.exists(os.path.join(call.folder, "history.db")):
+        return NoHistory()
+    return History(call.folder, call.base)
+
+
+def need_history(call: Call) -> History:
+    """Return the history to look at. Raise UserError if there is none."""
+    history = open_history(call)
+    if not isinstance(history, History):
+        raise UserError(f"There is no history in {format_path(call.folder)}.",
+                        "Nothing has been run yet, or it was run with --no-history.")
+    return history
+
+
+def command_list(call: Call) -> int:
     """Show the tools and stages; with targets, those that belong to them."""
-    tools = list(pipeline.tools)
-    if options.targets:
-        tools = [step.tool for step in make_plan(pipeline, options.targets).steps]
-    shown = make_list(pipeline, tools, find_summary)
-    show(to_json(shown) if options.json else format_list(shown, make_style(sys.stdout)))
+    tools = list(call.pipeline.tools)
+    if call.options.targets:
+        tools = [step.tool for step in make_plan(call.pipeline, call.options.targets).steps]
+    history = open_history(call)
+    shown = make_list(call.pipeline, tools, find_summary, history.find_last)
+    show(to_json(shown) if call.options.json else format_list(shown, make_style(sys.stdout)))
     return EXIT_SUCCESS
 
 
-def command_plan(pipeline: Pipeline, options: Any, arguments: Mapping[str, Any],
-                 argv: Sequence[str]) -> int:
+def command_plan(call: Call) -> int:
     """Show the plan."""
-    plan = make_plan(pipeline, options.targets, exclude=options.exclude,
-                     start_from=options.start_from, jobs=count_jobs(options.jobs))
-    show(to_json(make_plan_view(plan)) if options.json
+    plan, _, _ = find_plan(call, open_history(call))
+    show(to_json(make_plan_view(plan)) if call.options.json
          else format_plan(plan, make_style(sys.stdout)))
     return EXIT_SUCCESS
 
 
-def command_check(pipeline: Pipeline, options: Any, arguments: Mapping[str, Any],
-                  argv: Sequence[str]) -> int:
+def command_check(call: Call) -> int:
     """Report all mistakes in the tables and in the modules that they name."""
+    pipeline = call.pipeline
     if not pipeline.mistakes:
-        for target in options.targets:
+        for target in call.options.targets:
             expand_target(pipeline, target)
     mistakes = [*pipeline.mistakes,
-                *find_mistakes(pipeline.tools.values(), {*arguments, "conn", "context"})]
+                *find_mistakes(pipeline.tools.values(), {*call.arguments, "conn", "context"})]
     for mistake in mistakes:
         show(str(mistake))
     count = len(pipeline.tools)
@@ -3423,19 +5116,207 @@ def command_check(pipeline: Pipeline, options: Any, arguments: Mapping[str, Any]
     return EXIT_USAGE if mistakes else EXIT_SUCCESS
 
 
-def command_run(pipeline: Pipeline, options: Any, arguments: Mapping[str, Any],
-                argv: Sequence[str]) -> int:
+def command_status(call: Call) -> int:
+    """Show how each tool ended last, and what runs now."""
+    history = need_history(call)
+    tools = [step.tool for step in make_plan(call.pipeline, call.options.targets).steps] \
+        if call.options.targets else list(call.pipeline.tools)
+    running, attempts = find_running(history)
+    if running and not is_held(call.folder):
+        running = None  # it was killed
+    shown = make_status(tools, history.find_last, running, attempts, Clock().wall())
+    show(to_json(shown) if call.options.json else format_status(shown, make_style(sys.stdout)))
+    return EXIT_SUCCESS
+
+
+def command_history(call: Call) -> int:
+    """Show the last runs, or all that is known of one."""
+    history, options = need_history(call), call.options
+    if options.operand:
+        run = history.find_run(options.operand)
+        shown = make_run_view(run, history.load_attempts(run), is_detailed=True)
+        text = format_run(shown, make_style(sys.stdout))
+    else:
+        runs = history.load_last_runs(10 if options.last is None else max(0, options.last))
+        shown = {"runs": [make_run_view(run, history.load_attempts(run)) for run in runs]}
+        text = format_runs(shown["runs"], make_style(sys.stdout))
+    show(to_json({"runs": [shown]} if options.operand else shown) if options.json else text)
+    return EXIT_SUCCESS
+
+
+def command_logs(call: Call) -> int:
+    """Show what tools printed: in the last run or another, all tools or one."""
+    history, options = need_history(call), call.options
+    tool = options.operand
+    if tool and tool not in call.pipeline.tools:
+        raise UserError(f"There is no tool {tool!r}.", format_nearest(tool, call.pipeline.tools))
+    last = history.find_last(tool) if tool and not options.run else None
+    run_id = options.run or (str(last["run_id"]) if last else None)
+    runs = [history.find_run(run_id)] if run_id else history.load_last_runs(1)
+    shown: Dict[str, int] = {}  # by log: how much of it was shown
+    logs: List[Dict[str, Any]] = []
+    is_over = not options.follow
+    for run in runs:
+        while True:
+            for row in history.load_attempts(run):
+                if tool in (None, row["tool"]) and row["attempt"]:
+                    log = find_log(find_logs(call.folder, str(run["run_id"])), row["tool"],
+                                   row["attempt"])
+                    logs += find_new_lines(row, log, shown, options)
+            if is_over:
+                break
+            is_over = not is_held(call.folder)  # and look once more
+            Clock().sleep(0.2)
+    if options.json:
+        show(to_json({"logs": logs}))
+    elif not shown:
+        say("Nothing was printed.")
+    return EXIT_SUCCESS
+
+
+def find_new_lines(row: Row, log: str, shown: Dict[str, int],
+                   options: Any) -> Iterator[Dict[str, Any]]:
+    """Show what is new in a log, and yield it as data; `shown` is how much is not."""
+    if not has_bytes(log):
+        return
+    is_new, lines = log not in shown, []
+    if is_new and options.tail is not None:
+        shown[log] = os.path.getsize(log)
+        lines = read_tail(log, options.tail)
+    else:
+        with open(log, "rb") as file:
+            file.seek(shown.get(log, 0))
+            content = file.read()
+        if row["status"] == "running":
+            content = content[:content.rfind(b"\n") + 1]  # whole lines
+        shown[log] = shown.get(log, 0) + len(content)
+        lines = clean(content.decode("utf-8", "replace")).splitlines()
+    if options.json:
+        yield {"run_id": str(row["run_id"]), "tool": row["tool"], "attempt": row["attempt"],
+               "status": row["status"], "path": log, "lines": lines}
+        return
+    if is_new and not options.operand:
+        show(make_style(sys.stdout).bold(f"{row['tool']}, attempt {row['attempt']} ({log}):"))
+    for line in lines:
+        show(line)
+
+
+def command_mark_done(call: Call) -> int:
+    """Record tools of the run that a resume would go on with as done, by hand."""
+    for tool in call.options.operand:
+        if tool not in call.pipeline.tools:
+            raise UserError(f"There is no tool {tool!r}.",
+                            format_nearest(tool, call.pipeline.tools))
+    call.options.resume = ""
+    with hold_history(call.folder, call.base, call.options.wait) as history:
+        tell_killed(history)
+        plan, request, arguments = find_plan(call, history)
+        left = mark_done(call.pipeline, plan, request, arguments, history, call.options.operand,
+                         Clock().wall())
+    say("Marked as done: " + ", ".join(call.options.operand) + ".")
+    say(f"Left to do: {', '.join(left)}. Next: "
+        + format_command([*program_words(), "--resume"]) if left else "Nothing is left to do.")
+    return EXIT_SUCCESS
+
+
+def command_prune(call: Call) -> int:
+    """Forget old runs."""
+    text = call.options.operand[0]
+    try:
+        age_s = parse_duration_s(text)
+    except ValueError:
+        raise UserError(f"--prune: {text!r} is no duration.",
+                        'Write "90d" to forget runs that are older than 90 days.') from None
+    need_history(call)
+    with hold_history(call.folder, call.base, call.options.wait) as history:
+        tell_killed(history)
+        gone = history.prune(Clock().wall() - age_s)
+    show(f"{len(gone) or 'no'} run{'s' * (len(gone) != 1)} forgotten")
+    return EXIT_SUCCESS
+
+
+def command_run(call: Call) -> int:
     """Run the plan, and tell on stderr how it goes."""
-    plan = make_plan(pipeline, options.targets, exclude=options.exclude,
-                     start_from=options.start_from, jobs=count_jobs(options.jobs))
-    screen = Screen(sys.stderr, options.quiet, options.verbose)
-    result = run_plan(pipeline, plan, arguments, fail_fast=options.fail_fast,
-                      verbose=options.verbose, keep_results=False, on_event=screen.on_event)
+    if call.options.no_history:
+        return carry_out(call, NoHistory())
+    with hold_history(call.folder, call.base, call.options.wait) as history:
+        tell_killed(history)
+        return carry_out(call, history)
+
+
+def tell_killed(history: History) -> None:
+    """Close a run that was killed, and say so."""
+    killed = history.close_killed()
+    if killed is not None:
+        say(f"Run {killed} was killed before its end; it is recorded as interrupted.")
+
+
+def find_plan(call: Call, history: NoHistory) -> Tuple[Plan, Request, Dict[str, Any]]:
+    """Return the plan, what was asked for, and the arguments of the tools; with --resume, those
+    of the run that is resumed.
+    """
+    options, arguments, done = call.options, call.arguments, {}
+    request = Request(tuple(options.targets), tuple(options.exclude), options.start_from,
+                      tuple(call.argv))
+    if options.resume is not None:
+        check_nothing_beside_resume(call)
+        run = need_history(call).find_resumable(options.resume or None)
+        request = make_request(run)
+        if run["words"] is not None:
+            arguments = call.parse(run["words"])[1]
+        else:
+            arguments = run["arguments"]
+        done = history.find_done(run["run_id"])
+        tell_changes(call.pipeline, run)
+    past = None if options.no_history else make_past(
+        call.pipeline, history, arguments, Clock().wall(), done, options.force)
+    plan = make_plan(call.pipeline, request.targets, exclude=request.exclude,
+                     start_from=request.start_from, jobs=count_jobs(options.jobs), past=past)
+    return plan, request, arguments
+
+
+def check_nothing_beside_resume(call: Call) -> None:
+    """Raise UserError for words beside --resume that the resumed run itself says."""
+    options = call.options
+    given = [*options.targets, *(f"--exclude {name}" for name in options.exclude),
+             *(["--from"] if options.start_from else []),
+             *(["--no-history"] if options.no_history else [])]
+    given += [f"--{name.replace('_', '-')}" for name, value in call.arguments.items()
+              if value != call.parse(["--list"])[1].get(name)]
+    if given:
+        raise UserError(f"--resume takes targets, arguments and exclusions from the run that it "
+                        f"goes on with; it does not go with {' '.join(given)}.",
+                        "Leave that out, or leave out --resume.")
+
+
+def tell_changes(pipeline: Pipeline, run: Row) -> None:
+    """Say what changed since a run, as its tools that are done are not run again."""
+    now = find_versions(pipeline, pipeline.tools.values())
+    changed = ["the tables"] * (now.tables != run["tables"])
+    changed += [module for module, source in run["sources"].items()
+                if now.sources.get(module) != source]
+    if changed:
+        say(f"Changed since run {run['run_id']}: {', '.join(changed)}. What is done stays done; "
+            "name a tool as a target to run it again.")
+
+
+def carry_out(call: Call, history: NoHistory) -> int:
+    """Run the plan, recorded in a history, and tell on stderr how it goes."""
+    options = call.options
+    plan, request, arguments = find_plan(call, history)
+    # A descriptor of its own: what tools print to stderr is led into their logs meanwhile.
+    stream = own_stream(sys.stderr) if history.folder else sys.stderr
+    screen = Screen(stream, options.quiet, options.verbose)
+    result = run_plan(call.pipeline, plan, arguments, history=history, request=request,
+                      fail_fast=options.fail_fast, verbose=options.verbose, keep_results=False,
+                      on_event=screen.on_event)
     if not options.quiet or result.status != "success":
-        say(format_summary(result, make_next_command(result, argv), screen.style))
+        for tail in screen.tails.values():
+            say("\n" + tail)
+        say(format_summary(result, make_next_command(result, call), screen.style))
     if result.status == "interrupted":
         return EXIT_SIGNAL + (result.signal or SIGINT)
-    return EXIT_FAILED if result.failed else EXIT_SUCCESS
+    return EXIT_FAILED if result.failed or screen.has_lost else EXIT_SUCCESS
 
 
 class Screen:
@@ -3450,6 +5331,8 @@ class Screen:
         self.follows = verbose  # whether workers' output is shown at once
         self.outputs: Dict[str, Tuple[str, int]] = {}  # by tool: file, how much of it was shown
         self.log_level = 10 if verbose else 30 if quiet else 20  # DEBUG, WARNING, INFO
+        self.has_lost = False  # whether what tools printed did not reach stdout
+        self.tails: Dict[str, str] = {}  # by tool that failed: what it printed last
 
     def on_event(self, event: Event) -> None:
         """Show an event."""
@@ -3458,6 +5341,7 @@ class Screen:
         elif event.kind == "progress":
             self.show_live(event)
         elif event.kind == "log" and event.level >= self.log_level:
+            self.has_lost = self.has_lost or event.level == OUTPUT_LOST
             self.show(event)
         elif event.kind == "tool_started":
             self.started_s, self.shown_s = event.at, event.at
@@ -3469,6 +5353,10 @@ class Screen:
             if event.outcome.traceback:
                 self.write(event.outcome.traceback.rstrip())
             self.show(event)
+            tail = read_tail(event.outcome.log, 10) if event.outcome.status == "failed" else []
+            if tail:
+                self.tails[event.tool] = format_tail(
+                    event.tool, format_path(event.outcome.log), tail, self.style)
         elif event.kind == "tick" and self.follows:
             for tool in list(self.outputs):
                 self.show_output(tool, is_whole=False)
@@ -3525,6 +5413,13 @@ class Screen:
         except (AttributeError, OSError, ValueError):
             pass  # it is closed
         say(text, self.stream)
+
+
+def own_stream(stream: Any) -> Any:
+    """Return a second stream to where stderr leads, where that is no terminal."""
+    if not is_own_fd(stream, 2) or stream.isatty():
+        return stream
+    return open(os.dup(2), "w", encoding=stream.encoding, errors=stream.errors)
 
 
 def find_columns(terminal: Any) -> int:
@@ -3595,11 +5490,15 @@ def to_json(data: Any) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False)
 
 
-def make_next_command(result: RunResult, argv: Sequence[str]) -> str:
+def make_next_command(result: RunResult, call: Call) -> str:
     """Return the command that goes on where a run stopped; nothing after a success."""
-    left = [tool for tool, o in result.outcomes.items() if o.status != "success"]
+    left = [tool for tool, o in result.outcomes.items() if o.status not in DONE]
     if not left:
         return ""
+    argv, options = call.argv, call.options
+    if not options.no_history:
+        jobs = ["--jobs", str(options.jobs)] if options.jobs != 1 else []
+        return format_command([*program_words(), "--resume", *jobs])
     words = [word for i, word in enumerate(argv) if not word.startswith("--from=")
              and word != "--from" and (i == 0 or argv[i - 1] != "--from")]
     return format_command([*program_words(), *words, "--from", left[0]])

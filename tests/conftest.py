@@ -13,6 +13,7 @@ import pytest
 
 TOP = Path(__file__).resolve().parents[1]
 ENGINE_MARK = "# === ENGINE"
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "ORCHESTRATOR_HOME"}
 sys.path.insert(0, str(TOP))
 
 SQLITE = '''
@@ -51,7 +52,7 @@ class Sandbox:
         return subprocess.Popen(
             [sys.executable, str(self.folder / file), *words], cwd=cwd or self.folder, text=True,
             encoding="utf-8", stdin=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, "PYTHONIOENCODING": "utf-8", **(env or {})}, **popen)
+            env={**ENVIRONMENT, "PYTHONIOENCODING": "utf-8", **(env or {})}, **popen)
 
     def run(self, *words, timeout=60, **start):
         """Run the pipeline to its end; the result has .code, .out and .err."""
@@ -120,6 +121,12 @@ class Example:
         """Return all that is in the database, whatever the order in which it came there."""
         with self.connect() as conn:
             return sorted(conn.iterdump())
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Let main(), called in this process, keep its history away from this checkout."""
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture

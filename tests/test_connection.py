@@ -253,7 +253,7 @@ TOOL_MAP = {"tool": {"module": "tool", "retries": 1, "retry_delay": 0}}
     ended = sandbox.run()
     assert ended.code == 1 and sandbox.query("SELECT count(*) FROM t") == [(2,)]
     told = [line for line in ended.err.splitlines() if STAYS in line]
-    assert len(told) == 2 and told[0].endswith(STAYS + "; try 1 of 2; again")
+    assert len(told) == 3 and told[0].endswith(STAYS + "; try 1 of 2; again")  # and the summary
 
 
 # Where a tool has ended its transaction in the other two modes, each statement is its own: that is

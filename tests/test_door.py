@@ -58,7 +58,7 @@ def test_flags_of_add_arguments_are_in_help_under_their_own_heading(three):
     (["--limit", "many"], "invalid int value: 'many'"),
     (["--since"], "expected one argument"),
     (["--list", "--plan"], "not allowed with argument"),
-    (["--json"], "--json goes with --list or --plan"),
+    (["--json"], "--json goes with --list, --plan"),
     (["--exclude", "ingest", "--exclude", "render"], "Nothing is left to run"),
     (["--from", "fetch", "render"], "'fetch' is not in this plan"),
     (["--exclude", "nobody"], "no tool or stage 'nobody'"),
@@ -143,7 +143,7 @@ def test_a_group_of_flags_is_required_for_a_run_and_not_for_looking(sandbox):
 def test_help_shows_the_groups_of_add_arguments_after_the_engines(sandbox):
     out = sandbox.pipeline(GROUPED).run("--help").out
     heads = [line for line in out.splitlines() if line.endswith(":") and line[0] != " "]
-    assert heads == ["what to run:", "looking, without running anything:", "other:",
+    assert heads == ["what to run:", "looking and tidying, without running anything:", "other:",
                      "arguments of the tools:", "days:"]
 
 
@@ -288,7 +288,8 @@ def test_output_that_can_not_be_written_is_told_in_one_sentence(three, words):
     with open("/dev/full", "w") as full:
         ended = three.run("-q", *words.split(), stdout=full, env={"PYTHONUNBUFFERED": ""})
     assert ended.code == 1, ended
-    assert ended.err == "stdout could not be written: No space left on device.\n"
+    assert "stdout could not be written: No space left on device" in ended.err
+    assert len(ended.err.splitlines()) == 1
 
 
 @FULL
@@ -352,4 +353,4 @@ def test_a_program_started_as_a_module_is_named_so_in_the_next_command(sandbox):
     sandbox.pipeline('TOOL_MAP = {"t": "t"}').tool("t", "def run(): raise ValueError")
     ended = subprocess.run([sys.executable, "-m", "orchestrator"], cwd=sandbox.folder, text=True,
                            capture_output=True)
-    assert ended.stderr.rstrip().endswith("-m orchestrator --from t")
+    assert ended.stderr.rstrip().endswith("-m orchestrator --resume")

@@ -142,7 +142,7 @@ def test_the_plan_puts_each_layer_into_a_wave_of_its_own_and_the_report_last(pip
 
 
 def test_the_tools_after_the_broken_source_are_what_its_name_with_a_plus_means(pipeline):
-    plan = json.loads(pipeline.run("--plan", "--json", "bronze_stations+").out)
+    plan = json.loads(pipeline.run("--plan", "--json", "--force", "bronze_stations+").out)
     assert [step["tool"] for step in plan["steps"]] == [
         "bronze_stations", "silver_stations", "gold_stations", "report"]
 

@@ -13,8 +13,8 @@ from conftest import TOP
 
 SOURCE = (TOP / "orchestrator.py").read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
-ROOMS = ["WORDS", "SETUP", "PLANNING", "CONNECTION", "CALLING", "WORKERS", "RUNNING", "VIEWS",
-         "DOOR"]
+ROOMS = ["WORDS", "SETUP", "PLANNING", "HISTORY", "CONNECTION", "CALLING", "WORKERS",
+         "RUNNING", "VIEWS", "DOOR"]
 BANNER = re.compile(r"# === (\d+) ([A-Z]+) =+$")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -172,7 +172,7 @@ def test_every_room_says_in_one_to_six_lines_what_it_is_for():
 def test_the_map_of_rooms_at_the_mark_is_the_order_of_the_rooms():
     head = LINES[ENGINE_LINE:next(i for i, line in enumerate(LINES) if BANNER.match(line))]
 
-    assert re.findall(r"^#   (\d+) ([A-Z]+) ", "\n".join(head), re.M) \
+    assert re.findall(r"^# {2,3}(\d+) ([A-Z]+) ", "\n".join(head), re.M) \
         == [(str(i), name) for i, name in enumerate(ROOMS, 1)]
 
 
@@ -188,10 +188,10 @@ def test_a_room_uses_only_the_rooms_above_it():
     (1, "def planted():\n    return [main for x in ()]"),
     (2, "def planted(plan: 'Optional[RunResult]' = None) -> Callable[[Any], Run]:\n    pass"),
     (3, "class Planted:\n    def method(self):\n        return lambda: make_style"),
-    (5, "def planted():\n    return Workers"),
-    (6, "class Planted:\n    run: 'Run'"),
-    (7, "def planted():\n    @format_list\n    def inner():\n        pass"),
-    (8, "PLANTED = [main]"),
+    (6, "def planted():\n    return Workers"),
+    (7, "class Planted:\n    run: 'Run'"),
+    (8, "def planted():\n    @format_list\n    def inner():\n        pass"),
+    (9, "PLANTED = [main]"),
 ])
 def test_a_look_down_would_be_found(room, text):
     assert len(looks_down(plant("\n" + text + "\n", room))) == 1
@@ -222,15 +222,18 @@ def test_every_hook_that_the_last_lines_take_is_one_whose_misspelling_is_told():
     (("sys.exit",), {"MARK", "DOOR"}),  # at the mark, of a Python that is too old
     (("sys.stdout", "sys.stdin"), {"WORKERS", "DOOR"}),  # a worker's lead to a file
     (("sys.stderr",), {"MARK", "WORKERS", "DOOR"}),
-    (("sqlite3", "psycopg", "duckdb"), {"CONNECTION"}),
+    (("sqlite3",), {"HISTORY", "CONNECTION"}),
+    (("psycopg", "duckdb"), {"CONNECTION"}),
     (("importlib.import_module", "importlib.util.find_spec"), {"CALLING"}),
-    (("sys.modules", "open"), {"CALLING", "WORKERS", "DOOR"}),
+    (("sys.modules",), {"CALLING", "WORKERS", "DOOR"}),
+    (("open",), {"HISTORY", "CALLING", "WORKERS", "DOOR"}),
     (("signal.signal", "os._exit", "pickle"), {"CALLING", "WORKERS"}),
     (("os.fork", "os.kill", "os.killpg", "os.setpgid", "os.waitpid", "os.waitid", "os.pipe",
       "threading.Thread", "resource.setrlimit", "select.select", "socket.socketpair"),
      {"WORKERS"}),
     (("os.dup2",), {"WORKERS", "DOOR"}),
-    (("argparse", "json"), {"MARK", "DOOR"}),
+    (("argparse",), {"MARK", "DOOR"}),
+    (("json",), {"HISTORY", "RUNNING", "VIEWS", "DOOR"}),  # in the database, and for programs
     (("os.environ",), {"WORKERS", "DOOR"}),
     (("subprocess",), {"DOOR"}),  # of which it takes the quoting of words for Windows
     (("time.time", "time.monotonic", "time.sleep"), {"WORKERS", "RUNNING"}),
@@ -242,17 +245,20 @@ def test_an_effect_stays_in_its_room(names, rooms):
 
 
 @pytest.mark.parametrize("modules, rooms", [
-    (("multiprocessing", "socket", "select", "fcntl", "resource"), {"WORKERS"}),
+    (("multiprocessing", "socket", "select", "resource"), {"WORKERS"}),
+    (("fcntl",), {"HISTORY", "WORKERS"}),
+    (("msvcrt",), {"HISTORY"}),
     (("signal", "threading"), {"CALLING", "WORKERS", "RUNNING"}),
-    (("random", "tempfile", "shutil"), {"RUNNING"}),
+    (("random", "tempfile"), {"RUNNING"}),
+    (("shutil",), {"HISTORY", "RUNNING"}),
     (("urllib", "http", "smtplib", "concurrent"), set()),
 ])
 def test_a_module_is_imported_only_where_its_effects_belong(modules, rooms):
     assert rooms_of(is_import_of(*modules)) <= rooms
 
 
-def test_sql_is_spoken_in_the_room_for_connections_alone():
-    assert rooms_of(is_sql) == {"CONNECTION"}
+def test_sql_is_spoken_where_databases_are_and_nowhere_else():
+    assert rooms_of(is_sql) == {"HISTORY", "CONNECTION"}
 
 
 @pytest.mark.parametrize("room", ["WORDS", "SETUP", "PLANNING", "VIEWS"])

@@ -40,7 +40,7 @@ def normal(text):
     """Return output without what differs from run to run: moments, durations, run ids,
     the folder, blanks."""
     text = re.sub(r"\d\d:\d\d:\d\d", "HH:MM:SS", text)
-    text = re.sub(r"\d{8}T\d{6}Z-\w{4}", "RUN", text)
+    text = re.sub(r"\(run \d+\)", "(run RUN)", text)
     text = re.sub(r"\d+\.\d+ s\b", "TIME", text)
     text = re.sub(r"(page:|from) /\S*/(output|example)/", r"\1 \2/", text)
     return [" ".join(line.split()) for line in text.strip().splitlines()]

@@ -207,7 +207,7 @@ def test_a_signal_ends_the_run_with_its_code_and_closes_once(sandbox, number, co
     rows = summary(err)
     assert says in rows["slow"] and "pending" in rows["last"] and "success" in rows["first"]
     assert sandbox.read("closed") == "closed\n"
-    assert "--from slow" in err and "Traceback" not in err
+    assert "--resume" in err and "Traceback" not in err
 
 
 @POSIX
@@ -312,7 +312,10 @@ def test_a_failing_tool_is_told_with_its_cause_and_the_next_command(sandbox):
     assert 'fails.py", line 1, in run' in ended.err and "in run_attempt" not in ended.err
     rows = summary(ended.err)
     assert "ValueError: no way" in rows["b"] and "needs b, which failed" in rows["c"]
-    assert ended.err.rstrip().endswith("orchestrator.py --since '2013-01-03 00:00' --from b")
+    assert ended.err.rstrip().endswith("orchestrator.py --resume")
+    ended = sandbox.run("--since", "2013-01-03 00:00", "--from", "b", "--no-history")
+    assert ended.err.rstrip().endswith(
+        "orchestrator.py --since '2013-01-03 00:00' --no-history --from b")
 
 
 def test_what_ran_before_a_failure_is_kept(sandbox):

@@ -351,6 +351,10 @@ def test_an_option_that_is_not_given_has_its_default(row, field, value):
     ("uses", {"gpu": 1, "db": 4}, "uses", (("db", 4), ("gpu", 1))),
     ("estimate", "7d", "estimate_s", 604_800),
     ("estimate", 0, "estimate_s", 0),
+    ("cache", True, "cache_s", math.inf),
+    ("cache", False, "cache_s", None),
+    ("cache", "24h", "cache_s", 86_400),
+    ("fresh_for", "2d", "fresh_for_s", 172_800),
 ])
 def test_an_option_is_read_as_what_it_says(key, given, field, value):
     assert getattr(read(**{key: given}), field) == value
@@ -382,6 +386,8 @@ WRONG = {
         "db", ["db"], 1, None, True, {"db"}, {"db": 0}, {"db": -1}, {"db": 1.0}, {"db": "1"},
         {"db": True}, {"db": None}, {1: 1}, {None: 1}]),
     "estimate": ("a number of seconds or a text", NO_DURATION),
+    "cache": ("True, False or a duration", ["24", "ever", "", 0, "0s", -1, None, [], math.inf]),
+    "fresh_for": ("a number of seconds or a text", [*NO_DURATION, 0, "0s"]),
 }
 
 
@@ -826,7 +832,8 @@ def test_whatever_the_reads_and_writes_each_reader_comes_after_its_writers_or_be
     ('TOOL_MAP["fetch"] = {"module": "fetch", "uses": ["db"]}; LIMITS = {"db": 2}', [],
      "TOOL_MAP['fetch']: 'uses' must be a dict", '"uses": {"db": 1}'),
     ("LIMITS = []", [], "LIMITS is a list, not a dict.", "LIMITS = {"),
-    ("", ["--exlude", "fetch"], "There is no flag '--exlude'.", "Did you mean '--exclude'?"),
+    ("", ["--exlude", "fetch"], "There is no flag '--exlude'.",
+     "Did you mean '--exclude' or '--resume'?"),
     ("", ["nothing"], "Nothing is left to run.", "--list"),
     ('STAGES["fetch"] = ["parse"]', ["parse"],
      "STAGES['fetch']: a tool has this name too and is not in the stage", "Rename"),

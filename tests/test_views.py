@@ -176,7 +176,7 @@ def test_the_plan_that_is_shown_is_the_plan_that_a_run_tells_of(modules, capsys)
 
 def test_json_is_refused_where_there_is_nothing_to_print_as_json(capsys):
     assert main(TOOLS, STAGES, argv=["--json"]) == 2
-    assert "--list or --plan" in capsys.readouterr().err
+    assert "--json goes with --list" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("needs, wave, said", [
@@ -263,7 +263,7 @@ def test_a_list_asks_for_each_summary_through_its_argument():
         asked.append(tool)
         return tool.module.upper()
 
-    shown = make_list(load_pipeline(TOOLS), ["parse"], find_summary)
+    shown = make_list(load_pipeline(TOOLS), ["parse"], find_summary, lambda tool: None)
 
     assert asked == [Tool("parse", "parse_files")]
     assert shown["tools"][0]["summary"] == "PARSE_FILES"
