@@ -1129,8 +1129,10 @@ class Schedule:
     def __init__(self, steps: Sequence[Step], pipeline: Pipeline, jobs: int = 2) -> None:
         self.steps, self.tools = steps, pipeline.tools
         self.position = {step.tool: i for i, step in enumerate(steps)}
-        ways_s = find_ways_s(steps) if jobs > 1 else dict.fromkeys(self.position, 0.0)
-        self.rank = {tool: (-ways_s[tool], i) for tool, i in self.position.items()}
+        self.rank: Mapping[str, Any] = self.position
+        if jobs > 1:
+            ways_s = find_ways_s(steps)
+            self.rank = {tool: (-ways_s[tool], i) for tool, i in self.position.items()}
         self.after: Dict[str, List[str]] = {}
         self.missing: Dict[str, int] = {}
         for step in steps:
@@ -1455,7 +1457,9 @@ def open_database(path: str) -> Any:
             raise UserError(f"{path} has schema version {version}, and this engine, "
                             f"{VERSION}, knows {SCHEMA_VERSION}.",
                             "Use the newer orchestrator.py that wrote it.")
+        db.execute("PRAGMA wal_autocheckpoint = 4000")
         if version < SCHEMA_VERSION:
+            db.execute("PRAGMA page_size = 1024")  # a commit writes whole pages
             db.execute("PRAGMA journal_mode = WAL")
             upgrade(db, version)
     except (sqlite3.Error, OSError) as error:
@@ -1572,7 +1576,7 @@ class History(NoHistory):
     def change(self, sql: str, values: Sequence[Any]) -> Any:
         """Execute a statement that commit() makes durable."""
         if not self.is_changed:
-            self.do("BEGIN IMMEDIATE")
+            self.do("BEGIN")
             self.is_changed = True
         return self.do(sql, values)
 
@@ -2431,9 +2435,10 @@ def find_module(name: str) -> Optional[Any]:
 
 def check_modules_exist(tools: Iterable[Tool]) -> None:
     """Raise UserError for the tools whose module is not there. Imports nothing."""
-    errors = [missing_module(tool) for tool in tools if find_module(tool.module) is None]
-    if errors:
-        raise merge_errors(errors)
+    tools = list(tools)
+    missing = {module for module in {tool.module for tool in tools} if find_module(module) is None}
+    if missing:
+        raise merge_errors([missing_module(tool) for tool in tools if tool.module in missing])
 
 
 def missing_module(tool: Tool) -> UserError:
@@ -2497,8 +2502,9 @@ def hash_source(tool: Tool) -> str:
 def find_versions(pipeline: Pipeline, tools: Iterable[Tool]) -> Versions:
     """Return what runs: the fingerprint of the tables, and of the file of each module."""
     from zlib import crc32
-    tables = repr([[*map(tuple, pipeline.tools.values())], [*map(tuple, pipeline.stages.values())],
-                   pipeline.limits])
+    tables = 0
+    for row in (*pipeline.tools.values(), *pipeline.stages.values(), *pipeline.limits.items()):
+        tables = crc32(repr(tuple(row)).encode(), tables)
     sources = {}
     for module in dict.fromkeys(tool.module for tool in tools):
         path = getattr(find_module(module), "origin", None) or ""
@@ -2507,7 +2513,7 @@ def find_versions(pipeline: Pipeline, tools: Iterable[Tool]) -> Versions:
                 sources[module] = f"{crc32(file.read()):08x}"
         except OSError:
             pass  # it has no file of its own
-    return Versions(f"{crc32(tables.encode()):08x}", sources)
+    return Versions(f"{tables:08x}", sources)
 
 
 def find_summary(tool: Tool) -> str:
@@ -2720,8 +2726,16 @@ def load_callees(tools: Sequence[Tool], available: Iterable[str]) -> Dict[str, C
     check_modules_exist(tools)
     errors: List[UserError] = []
     known = {*available, "conn", "context"}
-    callees = make_all(errors, lambda _, tool: load_callee(tool, known),
-                       {tool.name: tool for tool in tools})
+    loaded: Dict[Tuple[str, str], Callee] = {}  # tools may share a function
+
+    def load(_: str, tool: Tool) -> Callee:
+        key = tool.module, tool.function
+        if key in loaded:
+            return loaded[key]._replace(tool=tool)
+        loaded[key] = load_callee(tool, known)
+        return loaded[key]
+
+    callees = make_all(errors, load, {tool.name: tool for tool in tools})
     if errors:
         raise merge_errors(errors)
     return callees
@@ -2858,7 +2872,7 @@ def wait_for(awaitable: Any) -> Any:
 def run_attempt(callee: Callee, database: Database, arguments: Mapping[str, Any],
                 context: Context, interrupts: Interrupts, verbose: bool = False) -> Outcome:
     """Return how one attempt ended: begun, called, checked and committed, or rolled back."""
-    started_s, pid = time.perf_counter(), os.getpid()
+    pid = os.getpid()
     step = ""  # of the engine's own, if it is one that fails
     try:
         result = interrupts.call(call_in_transaction, callee, database, arguments, context)
@@ -2866,22 +2880,19 @@ def run_attempt(callee: Callee, database: Database, arguments: Mapping[str, Any]
             os._exit(EXIT_FAILED)
         step = "at the commit: "
         database.commit()
-        outcome = Outcome("success", result=result, rows=count_rows(result))
+        return Outcome("success", result=result, rows=count_rows(result))
     except BaseException as error:
         if os.getpid() != pid:
             os._exit(EXIT_FAILED)
         step = step if database.is_open else "in get_connection(): "
         had_ended = database.is_open and database.rollback()
         if interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
-            outcome = Outcome("interrupted", reason=format_signal(interrupts.signal))
-        else:
-            reasons = [find_hint(error),
-                       "its transaction had ended before: what it committed stays" * had_ended]
-            outcome = Outcome("failed", "; ".join(filter(None, reasons)),
-                              error=step + format_one_line(error),
-                              traceback=format_traceback(error, verbose))
-    return outcome._replace(attempts=context.attempt,
-                            duration_s=time.perf_counter() - started_s)
+            return Outcome("interrupted", reason=format_signal(interrupts.signal))
+        reasons = [find_hint(error),
+                   "its transaction had ended before: what it committed stays" * had_ended]
+        return Outcome("failed", "; ".join(filter(None, reasons)),
+                       error=step + format_one_line(error),
+                       traceback=format_traceback(error, verbose))
 
 
 def call_in_transaction(callee: Callee, database: Database, arguments: Mapping[str, Any],
@@ -3046,7 +3057,7 @@ class Here:
         """Note what wait() is to execute."""
         self.order = order
 
-    def wait(self, timeout_s: float) -> List[Tuple[str, str, Any]]:
+    def wait(self, timeout_s: float = 0.0) -> List[Tuple[str, str, Any]]:
         """Execute what was started, however long it takes."""
         order, self.order = self.order, None
         context = Context(order.run_id, order.tool, order.attempt, Results(order.results),
@@ -3054,7 +3065,8 @@ class Here:
         self.capture.begin(order.output)
         outcome = run_attempt(self.callees[order.tool], self.database, self.arguments, context,
                               self.interrupts, self.verbose)
-        return [("ended", order.tool, outcome._replace(log=self.capture.end()))]
+        log = self.capture.end()
+        return [("ended", order.tool, outcome._replace(log=log) if log else outcome)]
 
     def close(self) -> None:
         """Close the connection."""
@@ -4042,13 +4054,12 @@ class Run:
 
     def wait(self) -> None:
         """Wait until something has ended, or the clock says that something is due."""
-        dues = [each.deadline_s for each in self.running.values()] + [at for at, _ in self.retries]
-        timeout_s = max(0.0, min([_BEAT_S, *(due - self.clock.monotonic() for due in dues)]))
         if not self.running:
-            self.clock.sleep(timeout_s)
+            self.clock.sleep(self.find_timeout_s())
             return
         executor = next(iter(self.running.values())).executor
-        said = executor.wait(timeout_s)
+        said = executor.wait() if isinstance(executor, Here) \
+            else executor.wait(self.find_timeout_s())
         for kind, tool, what in said:
             if kind == "ended":
                 self.ended(tool, what)
@@ -4056,6 +4067,11 @@ class Run:
                 self.tell(tool=tool, **what)
         if not said:
             self.tell("tick")
+
+    def find_timeout_s(self) -> float:
+        """Return the seconds until something is due, but not more than a beat."""
+        dues = [each.deadline_s for each in self.running.values()] + [at for at, _ in self.retries]
+        return max(0.0, min([_BEAT_S, *(due - self.clock.monotonic() for due in dues)]))
 
     def look_at_signals(self) -> None:
         """After the first signal, start nothing more and end what runs within the grace."""
@@ -4419,8 +4435,10 @@ def mark_done(pipeline: Pipeline, plan: Plan, request: Request, arguments: Mappi
 
 
 def make_past(pipeline: Pipeline, history: NoHistory, arguments: Mapping[str, Any], now: float,
-              done: Mapping[str, Success], is_forced: bool) -> Past:
-    """Return what planning may ask of a history."""
+              done: Mapping[str, Success], is_forced: bool, wants_durations: bool) -> Past:
+    """Return what planning may ask of a history. Durations cost time, and decide nothing where
+    tools run one after another and nobody looks at the plan.
+    """
     mine = format_arguments(arguments)
 
     def find_change(tool: Tool, success: Success) -> str:
@@ -4430,7 +4448,8 @@ def make_past(pipeline: Pipeline, history: NoHistory, arguments: Mapping[str, An
             return "its source changed"
         return find_changed_file(tool, history.base, success.inputs)
 
-    return Past(now, history.find_success, history.find_expected_s, find_change, done, is_forced)
+    find_expected_s = history.find_expected_s if wants_durations else NoHistory().find_expected_s
+    return Past(now, history.find_success, find_expected_s, find_change, done, is_forced)
 
 
 def count_jobs(jobs: Any) -> int:
@@ -4493,7 +4512,8 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
                 find_pipeline_folder(home, pipeline.name), find_base(get_connection), wait_s))
             history.close_killed()
             request, arguments, done = find_request(history, request, arguments, resume)
-            past = make_past(pipeline, history, arguments or {}, Clock().wall(), done, force)
+            past = make_past(pipeline, history, arguments or {}, Clock().wall(), done, force,
+                             count_jobs(jobs) > 1)
         plan = make_plan(pipeline, request.targets, exclude=request.exclude, past=past,
                          start_from=request.start_from, jobs=count_jobs(jobs))
         result = run_plan(pipeline, plan, arguments or {}, history=history, request=request,
@@ -5268,10 +5288,12 @@ def find_plan(call: Call, history: NoHistory) -> Tuple[Plan, Request, Dict[str, 
             arguments = run["arguments"]
         done = history.find_done(run["run_id"])
         tell_changes(call.pipeline, run)
+    jobs = count_jobs(options.jobs)
     past = None if options.no_history else make_past(
-        call.pipeline, history, arguments, Clock().wall(), done, options.force)
+        call.pipeline, history, arguments, Clock().wall(), done, options.force,
+        jobs > 1 or options.command is command_plan)
     plan = make_plan(call.pipeline, request.targets, exclude=request.exclude,
-                     start_from=request.start_from, jobs=count_jobs(options.jobs), past=past)
+                     start_from=request.start_from, jobs=jobs, past=past)
     return plan, request, arguments
 
 
@@ -5307,6 +5329,7 @@ def carry_out(call: Call, history: NoHistory) -> int:
     # A descriptor of its own: what tools print to stderr is led into their logs meanwhile.
     stream = own_stream(sys.stderr) if history.folder else sys.stderr
     screen = Screen(stream, options.quiet, options.verbose)
+    gc.freeze()  # what is here will stay: no collection during the run need walk it
     result = run_plan(call.pipeline, plan, arguments, history=history, request=request,
                       fail_fast=options.fail_fast, verbose=options.verbose, keep_results=False,
                       on_event=screen.on_event)
