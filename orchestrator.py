@@ -3228,7 +3228,8 @@ class Spool:
         os.close(self.real)
         path = self.file.name
         self.file.close()
-        os.unlink(path)
+        with contextlib.suppress(OSError):  # a process that the tool left has it open, on Windows
+            os.unlink(path)
 
 
 class Copier:
@@ -4033,7 +4034,6 @@ class Run:
 
     def loop(self, here: Here, workers: Optional[Workers]) -> None:
         """Start what is ready and settle what has ended, until nothing is left to do."""
-        import shutil
         if workers and not self.logs:
             import tempfile
             self.logs = tempfile.mkdtemp(prefix="orchestrator-")
@@ -4050,6 +4050,7 @@ class Run:
                 self.wait()
         finally:
             if workers and not self.history.folder:
+                import shutil
                 shutil.rmtree(self.logs, ignore_errors=True)
 
     def wait(self) -> None:
@@ -4921,7 +4922,9 @@ def make_parser(add_arguments: Optional[Callable[[Any], None]]) -> Tuple[Parser,
 
     add_arguments() declares them on a parser of its own, where it can do all that argparse can.
     """
-    own = Parser(add_help=False, allow_abbrev=False)
+    # With a width, since argparse would import what finds that of the terminal, for each flag.
+    own = Parser(add_help=False, allow_abbrev=False,
+                 formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80))
     try:
         if add_arguments is not None:
             add_arguments(own)
