@@ -1258,6 +1258,7 @@ CREATE TABLE runs (
     start_from    TEXT,              -- what --from said; NULL if it was not given
     arguments     TEXT NOT NULL,     -- JSON object: what tools got by name
     words         TEXT,              -- JSON list: the command line; NULL for a run from Python
+    planned       INTEGER NOT NULL,  -- how many tools its plan had
     started_at    REAL NOT NULL,     -- seconds since 1970, UTC
     duration_s    REAL,              -- by a clock that is never set; NULL if it was killed
     pid           INTEGER NOT NULL,  -- of the orchestrator
@@ -1633,12 +1634,12 @@ class History(NoHistory):
         row = self.do("SELECT coalesce(max(attempt_id), 0) + 1 FROM attempts").fetchone()
         self.run_id = self.do(
             "INSERT INTO runs (status, resumes, targets, exclude, start_from, arguments, words, "
-            "started_at, pid, first_attempt, version, git_commit, tables, sources) "
-            "VALUES ('running', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "planned, started_at, pid, first_attempt, version, git_commit, tables, sources) "
+            "VALUES ('running', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (request.resumes, json.dumps(request.targets), json.dumps(request.exclude),
              request.start_from, format_arguments(arguments),
-             None if request.words is None else json.dumps(request.words), at, os.getpid(),
-             row[0], VERSION, find_git_commit(self.folder), versions.tables,
+             None if request.words is None else json.dumps(request.words), len(plan.steps), at,
+             os.getpid(), row[0], VERSION, find_git_commit(self.folder), versions.tables,
              json.dumps(versions.sources))).lastrowid
         for step in plan.steps:
             if step.success:
@@ -4736,7 +4737,7 @@ def make_run_view(run: Row, attempts: Sequence[Row], is_detailed: bool = False) 
     view = {"run_id": str(run["run_id"]), "status": run["status"], "targets": run["targets"],
             "arguments": run["arguments"], "started_at": format_moment(started_at),
             "ended_at": format_moment(None if duration_s is None else started_at + duration_s),
-            "duration_s": duration_s, "tools": list(tools.values())}
+            "duration_s": duration_s, "planned": run["planned"], "tools": list(tools.values())}
     if is_detailed:
         view.update({key: run[key] for key in
                      ("exclude", "start_from", "resumes", "pid", "version", "git_commit")})
@@ -4749,7 +4750,7 @@ def format_runs(runs: Sequence[Mapping[str, Any]], style: Style) -> str:
     for run in runs:
         done = sum(tool["status"] in DONE for tool in run["tools"])
         rows.append((run["run_id"], run["status"], run["started_at"][:19] + "Z",
-                     format_duration(run["duration_s"]), f"{done} of {len(run['tools'])}",
+                     format_duration(run["duration_s"]), f"{done} of {run['planned']}",
                      " ".join(run["targets"])))
     head, *lines = format_table(rows, right=(0, 3, 4), status=1, style=style)
     return "\n".join([style.bold(head), *lines])
@@ -5290,13 +5291,14 @@ def find_plan(call: Call, history: NoHistory) -> Tuple[Plan, Request, Dict[str, 
         else:
             arguments = run["arguments"]
         done = history.find_done(run["run_id"])
-        tell_changes(call.pipeline, run)
     jobs = count_jobs(options.jobs)
     past = None if options.no_history else make_past(
         call.pipeline, history, arguments, Clock().wall(), done, options.force,
         jobs > 1 or options.command is command_plan)
     plan = make_plan(call.pipeline, request.targets, exclude=request.exclude,
                      start_from=request.start_from, jobs=jobs, past=past)
+    if options.resume is not None:
+        tell_changes(call.pipeline, run, plan)
     return plan, request, arguments
 
 
@@ -5314,15 +5316,18 @@ def check_nothing_beside_resume(call: Call) -> None:
                         "Leave that out, or leave out --resume.")
 
 
-def tell_changes(pipeline: Pipeline, run: Row) -> None:
-    """Say what changed since a run, as its tools that are done are not run again."""
-    now = find_versions(pipeline, pipeline.tools.values())
-    changed = ["the tables"] * (now.tables != run["tables"])
-    changed += [module for module, source in run["sources"].items()
-                if now.sources.get(module) != source]
-    if changed:
-        say(f"Changed since run {run['run_id']}: {', '.join(changed)}. What is done stays done; "
-            "name a tool as a target to run it again.")
+def tell_changes(pipeline: Pipeline, run: Row, plan: Plan) -> None:
+    """Say what changed since a run that is resumed, and which of that is not run again."""
+    tools = {step.tool: pipeline.tools[step.tool] for step in plan.steps}
+    now = find_versions(pipeline, tools.values())
+    changed = [module for module, source in now.sources.items()
+               if run["sources"].get(module, source) != source]
+    what = ["the tables"] * (now.tables != run["tables"]) + changed
+    kept = [step.tool for step in plan.steps if step.success
+            and tools[step.tool].module in changed]
+    if what:
+        say(f"Changed since run {run['run_id']}: {', '.join(what)}."
+            + (f" Done before, and not run again: {', '.join(kept)}." if kept else ""))
 
 
 def carry_out(call: Call, history: NoHistory) -> int:
