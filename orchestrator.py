@@ -4685,6 +4685,12 @@ def format_summary(result: RunResult, next_command: str, style: Style) -> str:
     return "\n".join(lines)
 
 
+def format_local(moment: str) -> str:
+    """Return a moment of format_moment() as people's clocks say it: `2013-01-01 07:00:00`."""
+    from datetime import datetime
+    return f"{datetime.fromisoformat(moment.replace('Z', '+00:00')).astimezone():%Y-%m-%d %H:%M:%S}"
+
+
 def make_status(tools: Sequence[str], find_last: Callable[[str], Optional[Row]],
                 running: Optional[Row], attempts: Sequence[Row], now: float) -> Dict[str, Any]:
     """Return what --status shows, as data: the run that goes on, if any, and each tool."""
@@ -4717,7 +4723,8 @@ def format_status(shown: Mapping[str, Any], style: Style) -> str:
     head, *lines = format_table(rows, right=(2, 3, 4, 5), status=1, style=style)
     run = shown["running"]
     what = "Nothing runs now." if run is None else (
-        f"Run {run['run_id']} goes on, process {run['pid']}, since {run['started_at']}: "
+        f"Run {run['run_id']} goes on, process {run['pid']}, since "
+        f"{format_local(run['started_at'])}: "
         f"{', '.join(run['tools']) or 'between two tools'}")
     return "\n".join([style.bold(head), *lines, "", what])
 
@@ -4749,7 +4756,7 @@ def format_runs(runs: Sequence[Mapping[str, Any]], style: Style) -> str:
     rows = [("run", "status", "started", "duration", "tools", "targets")]
     for run in runs:
         done = sum(tool["status"] in DONE for tool in run["tools"])
-        rows.append((run["run_id"], run["status"], run["started_at"][:19] + "Z",
+        rows.append((run["run_id"], run["status"], format_local(run["started_at"]),
                      format_duration(run["duration_s"]), f"{done} of {run['planned']}",
                      " ".join(run["targets"])))
     head, *lines = format_table(rows, right=(0, 3, 4), status=1, style=style)
@@ -4764,12 +4771,14 @@ def format_run(run: Mapping[str, Any], style: Style) -> str:
              ("status", run["status"]), ("targets", " ".join(run["targets"])),
              ("without", " ".join(run["exclude"])), ("from", run["start_from"] or ""),
              ("arguments", json.dumps(run["arguments"], ensure_ascii=False)),
-             ("started", run["started_at"]), ("duration", format_duration(run["duration_s"])),
+             ("started", format_local(run["started_at"])),
+             ("duration", format_duration(run["duration_s"])),
              ("version", run["version"] + (f", commit {run['git_commit'][:12]}"
                                            if run["git_commit"] else ""))]
     lines = format_table([fact for fact in facts if fact[1]])
     rows = [("tool", "status", "attempts", "started", "duration", "rows", "")]
-    rows += [(t["tool"], t["status"], str(t["attempts"] or ""), t["started_at"][11:19],
+    rows += [(t["tool"], t["status"], str(t["attempts"] or ""),
+              format_local(t["started_at"])[11:],
               format_duration(t["duration_s"]), "" if t["rows"] is None else f"{t['rows']:,}",
               t["error"] or t["reason"]) for t in run["tools"]]
     head, *table = format_table(rows, right=(2, 4, 5), status=1, style=style)
@@ -5158,7 +5167,9 @@ def command_history(call: Call) -> int:
     history, options = need_history(call), call.options
     if options.operand:
         run = history.find_run(options.operand)
-        shown = make_run_view(run, history.load_attempts(run), is_detailed=True)
+        attempts = [{**row, "log": row["log"] and format_path(os.path.join(call.folder, row["log"]))}
+                    for row in history.load_attempts(run)]
+        shown = make_run_view(run, attempts, is_detailed=True)
         text = format_run(shown, make_style(sys.stdout))
     else:
         runs = history.load_last_runs(10 if options.last is None else max(0, options.last))
