@@ -5167,8 +5167,9 @@ def command_history(call: Call) -> int:
     history, options = need_history(call), call.options
     if options.operand:
         run = history.find_run(options.operand)
-        attempts = [{**row, "log": row["log"] and format_path(os.path.join(call.folder, row["log"]))}
-                    for row in history.load_attempts(run)]
+        attempts = history.load_attempts(run)
+        for row in attempts:
+            row["log"] = row["log"] and format_path(os.path.join(call.folder, row["log"]))
         shown = make_run_view(run, attempts, is_detailed=True)
         text = format_run(shown, make_style(sys.stdout))
     else:
