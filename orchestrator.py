@@ -5296,7 +5296,9 @@ def find_plan(call: Call, history: NoHistory) -> Tuple[Plan, Request, Dict[str, 
                       tuple(call.argv))
     if options.resume is not None:
         check_nothing_beside_resume(call)
-        run = need_history(call).find_resumable(options.resume or None)
+        # No second connection: a worker would inherit it, and close it over the first one's head.
+        history = history if isinstance(history, History) else need_history(call)
+        run = history.find_resumable(options.resume or None)
         request = make_request(run)
         if run["words"] is not None:
             arguments = call.parse(run["words"])[1]
