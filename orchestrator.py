@@ -7,6 +7,7 @@ Copy this file into your repository, name your own modules in the tables below, 
     python orchestrator.py fetch render     tools, in this order
     python orchestrator.py --list           what there is
     python orchestrator.py --plan           what a run would do, and why
+    python orchestrator.py --resume         go on where the last run failed or was killed
 
 A tool is an ordinary module with a function `run(conn, **kwargs)`: `conn` is what
 get_connection() below returned, kwargs are the command-line arguments of add_arguments().
