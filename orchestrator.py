@@ -507,18 +507,22 @@ def make_tool(name: str, value: Any) -> Tool:
         raise UserError(f"{where} is {format_type(value)}, not a module path or a dict of options.",
                         f'Write "{name}": "folder.module".')
     fields: Dict[str, Any] = {}
+    errors = []
     for key, given in options.items():
         if key not in OPTIONS:
-            raise UserError(f"{where}: there is no option {key!r}.",
-                            format_nearest(str(key), OPTIONS))
+            errors.append(UserError(f"{where}: there is no option {key!r}.",
+                                    format_nearest(str(key), OPTIONS)))
+            continue
         field, read, wanted, example = OPTIONS[key]
         try:
             fields[field] = read(given)
         except (TypeError, ValueError):
-            raise UserError(f"{where}: {key!r} must be {wanted}, not {given!r}.",
-                            f'Write "{key}": {example}.') from None
-    if "module" not in fields:
-        raise UserError(f"{where} names no module.", 'Add "module": "folder.module".')
+            errors.append(UserError(f"{where}: {key!r} must be {wanted}, not {given!r}.",
+                                    f'Write "{key}": {example}.'))
+    if "module" not in options and not errors:
+        errors.append(UserError(f"{where} names no module.", 'Add "module": "folder.module".'))
+    if errors:
+        raise merge_errors(errors)
     module, _, function = fields["module"].partition(":")
     return Tool(**{**fields, "name": name, "module": module, "function": function or "run"})
 
@@ -877,25 +881,30 @@ def check_needs_met(pipeline: Pipeline, order: Sequence[str], past: Past) -> Non
     """Raise UserError for each need outside the plan whose tool has no success fresh enough."""
     there = set(order)
     errors = []
-    needed = {} if past.is_forced else {
-        need: tool for tool in reversed(order)
-        if pipeline.needs[tool] != ALL_BEFORE and tool not in past.done
-        for need in pipeline.needs[tool] if need not in there}
-    for need, tool in needed.items():
-        success = past.find_success(need)
-        limit_s = pipeline.tools[need].fresh_for_s
-        if success is None:
-            problem = "has never succeeded"
-        elif is_young(success, limit_s, past.now):
+    for tool in [] if past.is_forced else order:
+        needs = pipeline.needs[tool]
+        if needs == ALL_BEFORE or tool in past.done or pipeline.tools[tool].when == "always":
             continue
-        else:
-            problem = (f"succeeded {format_age(success, past.now)}, in run {success.run_id}, and "
-                       f"is fresh for {format_duration(limit_s)}")
-        errors.append(UserError(
-            f"{tool} needs {need}, which is not in this plan and {problem}.",
-            f"Run it too: +{tool} takes all that {tool} needs; or go on without: --force."))
+        missing = [(need, find_staleness(pipeline.tools[need], past))
+                   for need in needs if need not in there]
+        missing = [f"{need}, which {why}" for need, why in missing if why]
+        if missing:
+            errors.append(UserError(
+                f"{tool} needs what is not in this plan: {'; '.join(missing)}.",
+                f"Run that too: +{tool} takes all that {tool} needs; or go on without: --force."))
     if errors:
         raise merge_errors(errors)
+
+
+def find_staleness(tool: Tool, past: Past) -> str:
+    """Return why the last success of a tool is not good enough for those that need it, or ""."""
+    success = past.find_success(tool.name)
+    if success is None:
+        return "has never succeeded"
+    if is_young(success, tool.fresh_for_s, past.now):
+        return ""
+    return (f"succeeded {format_age(success, past.now)}, in run {success.run_id}, and is fresh "
+            f"for {format_duration(tool.fresh_for_s)}")
 
 
 def is_young(success: Success, limit_s: float, now: float) -> bool:
@@ -1337,6 +1346,12 @@ def make_file_name(name: str) -> str:
     return safe if safe == name else f"{safe}-{crc32(name.encode()):08x}"
 
 
+def find_histories(home: str) -> List[str]:
+    """Return the names of the pipelines that have a history in a home folder."""
+    names = sorted(os.listdir(home)) if os.path.isdir(home) else []
+    return [name for name in names if os.path.exists(os.path.join(home, name, "history.db"))]
+
+
 def make_folder(folder: str) -> None:
     """Create the folder of a pipeline, and its home, for their owner alone, where they are not."""
     home = os.path.dirname(folder)
@@ -1606,13 +1621,15 @@ class History(NoHistory):
 
     # --- what a run writes ---
 
-    def close_killed(self) -> Optional[int]:
-        """Record a run that was killed as interrupted and return its id; None if there is none."""
+    def close_killed(self) -> Tuple[str, List[str]]:
+        """Record a run that did not come to its end as interrupted.
+
+        Return its id, or "" if there is none, and the tools that ran.
+        """
         killed = self.find_running()
         if killed is None:
-            return None
-        run_id = killed["run_id"]
-        logs = find_logs(self.folder, str(run_id))
+            return "", []
+        logs, tools = find_logs(self.folder, str(killed["run_id"])), []
         self.do("BEGIN IMMEDIATE")
         for attempt in self.load_attempts(killed):
             if attempt["status"] == "running":
@@ -1620,12 +1637,13 @@ class History(NoHistory):
                 if attempt["pid"] == killed["pid"]:
                     append_spools(logs, log)
                 self.do("UPDATE attempts SET status = 'interrupted', log = ?, "
-                        "reason = 'its run was killed' WHERE attempt_id = ?",
+                        "reason = 'its run was cut off' WHERE attempt_id = ?",
                         (os.path.relpath(log, self.folder) if has_bytes(log) else None,
                          attempt["attempt_id"]))
-        self.do("UPDATE runs SET status = 'interrupted' WHERE run_id = ?", (run_id,))
+                tools.append(attempt["tool"])
+        self.do("UPDATE runs SET status = 'interrupted' WHERE run_id = ?", (killed["run_id"],))
         self.do("COMMIT")
-        return run_id
+        return str(killed["run_id"]), tools
 
     def begin_run(self, plan: Plan, request: Request, arguments: Mapping[str, Any],
                   versions: Versions, at: float) -> str:
@@ -1952,9 +1970,15 @@ def has_bytes(path: str) -> bool:
         return False
 
 
+def open_log(path: str) -> int:
+    """Return a log, opened to append to it; its folder is made again if somebody removed it."""
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
 def append_log(path: str, line: str) -> None:
     """Add a line to a log."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    fd = open_log(path)
     try:
         os.write(fd, line.encode("utf-8", "backslashreplace") + b"\n")
     finally:
@@ -1984,17 +2008,18 @@ def trim_log(path: str, cap_bytes: int = LOG_CAP_BYTES) -> None:
         file.truncate()
 
 
-def read_tail(path: str, lines: int, room_bytes: int = 1 << 16) -> List[str]:
-    """Return the last lines of a log, in which nothing can take hold of a terminal."""
+def read_tail(path: str, lines: int, line_bytes: int = 1000) -> List[str]:
+    """Return the last lines of a log, cut to their ends where they are very long, in which
+    nothing can take hold of a terminal.
+    """
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            start = max(0, size - max(room_bytes, 200 * lines))
-            file.seek(start)
+            file.seek(max(0, size - lines * line_bytes - (1 << 16)))
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return []
-    return clean(text).splitlines()[start > 0:][-lines:] if lines else []
+    return [line[-line_bytes:] for line in clean(text).splitlines()[-lines:]] if lines else []
 
 
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -~]?"
@@ -2227,7 +2252,11 @@ class Results(Mapping[str, Any]):
         self._results = results
 
     def __getitem__(self, tool: str) -> Any:
-        result = self._results[tool]
+        try:
+            result = self._results[tool]
+        except KeyError:
+            raise KeyError(f"there is no result of {tool!r} here: results are of the tools that "
+                           "this one needs") from None
         if not isinstance(result, Packed):
             return result
         if result.content is None:
@@ -2246,8 +2275,12 @@ class Results(Mapping[str, Any]):
         return len(self._results)
 
     def __repr__(self) -> str:
-        return repr({tool: result.kind if isinstance(result, Packed) else result
-                     for tool, result in self._results.items()})
+        def show(tool: str, result: Any) -> str:
+            is_small = not isinstance(result, Packed) or len(result.content or ()) < 1000
+            is_there = is_small and (not isinstance(result, Packed) or result.content is not None)
+            return f"{tool!r}: {self[tool]!r}" if is_there else f"{tool!r}: <{result.kind}>"
+
+        return "{" + ", ".join(show(*each) for each in self._results.items()) + "}"
 
 
 class Part(Mapping[str, Any]):
@@ -2917,14 +2950,15 @@ def call_in_transaction(callee: Callee, database: Database, arguments: Mapping[s
 
 
 def count_rows(result: Any) -> Optional[int]:
-    """Return the rows that a result speaks of: an int, or the "rows" of a dict; else None."""
+    """Return the rows that a result speaks of: a count, or the "rows" of a dict; else None."""
     rows = result.get("rows") if isinstance(result, dict) else result
     if isinstance(rows, bool):
         return None
     try:
-        return operator.index(rows)
+        count = operator.index(rows)
     except TypeError:
         return None
+    return count if 0 <= count < 2**63 else None  # -1 is what cursors say that do not know
 
 
 def format_signal(number: Optional[int]) -> str:
@@ -2957,7 +2991,7 @@ def format_path(path: str) -> str:
     """Return a path as seen from the working folder, where that is shorter."""
     try:
         return min(os.path.relpath(path), path, key=len)
-    except ValueError:  # another drive
+    except (ValueError, OSError):  # on another drive; or a tool removed the working folder
         return path
 
 
@@ -2981,6 +3015,9 @@ def leave_out_engine(frames: Sequence[Any]) -> List[Any]:
     return left
 
 
+TRACEBACK_CAP = 2**16  # letters; a longer one keeps its beginning and its end
+
+
 def format_traceback(error: BaseException, verbose: bool = False) -> str:
     """Return an exception's traceback without the engine's frames; with them if verbose."""
     import traceback
@@ -2991,7 +3028,9 @@ def format_traceback(error: BaseException, verbose: bool = False) -> str:
         part.stack[:] = leave_out_engine(part.stack)
         left += [p for p in (part.__cause__, part.__context__,
                              *(getattr(part, "exceptions", None) or ())) if p]
-    return "".join(whole.format())
+    text = "".join(whole.format())
+    half = TRACEBACK_CAP // 2
+    return text if len(text) <= TRACEBACK_CAP else f"{text[:half]}\n[...]\n{text[-half:]}"
 
 
 def format_place(error: BaseException, tool: Tool) -> str:
@@ -3132,14 +3171,16 @@ class Capture(NoCapture):
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.end()
-        self.stop.set()
-        if self.spools:
-            self.thread.join()
-        for spool in self.spools:
-            spool.close()
-            self.error = self.error or spool.error
-        sys.stdout, sys.stderr = self.streams[1], self.streams[2]
+        try:
+            self.end()
+        finally:
+            self.stop.set()
+            if self.spools:
+                self.thread.join()
+            for spool in self.spools:
+                spool.close()
+                self.error = self.error or spool.error
+            sys.stdout, sys.stderr = self.streams[1], self.streams[2]
 
     def begin(self, log: str) -> None:
         """Let what is printed from now on go into a log as well."""
@@ -3148,11 +3189,7 @@ class Capture(NoCapture):
     def drain(self) -> None:
         """Let what was printed until now reach the screen and the log."""
         for spool in self.spools:
-            stream = self.streams[spool.fd]
-            try:
-                stream.flush()
-            except (OSError, ValueError):
-                pass  # the tool closed it
+            flush(self.streams[spool.fd])
             if spool.has_more():
                 with self.lock:
                     spool.carry(self.write_log)
@@ -3163,12 +3200,13 @@ class Capture(NoCapture):
         self.drain()
         for spool in self.spools:
             spool.empty()
-        log = ""
-        if self.log_fd >= 0:
+        log, self.log = self.log, ""
+        if self.log_fd < 0:
+            return ""
+        with contextlib.suppress(OSError):  # it was removed, or the tool closed all descriptors
             os.close(self.log_fd)
-            log = self.log
             trim_log(log)
-        self.log, self.log_fd = "", -1
+        self.log_fd = -1
         return log
 
     def carry(self) -> None:
@@ -3180,10 +3218,14 @@ class Capture(NoCapture):
 
     def write_log(self, content: bytes) -> None:
         """Write to the log of the attempt that runs, if there is one."""
-        if self.log and self.log_fd < 0:
-            self.log_fd = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        if self.log:
+        if not self.log:
+            return
+        try:
+            if self.log_fd < 0:
+                self.log_fd = open_log(self.log)
             write_all(self.log_fd, content)
+        except OSError as error:  # no reason for a tool to fail, but to say so
+            self.error = f"{self.log} could not be written: {error.strerror}"
 
 
 class Spool:
@@ -3199,7 +3241,7 @@ class Spool:
 
     def has_more(self) -> bool:
         """Return whether there is something to carry."""
-        return os.fstat(self.fd).st_size > self.shown
+        return os.fstat(self.file.fileno()).st_size > self.shown
 
     def carry(self, keep: Callable[[bytes], None]) -> None:
         """Bring what is new to where the descriptor led, and to `keep`."""
@@ -3226,12 +3268,11 @@ class Spool:
 
     def close(self) -> None:
         """Let the descriptor lead again to where it led."""
-        os.dup2(self.real, self.fd)
-        os.close(self.real)
         path = self.file.name
-        self.file.close()
-        with contextlib.suppress(OSError):  # a process that the tool left has it open, on Windows
-            os.unlink(path)
+        for step in (lambda: os.dup2(self.real, self.fd), lambda: os.close(self.real),
+                     self.file.close, lambda: os.unlink(path)):
+            with contextlib.suppress(OSError):  # a tool closed or removed it, or left it open
+                step()
 
 
 class Copier:
@@ -3755,7 +3796,11 @@ class Server:
                 except (EOFError, OSError):
                     break
                 children = count_children()
-                outcome = self.execute(order, callees, database, interrupts, channel)
+                try:
+                    outcome = self.execute(order, callees, database, interrupts, channel)
+                except Exception as error:  # what the tool did to this process reaches the engine
+                    outcome = Outcome("failed", error="in its worker: " + format_one_line(error),
+                                      traceback=format_traceback(error, verbose=True))
                 if os.getpid() != pid:
                     os._exit(EXIT_FAILED)
                 is_leaving = interrupts.signal is not None or count_children() != children
@@ -3829,6 +3874,12 @@ def die_with_orchestrator(life_fd: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def flush(stream: Any) -> None:
+    """Let what Python keeps of its output go out, unless the tool closed the stream."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        stream.flush()
+
+
 def own_streams() -> None:
     """Let Python's output streams be the file descriptors 1 and 2, and input empty."""
     null = os.open(os.devnull, os.O_RDWR)
@@ -3847,11 +3898,11 @@ class output_to:
         self.file = file
 
     def __enter__(self) -> None:
-        self._point(os.open(self.file or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        self._point(open_log(self.file) if self.file else os.open(os.devnull, os.O_WRONLY))
 
     def __exit__(self, *_: Any) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            flush(stream)
         self._point(os.open(os.devnull, os.O_WRONLY))
 
     @staticmethod
@@ -3944,6 +3995,9 @@ def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
             if capture.error:
                 run.tell_now("log", text=capture.error, level=OUTPUT_LOST)
             return run.end()
+    except BaseException:
+        grace_s = 0.0  # the run can not go on, and nothing would record how its tools end
+        raise
     finally:
         if workers:
             workers.close(grace_s)
@@ -4150,11 +4204,22 @@ class Run:
         if needs == ALL_BEFORE:
             mine, position = self.schedule.position[tool], self.schedule.position
             return Part(self.results, lambda each: position[each] < mine)
-        return {need: self.results[need] for need in needs if need in self.results}
+        return {need: result for need in needs for result in self.find_results(need)}
+
+    def find_results(self, tool: str) -> List[Any]:
+        """Return the result of a tool in a list; of one that is not in the plan, its last; or none.
+        """
+        if tool in self.steps:
+            return [self.results[tool]] if tool in self.results else []
+        success = self.history.find_success(tool)
+        if success is None or success.result is None:
+            return []
+        import json
+        return [json.loads(success.result)]
 
     def ended(self, tool: str, outcome: Outcome) -> None:
         """Take the outcome of an attempt: settle the tool, or let it come again."""
-        running = self.running.pop(tool)
+        running, options = self.running.pop(tool), self.pipeline.tools[tool]
         self.schedule.release(tool)
         output = running.log if isinstance(running.executor, Workers) else ""
         if outcome.status != "success" and running.verdict:
@@ -4162,11 +4227,13 @@ class Run:
                 if self.is_interrupted else Outcome("failed", error=running.verdict)
         elif outcome.status == "interrupted" and not self.is_interrupted:
             self.is_interrupted = True
+        elif outcome.status == "failed" and 1 < self.attempts[tool] > options.retries:
+            tries = f"try {self.attempts[tool]} of {options.retries + 1}"
+            outcome = outcome._replace(reason="; ".join(filter(None, [outcome.reason, tries])))
         outcome = outcome._replace(attempts=self.attempts[tool],
                                    duration_s=self.clock.monotonic() - running.started_s,
                                    log=running.log if outcome.log or running.has_logged
                                    or output and has_bytes(output) else "")
-        options = self.pipeline.tools[tool]
         if options.memory_bytes is not None and outcome.error.startswith("MemoryError"):
             outcome = outcome._replace(error=f"{outcome.error}; its memory is bounded to "
                                              f"{options.memory_bytes / 2**20:.1f} MB")
@@ -4730,11 +4797,18 @@ def format_status(shown: Mapping[str, Any], style: Style) -> str:
     return "\n".join([style.bold(head), *lines, "", what])
 
 
-def make_run_view(run: Row, attempts: Sequence[Row], is_detailed: bool = False) -> Dict[str, Any]:
-    """Return a run as --history shows it, as data: each tool once, as its last attempt ended."""
+def make_run_view(run: Row, attempts: Sequence[Row], is_held: bool,
+                  is_detailed: bool = False) -> Dict[str, Any]:
+    """Return a run as --history shows it, as data: each tool once, as its last attempt ended.
+
+    Where no run goes on, what is recorded as running was cut off.
+    """
+    def find_status(row: Row) -> str:
+        return "interrupted" if row["status"] == "running" and not is_held else row["status"]
+
     tools: Dict[str, Dict[str, Any]] = {}
     for row in attempts:
-        shown = {"tool": row["tool"], "status": row["status"], "reason": row["reason"],
+        shown = {"tool": row["tool"], "status": find_status(row), "reason": row["reason"],
                  "attempts": row["attempt"], "started_at": format_moment(row["started_at"]),
                  "duration_s": row["duration_s"], "rows": row["rows"], "error": row["error"]}
         if is_detailed:
@@ -4742,7 +4816,7 @@ def make_run_view(run: Row, attempts: Sequence[Row], is_detailed: bool = False) 
         tools.pop(row["tool"], None)
         tools[row["tool"]] = shown
     started_at, duration_s = run["started_at"], run["duration_s"]
-    view = {"run_id": str(run["run_id"]), "status": run["status"], "targets": run["targets"],
+    view = {"run_id": str(run["run_id"]), "status": find_status(run), "targets": run["targets"],
             "arguments": run["arguments"], "started_at": format_moment(started_at),
             "ended_at": format_moment(None if duration_s is None else started_at + duration_s),
             "duration_s": duration_s, "planned": run["planned"], "tools": list(tools.values())}
@@ -4815,8 +4889,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
     stands above the ENGINE mark, by name.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    name = name or os.path.splitext(os.path.basename(
-        getattr(sys.modules["__main__"], "__file__", None) or "pipeline"))[0]
+    name, call = name or find_name(), None
     verbose, code = "-v" in argv or "--verbose" in argv, EXIT_SUCCESS
     try:
         check_not_hidden(yours)
@@ -4826,10 +4899,10 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         load = read_pipeline if options.command is command_check else load_pipeline
         pipeline = load(tool_map, stages, get_connection, name=name, limits=limits)
         base = find_base(get_connection)
-        home = home or os.environ.get("ORCHESTRATOR_HOME") or os.path.join(base, ".orchestrator")
-        code = options.command(Call(
-            pipeline, options, arguments, argv, base, find_pipeline_folder(home, pipeline.name),
-            lambda words: parse_arguments(make_parser(add_arguments), words)))
+        call = Call(pipeline, options, arguments, argv, base,
+                    find_pipeline_folder(home or find_home(base), pipeline.name),
+                    lambda words: parse_arguments(make_parser(add_arguments), words))
+        code = options.command(call)
         if not getattr(sys.stdout, "closed", True):
             show("", end="")  # what tools printed last goes out while a failure can be told
         return code
@@ -4842,7 +4915,8 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         return done.code if isinstance(done.code, int) else EXIT_SUCCESS
     except KeyboardInterrupt as error:
         number = next((each for each in error.args if isinstance(each, int)), SIGINT)
-        say(format_signal(number) + ", before anything had run")
+        is_run = call is None or call.options.command is command_run
+        say(format_signal(number) + ", before anything had run" * is_run)
         return EXIT_SIGNAL + number
     except OutputError as error:
         if error.args:
@@ -4851,6 +4925,20 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
     except Exception as error:
         say(format_traceback(error, verbose=True) + format_bug(argv))
         return EXIT_BUG
+
+
+def find_home(base: str) -> str:
+    """Return the folder for histories, where main() was not told one."""
+    return os.environ.get("ORCHESTRATOR_HOME") or os.path.join(base, ".orchestrator")
+
+
+def find_name() -> str:
+    """Return the name of a pipeline that has none: that of its file, or of the folder around an
+    orchestrator.py.
+    """
+    file = getattr(sys.modules["__main__"], "__file__", None) or "pipeline"
+    folder, name = os.path.split(os.path.splitext(os.path.abspath(file))[0])
+    return os.path.basename(folder) or "pipeline" if name == "orchestrator" else name
 
 
 def check_not_hidden(yours: Mapping[str, Any]) -> None:
@@ -4991,6 +5079,13 @@ def read_wait_s(text: str) -> float:
             f'{text!r} is no duration like "10m"; write targets before the flag') from None
 
 
+def read_whole(text: str) -> int:
+    """Return a whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
 def check_companions(options: Any) -> None:
     """Raise UserError for a flag that says nothing beside the command that was given."""
     command = options.command
@@ -5056,9 +5151,9 @@ def add_commands(look: Any) -> None:
     ]:
         commands.add_argument(*flags, dest="command", action=Choose, command=command,
                               default=command_run, help=text, **{"nargs": 0, **operand})
-    look.add_argument("--last", type=int, metavar="N", help="with --history: so many runs")
+    look.add_argument("--last", type=read_whole, metavar="N", help="with --history: so many runs")
     look.add_argument("--run", metavar="RUN", help="with --logs: of that run")
-    look.add_argument("--tail", type=int, metavar="N", help="with --logs: the last N lines")
+    look.add_argument("--tail", type=read_whole, metavar="N", help="with --logs: the last N lines")
     look.add_argument("--follow", action="store_true",
                       help="with --logs: go on while the run goes on")
     look.add_argument("--json", action="store_true", help="print JSON for programs")
@@ -5110,8 +5205,11 @@ def need_history(call: Call) -> History:
     """Return the history to look at. Raise UserError if there is none."""
     history = open_history(call)
     if not isinstance(history, History):
+        others = find_histories(os.path.dirname(call.folder))
         raise UserError(f"There is no history in {format_path(call.folder)}.",
-                        "Nothing has been run yet, or it was run with --no-history.")
+                        "Nothing has been run yet, or it was run with --no-history."
+                        + (f" There is one of {', '.join(others)}: a pipeline is known by its "
+                           "NAME, else its file's or folder's." if others else ""))
     return history
 
 
@@ -5120,8 +5218,11 @@ def command_list(call: Call) -> int:
     tools = list(call.pipeline.tools)
     if call.options.targets:
         tools = [step.tool for step in make_plan(call.pipeline, call.options.targets).steps]
-    history = open_history(call)
-    shown = make_list(call.pipeline, tools, find_summary, history.find_last)
+    try:
+        shown = make_list(call.pipeline, tools, find_summary, open_history(call).find_last)
+    except UserError as error:  # of the history, without which there is still a list
+        say(str(error))
+        shown = make_list(call.pipeline, tools, find_summary, NoHistory().find_last)
     show(to_json(shown) if call.options.json else format_list(shown, make_style(sys.stdout)))
     return EXIT_SUCCESS
 
@@ -5171,11 +5272,13 @@ def command_history(call: Call) -> int:
         attempts = history.load_attempts(run)
         for row in attempts:
             row["log"] = row["log"] and format_path(os.path.join(call.folder, row["log"]))
-        shown = make_run_view(run, attempts, is_detailed=True)
+        shown = make_run_view(run, attempts, is_held(call.folder), is_detailed=True)
         text = format_run(shown, make_style(sys.stdout))
     else:
-        runs = history.load_last_runs(10 if options.last is None else max(0, options.last))
-        shown = {"runs": [make_run_view(run, history.load_attempts(run)) for run in runs]}
+        runs = history.load_last_runs(10 if options.last is None else options.last)
+        goes_on = is_held(call.folder)
+        shown = {"runs": [make_run_view(run, history.load_attempts(run), goes_on)
+                          for run in runs]}
         text = format_runs(shown["runs"], make_style(sys.stdout))
     show(to_json({"runs": [shown]} if options.operand else shown) if options.json else text)
     return EXIT_SUCCESS
@@ -5283,9 +5386,10 @@ def command_run(call: Call) -> int:
 
 def tell_killed(history: History) -> None:
     """Close a run that was killed, and say so."""
-    killed = history.close_killed()
-    if killed is not None:
-        say(f"Run {killed} was killed before its end; it is recorded as interrupted.")
+    run_id, tools = history.close_killed()
+    if run_id:
+        say(f"Run {run_id} was cut off at {', '.join(tools) or 'no tool'}; it is recorded as "
+            "interrupted.")
 
 
 def find_plan(call: Call, history: NoHistory) -> Tuple[Plan, Request, Dict[str, Any]]:
@@ -5577,7 +5681,7 @@ def format_bug(argv: Sequence[str]) -> str:
 if __name__ == "__main__":
     _EXIT_CODE = main(
         _YOURS.get("TOOL_MAP"), _YOURS.get("STAGES"), _YOURS.get("get_connection"),
-        name=_YOURS.get("NAME") or os.path.basename(os.path.dirname(os.path.abspath(__file__))),
-        add_arguments=_YOURS.get("add_arguments"), limits=_YOURS.get("LIMITS"), yours=_YOURS)
+        name=_YOURS.get("NAME"), add_arguments=_YOURS.get("add_arguments"),
+        limits=_YOURS.get("LIMITS"), yours=_YOURS)
     gc.freeze()  # the interpreter's last collections would take 10 ms to walk all of this
     sys.exit(_EXIT_CODE)

@@ -177,8 +177,10 @@ def test_in_a_worker_results_are_the_mapping_that_they_are_elsewhere(modules):
              "use": {"module": "m:use", "needs": ["make", "no_data"]}}
     ours, theirs = run_pipeline([], tools), run_pipeline([], tools, jobs=2)
     assert theirs.errors == {}
+    missing = ours.results["use"][6]
+    assert "no result of 'other'" in missing
     assert ours.results["use"] == theirs.results["use"] == (
-        ["make", "no_data"], 2, True, False, 7, None, "'other'", True)
+        ["make", "no_data"], 2, True, False, 7, None, missing, True)
 
 
 def test_results_are_refused_with_a_reason_in_a_process_that_a_tool_forked(modules):
