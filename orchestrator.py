@@ -1357,7 +1357,7 @@ def make_folder(folder: str) -> None:
     home = os.path.dirname(folder)
     try:
         if not os.path.isdir(home):
-            os.makedirs(home, 0o700)
+            os.makedirs(home, 0o700, exist_ok=True)  # another start may be as far
             write_private(os.path.join(home, ".gitignore"), "*\n")
         os.makedirs(os.path.join(folder, "logs"), 0o700, exist_ok=True)
         os.chmod(folder, 0o700)
