@@ -1309,8 +1309,8 @@ RESULT_CAP_BYTES = 2**20  # a longer result is not kept
 LOG_CAP_BYTES = 10 * 2**20  # a longer log keeps its beginning and its end
 _WORKER_BYTES = 2**30  # byte 0 of the lock file is the run's, these many after it the workers'
 WORKERS_END_S = 5.0  # workers of a killed run are gone by then
-_held: Set[str] = set()  # lock files that runs of this very process hold: the kernel only keeps
-#                          processes apart
+_held: Dict[str, Any] = {}  # lock files that this very process holds, and by which Lock of it,
+#                             since the kernel only keeps processes apart
 
 
 class Request(NamedTuple):
@@ -1398,31 +1398,33 @@ class Lock:
     """
 
     def __init__(self, folder: str) -> None:
-        self.path = os.path.join(folder, "lock")
+        self.path = os.path.realpath(os.path.join(folder, "lock"))
         self.fd: Optional[int] = None
 
     def take(self) -> str:
         """Take the lock and return ""; or who has it, "run" or "worker"."""
-        if self.path in _held:
+        if _held.setdefault(self.path, self) is not self:  # which no other thread can tear
             return "run"
-        self.fd = open_lock(self.path)
         holder = "run"
-        if lock_bytes(self.fd, 0, 1):
-            holder = "worker"
-            if lock_bytes(self.fd, 1, _WORKER_BYTES):
-                lock_bytes(self.fd, 1, _WORKER_BYTES, free=True)
-                _held.add(self.path)
-                return ""
-        os.close(self.fd)
-        self.fd = None
+        try:
+            self.fd = open_lock(self.path)
+            if lock_bytes(self.fd, 0, 1):
+                holder = "worker"
+                if lock_bytes(self.fd, 1, _WORKER_BYTES):
+                    lock_bytes(self.fd, 1, _WORKER_BYTES, free=True)
+                    holder = ""
+        finally:
+            if holder:
+                self.release()
         return holder
 
     def release(self) -> None:
         """Give the lock back."""
         if self.fd is not None:
-            _held.discard(self.path)
             os.close(self.fd)
             self.fd = None
+        if _held.get(self.path) is self:
+            del _held[self.path]
 
 
 def open_lock(path: str) -> int:
