@@ -1466,10 +1466,12 @@ def open_database(path: str) -> Any:
         check_is_whole(path)
         db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA synchronous = NORMAL")
+        db.execute("BEGIN")  # so that the three tell of one moment
         version = db.execute("PRAGMA user_version").fetchone()[0]
         owner = db.execute("PRAGMA application_id").fetchone()[0]
-        if owner != APPLICATION_ID and (
-                owner or version or db.execute("SELECT 1 FROM sqlite_master").fetchone()):
+        has_tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        db.execute("COMMIT")
+        if owner != APPLICATION_ID and (owner or version or has_tables):
             raise UserError(f"{path} is a database of something else.",
                             "Move it away, or choose another folder in ORCHESTRATOR_HOME.")
         if version > SCHEMA_VERSION:
@@ -1479,7 +1481,7 @@ def open_database(path: str) -> Any:
         db.execute("PRAGMA wal_autocheckpoint = 4000")
         if version < SCHEMA_VERSION:
             db.execute("PRAGMA page_size = 1024")  # a commit writes whole pages
-            db.execute("PRAGMA journal_mode = WAL")
+            use_wal(db)
             upgrade(db, version)
     except (sqlite3.Error, OSError) as error:
         raise refused(path, error) from error
@@ -1503,9 +1505,26 @@ def check_is_whole(path: str) -> None:
         raise sqlite3.DatabaseError("it is malformed, its end is missing")
 
 
+def use_wal(db: Any) -> None:
+    """Let nobody who reads a history wait for who writes to it."""
+    import sqlite3
+    for tries_left in range(50, -1, -1):
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if not tries_left:
+                raise
+        db.execute("BEGIN IMMEDIATE")  # waits for another who is at it, which the above does not
+        db.execute("COMMIT")
+
+
 def upgrade(db: Any, version: int) -> None:
     """Bring a history to the schema of this engine, or create it, in one transaction."""
     db.execute("BEGIN IMMEDIATE")
+    if db.execute("PRAGMA user_version").fetchone()[0] != version:  # another start was first
+        db.execute("COMMIT")
+        return
     for text in [SCHEMA] if version == 0 else [
             UPGRADES[each] for each in range(version, SCHEMA_VERSION)]:
         for statement in re.sub(r"--.*", "", text).split(";"):
