@@ -5409,8 +5409,8 @@ def tell_killed(history: History) -> None:
     """Close a run that was killed, and say so."""
     run_id, tools = history.close_killed()
     if run_id:
-        say(f"Run {run_id} was cut off at {', '.join(tools) or 'no tool'}; it is recorded as "
-            "interrupted.")
+        where = f"at {', '.join(tools)}" if tools else "between two tools"
+        say(f"Run {run_id} was cut off {where}; it is recorded as interrupted.")
 
 
 def find_plan(call: Call, history: NoHistory) -> Tuple[Plan, Request, Dict[str, Any]]:

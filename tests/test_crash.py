@@ -112,7 +112,7 @@ def kill_and_resume(die_at):
     before = started()
     code, said = start(["--resume", *WORDS]), (folder / "said").read_text()
     check(code == 0, f"{die_at}: the resume ends with {code}: {said}")
-    was_killed = "Run 1 was killed before its end; it is recorded as interrupted." in said
+    was_killed = "Run 1 was cut off " in said
     check(was_killed == (runs == [("running",)]), f"{die_at}: {runs}, but {said}")
     if runs:
         check(done | set(before) | {"d"} <= {"a", "b", "c", "d"}, f"{die_at}: {done}, {before}")
@@ -280,7 +280,7 @@ TOOL_MAP = {{name: {{"module": "step", "needs": []}} for name in {STEPS!r}}}
             kills -= 1
         assert "Traceback" not in err
         if last and last[0][1] == "running" and "running" in err:
-            assert f"Run {last[0][0]} was killed before its end" in err
+            assert f"Run {last[0][0]} was cut off" in err
         began = started.read_text().split()[before:]
         again += [tool for tool in began if tool in safe]
         # one after another, what began before the last had been recorded when that began
@@ -325,7 +325,7 @@ def resume_from_the_middle(sandbox, mutant=""):
     assert sandbox.run().code == -signal.SIGKILL
     ended = sandbox.run("--resume")
     assert ended.code == 0, ended
-    assert "Run 1 was killed before its end; it is recorded as interrupted." in ended.err
+    assert "Run 1 was cut off " in ended.err
     return sandbox.query("SELECT tool, attempt FROM did ORDER BY rowid")
 
 

@@ -336,7 +336,7 @@ def test_the_lock_file_of_a_killed_run_needs_nothing(sandbox):
     (sandbox.folder / "go").touch()
     ended = sandbox.run()
     assert ended.code == 0
-    assert ended.err.startswith("Run 1 was killed before its end; it is recorded as interrupted.\n")
+    assert ended.err.startswith("Run 1 was cut off ")
     lock = next((sandbox.folder / ".orchestrator").glob("*/lock"))
     lock.write_text("4711\n")  # a marker file of somebody
     assert sandbox.run().code == 0
@@ -373,7 +373,7 @@ def test_while_a_worker_of_a_killed_run_lives_nothing_starts_and_then_all_does(s
     waiting = sandbox.start()  # waits those seconds
     worker.communicate()
     _, err = waiting.communicate(timeout=30)
-    assert waiting.returncode == 0 and "Run 1 was killed" in err
+    assert waiting.returncode == 0 and "Run 1 was cut off" in err
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
