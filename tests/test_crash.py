@@ -207,7 +207,7 @@ def test_a_run_killed_before_any_statement_of_its_history_is_resumed_without_los
 @pytest.mark.parametrize("mutant, complaint", [
     ("History.commit = lambda self: None", "began, and again ran"),
     ("History.find_done = lambda self, run_id: {}", "done were"),
-    ("History.close_killed = lambda self: None", "but "),
+    ("History.close_killed = lambda self: ('', [])", "but "),
 ], ids=["commits late", "forgets what is done", "says nothing"])
 def test_an_engine_that_is_careless_at_its_statements_is_caught(sandbox, mutant, complaint):
     _, _, complaints = kill_at_every_statement(sandbox, mutant=mutant)
