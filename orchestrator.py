@@ -80,7 +80,8 @@ import sys
 import time
 from heapq import heappop, heappush
 from typing import (
-    Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union,
+    Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple,
+    Union,
 )
 
 if sys.version_info < (3, 9):  # so all of this file is written in what 3.6 can read
