@@ -5184,7 +5184,8 @@ def parse_arguments(parser_names: Tuple[Parser, Sequence[str]],
                     argv: Sequence[str]) -> Tuple[Any, Dict[str, Any]]:
     """Return the engine's options, and apart from them the arguments that tools get.
 
-    What add_arguments() requires is so for a run, not for looking.
+    What add_arguments() requires is so for a run, not for looking, nor for a resume, which takes
+    it from the run.
     """
     parser, names = parser_names
     required = [each for each in (*parser._actions, *parser._mutually_exclusive_groups)
@@ -5197,7 +5198,7 @@ def parse_arguments(parser_names: Tuple[Parser, Sequence[str]],
         raise UserError(f"There is no flag {unknown[0]!r}.",
                         format_nearest(unknown[0].partition("=")[0], flags))
     check_companions(options)
-    if required and options.command is command_run:
+    if required and options.command is command_run and options.resume is None:
         for each in required:  # argparse itself says which of them is missing
             each.required = True
         parser.parse_known_intermixed_args(argv)
