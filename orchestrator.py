@@ -5669,8 +5669,9 @@ def make_next_command(result: RunResult, call: Call) -> str:
         return ""
     argv, options = call.argv, call.options
     if not options.no_history:
-        jobs = ["--jobs", str(options.jobs)] if options.jobs != 1 else []
-        return format_command([*program_words(), "--resume", *jobs])
+        flags = ["--force"] * options.force
+        flags += ["--jobs", str(options.jobs)] if options.jobs != 1 else []
+        return format_command([*program_words(), "--resume", *flags])
     words = [word for i, word in enumerate(argv) if not word.startswith("--from=")
              and word != "--from" and (i == 0 or argv[i - 1] != "--from")]
     return format_command([*program_words(), *words, "--from", left[0]])
