@@ -1915,10 +1915,13 @@ def find_reads(tool: Tool, base: str, known: Mapping[str, Any]) -> Dict[str, Any
         top = os.path.join(base, name)
         for path in [top] if os.path.isfile(top) else find_files(top):
             shown = os.path.relpath(path, base).replace(os.sep, "/")
-            stat = os.stat(path)
-            size_time = [stat.st_size, stat.st_mtime_ns]
-            same = known.get(shown, [None])[:2] == size_time
-            files[shown] = [*size_time, known[shown][2] if same else hash_file(path)]
+            try:
+                stat = os.stat(path)
+                size_time = [stat.st_size, stat.st_mtime_ns]
+                same = known.get(shown, [None])[:2] == size_time
+                files[shown] = [*size_time, known[shown][2] if same else hash_file(path)]
+            except OSError:
+                files[shown] = [0, 0, ""]  # its tool will tell, if it matters
     return files
 
 
@@ -1928,8 +1931,9 @@ def find_writes(tool: Tool, base: str) -> List[str]:
 
 
 def find_files(folder: str) -> List[str]:
-    """Return all files in a folder, at any depth, in one order."""
-    return sorted(os.path.join(each, name) for each, _, names in os.walk(folder) for name in names)
+    """Return all files in a folder, at any depth, in one order; no links to nowhere, no pipes."""
+    paths = (os.path.join(each, name) for each, _, names in os.walk(folder) for name in names)
+    return sorted(filter(os.path.isfile, paths))
 
 
 def hash_file(path: str) -> str:
