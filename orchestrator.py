@@ -3177,6 +3177,7 @@ class Capture(NoCapture):
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.streams = {1: sys.stdout, 2: sys.stderr}
+        self.errors: Dict[int, str] = {}
         self.spools: List[Spool] = []
         self.log, self.log_fd = "", -1
 
@@ -3187,7 +3188,9 @@ class Capture(NoCapture):
             if is_own_fd(stream, fd) and not stream.isatty():
                 stream.flush()
                 self.spools.append(Spool(fd, os.path.join(self.folder, SPOOLS[fd - 1])))
-                stream.reconfigure(line_buffering=True)
+                self.errors[fd] = stream.errors
+                # A letter that the stdout of a cron job can not say is no reason to fail.
+                stream.reconfigure(line_buffering=True, errors="backslashreplace")
             elif stream is not None:
                 setattr(sys, "stdout" if fd == 1 else "stderr", Copier(stream, self.write_log))
         self.thread = threading.Thread(target=self.carry, daemon=True)
@@ -3205,6 +3208,9 @@ class Capture(NoCapture):
             for spool in self.spools:
                 spool.close()
                 self.error = self.error or spool.error
+                with contextlib.suppress(OSError, ValueError):  # the tool closed it
+                    self.streams[spool.fd].reconfigure(line_buffering=False,
+                                                       errors=self.errors[spool.fd])
             sys.stdout, sys.stderr = self.streams[1], self.streams[2]
 
     def begin(self, log: str) -> None:
