@@ -1266,7 +1266,8 @@ CREATE TABLE runs (
     targets       TEXT NOT NULL,     -- JSON list of stages and tools; [] means the default
     exclude       TEXT NOT NULL,     -- JSON list
     start_from    TEXT,              -- what --from said; NULL if it was not given
-    arguments     TEXT NOT NULL,     -- JSON object: what tools got by name
+    arguments     TEXT NOT NULL,     -- JSON object: what tools got by name; {"repr": ...} for
+                                     -- what JSON can not say
     words         TEXT,              -- JSON list: the command line; NULL for a run from Python
     planned       INTEGER NOT NULL,  -- how many tools its plan had
     started_at    REAL NOT NULL,     -- seconds since 1970, UTC
@@ -1851,10 +1852,30 @@ class History(NoHistory):
         return run
 
 
+_NOT_JSON = "repr"  # {"repr": "PosixPath('a')"} stands for what JSON can not say
+
+
 def format_arguments(arguments: Mapping[str, Any]) -> str:
-    """Return the arguments of tools as JSON, in one order; what JSON can not say, by its repr."""
+    """Return the arguments of tools as JSON, in one order; what JSON can not say, by its repr.
+
+    >>> format_arguments({"since": None, "only": {"b", "a"}})
+    '{"only": {"repr": ["\'a\'", "\'b\'"]}, "since": null}'
+    """
     import json
-    return json.dumps(dict(arguments), default=repr, sort_keys=True)
+
+    def describe(value: Any) -> Dict[str, Any]:
+        if isinstance(value, (set, frozenset)):  # their order is another in each process
+            return {_NOT_JSON: sorted(map(repr, value))}
+        return {_NOT_JSON: re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(value))}
+
+    texts = []
+    for name, value in sorted(arguments.items()):
+        try:
+            text = json.dumps(value, default=describe, sort_keys=True)
+        except (TypeError, ValueError, RecursionError):
+            text = json.dumps(describe(value))
+        texts.append(f"{json.dumps(name)}: {text}")
+    return "{" + ", ".join(texts) + "}"
 
 
 def keep_result(result: Any) -> Tuple[Optional[str], Optional[str]]:
@@ -4573,8 +4594,31 @@ def find_request(history: History, request: Request, arguments: Optional[Mapping
         raise UserError("resume takes its targets and exclusions from the run.",
                         "Leave out targets, exclude and start_from.")
     run = history.find_resumable(None if resume is True else resume)
-    return (make_request(run), run["arguments"] if arguments is None else arguments,
+    return (make_request(run), read_arguments(run) if arguments is None else arguments,
             history.find_done(run["run_id"]))
+
+
+def read_arguments(run: Mapping[str, Any],
+                   now: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
+    """Return the arguments of a run that is recorded.
+
+    `now` is what its words on the command line come to today: the same, but for defaults that
+    have moved since, such as a date. Raise UserError for those that JSON could not say.
+    """
+    import json
+    arguments = dict(run["arguments"]) if now is None else dict(now)
+    today = {} if now is None else json.loads(format_arguments(now))
+    lost = []
+    for name, was in run["arguments"].items():
+        if name in arguments and (now is None or today[name] != was):
+            arguments[name] = was
+            lost += [name] * (f'{{"{_NOT_JSON}": ' in json.dumps(was))
+    if lost:
+        raise UserError(f"The arguments of run {run['run_id']} can not be read back: "
+                        f"{', '.join(lost)}.",
+                        "JSON could not say them. Give them again: from Python with arguments=, "
+                        "else run what is left by name, with its flags.")
+    return arguments
 
 
 def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any],
@@ -4932,7 +4976,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         base = find_base(get_connection)
         call = Call(pipeline, options, arguments, argv, base,
                     find_pipeline_folder(home or find_home(base), pipeline.name),
-                    lambda words: parse_arguments(make_parser(add_arguments), words))
+                    lambda *how: parse_arguments(make_parser(add_arguments), *how))
         code = options.command(call)
         if not getattr(sys.stdout, "closed", True):
             show("", end="")  # what tools printed last goes out while a failure can be told
@@ -5190,8 +5234,8 @@ def add_commands(look: Any) -> None:
     look.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
-def parse_arguments(parser_names: Tuple[Parser, Sequence[str]],
-                    argv: Sequence[str]) -> Tuple[Any, Dict[str, Any]]:
+def parse_arguments(parser_names: Tuple[Parser, Sequence[str]], argv: Sequence[str],
+                    with_defaults: bool = True) -> Tuple[Any, Dict[str, Any]]:
     """Return the engine's options, and apart from them the arguments that tools get.
 
     What add_arguments() requires is so for a run, not for looking, nor for a resume, which takes
@@ -5202,6 +5246,10 @@ def parse_arguments(parser_names: Tuple[Parser, Sequence[str]],
                 if each.required]
     for each in required:
         each.required = False
+    if not with_defaults:
+        parser._defaults.clear()
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS if action.dest in names else action.default
     options, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
@@ -5216,14 +5264,16 @@ def parse_arguments(parser_names: Tuple[Parser, Sequence[str]],
 
 
 class Call(NamedTuple):
-    """A call of the program. `folder` is that of its history; `parse` reads other words."""
+    """A call of the program. `folder` is that of its history; `parse` reads words anew, with or
+    without the defaults of add_arguments().
+    """
     pipeline: Pipeline
     options: Any
     arguments: Dict[str, Any]
     argv: List[str]
     base: str
     folder: str
-    parse: Callable[[Sequence[str]], Tuple[Any, Dict[str, Any]]]
+    parse: Callable[[Sequence[str], bool], Tuple[Any, Dict[str, Any]]]
 
 
 def open_history(call: Call) -> NoHistory:
@@ -5437,10 +5487,8 @@ def find_plan(call: Call, history: NoHistory) -> Tuple[Plan, Request, Dict[str, 
         history = history if isinstance(history, History) else need_history(call)
         run = history.find_resumable(options.resume or None)
         request = make_request(run)
-        if run["words"] is not None:
-            arguments = call.parse(run["words"])[1]
-        else:
-            arguments = run["arguments"]
+        words = run["words"]
+        arguments = read_arguments(run, None if words is None else call.parse(words, True)[1])
         done = history.find_done(run["run_id"])
     jobs = count_jobs(options.jobs)
     past = None if options.no_history else make_past(
@@ -5459,8 +5507,7 @@ def check_nothing_beside_resume(call: Call) -> None:
     given = [*options.targets, *(f"--exclude {name}" for name in options.exclude),
              *(["--from"] if options.start_from else []),
              *(["--no-history"] if options.no_history else [])]
-    given += [f"--{name.replace('_', '-')}" for name, value in call.arguments.items()
-              if value != call.parse(["--list"])[1].get(name)]
+    given += [f"--{name.replace('_', '-')}" for name in call.parse(call.argv, False)[1]]
     if given:
         raise UserError(f"--resume takes targets, arguments and exclusions from the run that it "
                         f"goes on with; it does not go with {' '.join(given)}.",
