@@ -127,7 +127,7 @@ def test_the_next_command_of_a_forced_run_is_one_that_works(line):
     assert line.run("b", "--force", broken="b") == ["b"]
     assert line.ended.err.rstrip().endswith("--resume --force")
     assert line.run("--resume", code=2) == []
-    assert "b needs a, which is not in this plan and has never succeeded." in line.ended.err
+    assert "b needs what is not in this plan: a, which has never succeeded." in line.ended.err
     assert line.run("--resume", "--force") == ["b"]
 
 
@@ -138,11 +138,12 @@ def test_what_changed_since_is_told_and_what_is_done_stays_done(line):
     line.run(broken="b")
     line.sandbox.tool("m2", TOOL + "    # mended\n")
     assert line.run("--resume", broken="d") == ["b", "d"]
-    assert ("Changed since run 1: m2. What is done stays done; name a tool as a target to run it "
-            "again.\n") in line.ended.err
+    assert "Changed since run 1: m2.\n" in line.ended.err
     line.set({**tools, "e": "m"})
+    line.sandbox.tool("m2", TOOL + "    # changed when it was done\n")
     assert line.run("--resume") == ["d", "e"]
-    assert "Changed since run 2: the tables." in line.ended.err
+    assert ("Changed since run 2: the tables, m2. Done before, and not run again: b."
+            in line.ended.err)
 
 
 def test_a_tool_that_is_gone_from_the_tables_is_a_mistake_and_no_crash(line):
@@ -474,8 +475,8 @@ def test_arguments_that_json_can_not_say_are_asked_for_again_and_never_given_as_
 def test_a_need_outside_the_plan_that_never_succeeded_is_refused_with_the_way_out(line):
     assert line.run("b", code=2) == []
     assert line.ended.err == (
-        "b needs a, which is not in this plan and has never succeeded.\n"
-        "  Run it too: +b takes all that b needs; or go on without: --force.\n")
+        "b needs what is not in this plan: a, which has never succeeded.\n"
+        "  Run that too: +b takes all that b needs; or go on without: --force.\n")
     line.run("a", broken="a")
     assert line.run("b", code=2) == []
     assert line.run("b", "--force") == ["b"]
@@ -486,7 +487,7 @@ def test_a_need_outside_the_plan_that_never_succeeded_is_refused_with_the_way_ou
 
 def test_several_missing_needs_are_told_at_once(line):
     line.run("d", code=2)
-    assert "d needs b, " in line.ended.err and "d needs c, " in line.ended.err
+    assert "plan: b, which has never succeeded; c, which has never succeeded." in line.ended.err
 
 
 def test_a_need_outside_the_plan_may_be_no_older_than_it_is_fresh(line):
@@ -495,7 +496,7 @@ def test_a_need_outside_the_plan_may_be_no_older_than_it_is_fresh(line):
     assert line.run("b") == ["b"]
     line.set({**ALL, "a": {**ALL["a"], "fresh_for": 1e-6}})
     assert line.run("b", code=2) == []
-    assert "b needs a, which is not in this plan and succeeded 0." in line.ended.err
+    assert "plan: a, which succeeded 0." in line.ended.err
     assert "ago, in run 1, and is fresh for 0.00 s." in line.ended.err
     assert line.run("b", "--force") == ["b"]
 
