@@ -425,7 +425,7 @@ def test_a_worker_does_not_close_the_history_that_a_resume_writes_to(line):
         def run():
             gc.collect()
     """)
-    line.set({**ALL, "b": {"module": "collects", "needs": ["a"]}})
+    line.set({**ALL, "b": {"module": "collects", "needs": ["a"]}}, "import gc; gc.disable()")
     line.run(broken="a")
     line.run("--resume", "-j", "2")
     assert line.history() == dict.fromkeys("abcd", "success")
