@@ -3270,14 +3270,14 @@ class Capture(NoCapture):
 
     def write_log(self, content: bytes) -> None:
         """Write to the log of the attempt that runs, if there is one."""
-        if not self.log:
-            return
-        try:
-            if self.log_fd < 0:
-                self.log_fd = open_log(self.log)
-            write_all(self.log_fd, content)
-        except OSError as error:  # no reason for a tool to fail, but to say so
-            self.error = f"{self.log} could not be written: {error.strerror}"
+        with self.lock:
+            try:
+                if self.log and self.log_fd < 0:
+                    self.log_fd = open_log(self.log)
+                if self.log:
+                    write_all(self.log_fd, content)
+            except OSError as error:  # no reason for a tool to fail, but to say so
+                self.error = f"{self.log} could not be written: {error.strerror}"
 
 
 class Spool:
