@@ -1663,6 +1663,7 @@ class History(NoHistory):
                         (os.path.relpath(log, self.folder) if has_bytes(log) else None,
                          attempt["attempt_id"]))
                 tools.append(attempt["tool"])
+        remove_spools(logs)
         self.do("UPDATE runs SET status = 'interrupted' WHERE run_id = ?", (killed["run_id"],))
         self.do("COMMIT")
         return str(killed["run_id"]), tools
@@ -1985,6 +1986,7 @@ def find_changed_file(tool: Tool, base: str, inputs: str) -> str:
 
 
 SPOOLS = (".stdout", ".stderr")  # beside the logs of a run, while it lasts: see Capture
+SHOWN = ".shown"  # beside each of them, how many of its bytes are in the log already
 
 
 def find_logs(folder: str, run_id: str) -> str:
@@ -1999,13 +2001,23 @@ def find_log(logs: str, tool: str, attempt: int) -> str:
 
 def append_spools(logs: str, log: str) -> None:
     """Append to a log what a run that was killed had printed last, and not carried there yet."""
+    from shutil import copyfileobj
     for name in SPOOLS:
         spool = os.path.join(logs, name)
-        if has_bytes(spool):
+        shown = int(read_text(spool + SHOWN) or 0) if os.path.exists(spool + SHOWN) else 0
+        if has_bytes(spool) and os.path.getsize(spool) > shown:
             with open(spool, "rb") as source, open(log, "ab") as target:
-                target.write(source.read())
-        if os.path.exists(spool):
-            os.unlink(spool)
+                source.seek(shown)
+                copyfileobj(source, target)
+    remove_spools(logs)
+
+
+def remove_spools(logs: str) -> None:
+    """Remove what a run that was killed has left beside its logs."""
+    for name in SPOOLS:
+        for path in (os.path.join(logs, name), os.path.join(logs, name + SHOWN)):
+            if os.path.exists(path):
+                os.unlink(path)
 
 
 def has_bytes(path: str) -> bool:
@@ -3289,7 +3301,14 @@ class Spool:
         os.dup2(into, fd)
         os.close(into)
         self.file = open(path, "r+b", buffering=0)
+        self.mark = open(path + SHOWN, "wb", buffering=0)
         self.shown, self.error = 0, ""
+
+    def set_shown(self, shown: int) -> None:
+        """Note how much is carried, also for append_spools(), should this process be killed."""
+        self.shown = shown
+        self.mark.seek(0)
+        self.mark.write(b"%20d" % shown)
 
     def has_more(self) -> bool:
         """Return whether there is something to carry."""
@@ -3302,8 +3321,8 @@ class Spool:
             piece = self.file.read(1 << 20)
             if not piece:
                 return
-            self.shown += len(piece)
             keep(piece)
+            self.set_shown(self.shown + len(piece))
             try:
                 write_all(self.real, piece)
             except BrokenPipeError:
@@ -3316,13 +3335,13 @@ class Spool:
         """Begin the file anew, if all of it was carried."""
         if self.shown and not self.has_more():
             self.file.truncate(0)
-            self.shown = 0
+            self.set_shown(0)
 
     def close(self) -> None:
         """Let the descriptor lead again to where it led."""
-        path = self.file.name
         for step in (lambda: os.dup2(self.real, self.fd), lambda: os.close(self.real),
-                     self.file.close, lambda: os.unlink(path)):
+                     self.file.close, lambda: os.unlink(self.file.name),
+                     self.mark.close, lambda: os.unlink(self.mark.name)):
             with contextlib.suppress(OSError):  # a tool closed or removed it, or left it open
                 step()
 
