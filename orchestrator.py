@@ -1709,7 +1709,8 @@ class History(NoHistory):
             "needed = ? WHERE attempt_id = ?",
             (outcome.status, outcome.reason, outcome.duration_s,
              attempt_id if is_success else None, outcome.rows, result, kind,
-             outcome.error or None, outcome.traceback or None,
+             outcome.error or None,
+             outcome.traceback.encode("utf-8", "backslashreplace").decode() or None,
              os.path.relpath(outcome.log, self.folder) if outcome.log else None,
              facts.get("source"), facts.get("inputs"), facts.get("needed"), attempt_id))
         if is_success:
