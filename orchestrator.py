@@ -1782,7 +1782,7 @@ class History(NoHistory):
 
     def find_run(self, run_id: str) -> Dict[str, Any]:
         """Return a row of `runs`. Raise UserError if there is none with that id."""
-        found = self._load_runs("WHERE run_id = ?", (run_id,))
+        found = self._load_runs("WHERE run_id = ?", (run_id,)) if str(run_id).isascii() else []
         if not found:
             newest = self.do("SELECT max(run_id) FROM runs").fetchone()[0]
             raise UserError(f"There is no run {run_id!r}.",
