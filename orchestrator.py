@@ -3255,23 +3255,24 @@ class Capture(NoCapture):
         """Let what was printed until now reach the screen and the log."""
         for spool in self.spools:
             flush(self.streams[spool.fd])
-            if spool.has_more():
-                with self.lock:
+            with self.lock:
+                if spool.has_more():
                     spool.carry(self.write_log)
 
     def end(self) -> str:
         """Let what is printed from now on go into no log any more; return the log, if it is made.
         """
-        self.drain()
-        for spool in self.spools:
-            spool.empty()
-        log, self.log = self.log, ""
-        if self.log_fd < 0:
+        with self.lock:  # the thread may be at a piece that belongs to this log
+            self.drain()
+            for spool in self.spools:
+                spool.empty()
+            log, fd = self.log, self.log_fd
+            self.log, self.log_fd = "", -1
+        if fd < 0:
             return ""
         with contextlib.suppress(OSError):  # it was removed, or the tool closed all descriptors
-            os.close(self.log_fd)
+            os.close(fd)
             trim_log(log)
-        self.log_fd = -1
         return log
 
     def carry(self) -> None:
