@@ -1860,8 +1860,8 @@ _NOT_JSON = "repr"  # {"repr": "PosixPath('a')"} stands for what JSON can not sa
 def format_arguments(arguments: Mapping[str, Any]) -> str:
     """Return the arguments of tools as JSON, in one order; what JSON can not say, by its repr.
 
-    >>> format_arguments({"since": None, "only": {"b", "a"}})
-    '{"only": {"repr": ["\'a\'", "\'b\'"]}, "since": null}'
+    >>> format_arguments({"since": None, "shift": 1j})
+    '{"shift": {"repr": "1j"}, "since": null}'
     """
     import json
 
