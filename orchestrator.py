@@ -3959,9 +3959,12 @@ def own_streams() -> None:
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     sys.stdin = open(0, closefd=False)
-    sys.stdout, sys.stderr = (
-        open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-        for fd in (1, 2))
+    sys.stdout, sys.stderr = map(make_stream, (1, 2))
+
+
+def make_stream(fd: int) -> Any:
+    """Return a stream of Python's on a file descriptor, which outlives it."""
+    return open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 class output_to:
@@ -3974,8 +3977,11 @@ class output_to:
         self._point(open_log(self.file) if self.file else os.open(os.devnull, os.O_WRONLY))
 
     def __exit__(self, *_: Any) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            flush(stream)
+        for fd, name in ((1, "stdout"), (2, "stderr")):
+            try:
+                getattr(sys, name).flush()
+            except (AttributeError, OSError, ValueError):  # the tool closed it; the next has its own
+                setattr(sys, name, make_stream(fd))
         self._point(os.open(os.devnull, os.O_WRONLY))
 
     @staticmethod
