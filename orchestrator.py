@@ -3980,7 +3980,7 @@ class output_to:
         for fd, name in ((1, "stdout"), (2, "stderr")):
             try:
                 getattr(sys, name).flush()
-            except (AttributeError, OSError, ValueError):  # the tool closed it; the next has its own
+            except (AttributeError, OSError, ValueError):  # the tool closed it
                 setattr(sys, name, make_stream(fd))
         self._point(os.open(os.devnull, os.O_WRONLY))
 
