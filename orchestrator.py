@@ -5005,7 +5005,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
                     find_pipeline_folder(home or find_home(base), pipeline.name),
                     lambda *how: parse_arguments(make_parser(add_arguments), *how))
         code = options.command(call)
-        if not getattr(sys.stdout, "closed", True):
+        if is_open(sys.stdout):
             show("", end="")  # what tools printed last goes out while a failure can be told
         return code
     except UserError as error:
@@ -5715,6 +5715,14 @@ def show(text: str, end: str = "\n") -> None:
         if isinstance(error, BrokenPipeError):
             raise OutputError from error
         raise OutputError(f"stdout could not be written: {error.strerror or error}.") from error
+
+
+def is_open(stream: Any) -> bool:
+    """Return whether a stream can be written to; one that is detached says so by an error."""
+    try:
+        return not stream.closed
+    except (AttributeError, ValueError):
+        return False
 
 
 def fit(text: str, stream: Any) -> str:
