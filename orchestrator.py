@@ -5559,9 +5559,11 @@ def carry_out(call: Call, history: NoHistory) -> int:
     """Run the plan, recorded in a history, and tell on stderr how it goes."""
     options = call.options
     plan, request, arguments = find_plan(call, history)
-    # A descriptor of its own: what tools print to stderr is led into their logs meanwhile.
-    stream = own_stream(sys.stderr) if history.folder else sys.stderr
-    screen = Screen(stream, options.quiet, options.verbose)
+    # Descriptors of its own: what tools print is led into their logs meanwhile.
+    stream, out = sys.stderr, sys.stdout
+    if history.folder:
+        stream, out = own_stream(stream, 2), own_stream(out, 1)
+    screen = Screen(stream, options.quiet, options.verbose, out)
     gc.freeze()  # what is here will stay: no collection during the run need walk it
     result = run_plan(call.pipeline, plan, arguments, history=history, request=request,
                       fail_fast=options.fail_fast, verbose=options.verbose, keep_results=False,
@@ -5578,8 +5580,9 @@ def carry_out(call: Call, history: NoHistory) -> int:
 class Screen:
     """The listener of a run on the command line: one line per event, one live line."""
 
-    def __init__(self, stream: Any, quiet: bool, verbose: bool) -> None:
+    def __init__(self, stream: Any, quiet: bool, verbose: bool, out: Any) -> None:
         self.stream, self.quiet, self.style = stream, quiet, make_style(stream)
+        self.out = out  # takes what tools print in workers
         self.is_terminal = stream is not None and stream.isatty()
         self.width = 0
         self.started_s = self.shown_s = 0.0
@@ -5643,7 +5646,10 @@ class Screen:
                 if self.follows:
                     name = tool.encode() + b" | "
                     piece = b"".join(name + line for line in piece.splitlines(keepends=True))
-                write_bytes(sys.stdout, piece)
+                problem = write_bytes(self.out, piece)
+                if problem and self.out is not sys.stdout and not self.has_lost:
+                    self.has_lost = True
+                    self.write(f"stdout could not be written: {problem}; --logs shows all of it")
         if not is_whole:
             self.outputs[tool] = (file, shown)
 
@@ -5671,11 +5677,11 @@ class Screen:
         say(text, self.stream)
 
 
-def own_stream(stream: Any) -> Any:
-    """Return a second stream to where stderr leads, where that is no terminal."""
-    if not is_own_fd(stream, 2) or stream.isatty():
+def own_stream(stream: Any, fd: int) -> Any:
+    """Return a second stream to where stdout or stderr leads, where that is no terminal."""
+    if not is_own_fd(stream, fd) or stream.isatty():
         return stream
-    return open(os.dup(2), "w", encoding=stream.encoding, errors=stream.errors)
+    return open(os.dup(fd), "w", encoding=stream.encoding, errors=stream.errors)
 
 
 def find_columns(terminal: Any) -> int:
@@ -5686,8 +5692,10 @@ def find_columns(terminal: Any) -> int:
         return 80
 
 
-def write_bytes(stream: Any, content: bytes) -> None:
-    """Write what a process printed to a stream, unchanged where it takes bytes."""
+def write_bytes(stream: Any, content: bytes) -> str:
+    """Write what a process printed to a stream, unchanged where it takes bytes; return what kept
+    it from that, or "".
+    """
     try:
         if hasattr(stream, "buffer"):
             stream.flush()
@@ -5695,8 +5703,11 @@ def write_bytes(stream: Any, content: bytes) -> None:
         else:
             stream.write(content.decode("utf-8", "replace"))
         stream.flush()
-    except (OSError, ValueError, AttributeError):
-        pass  # nobody reads it
+    except OSError as error:
+        return "" if isinstance(error, BrokenPipeError) else error.strerror or str(error)
+    except (ValueError, AttributeError):
+        pass  # it is closed
+    return ""
 
 
 class OutputError(Exception):
