@@ -5580,9 +5580,10 @@ def carry_out(call: Call, history: NoHistory) -> int:
 class Screen:
     """The listener of a run on the command line: one line per event, one live line."""
 
-    def __init__(self, stream: Any, quiet: bool, verbose: bool, out: Any) -> None:
+    def __init__(self, stream: Any, quiet: bool, verbose: bool,
+                 out: Any = None) -> None:
         self.stream, self.quiet, self.style = stream, quiet, make_style(stream)
-        self.out = out  # takes what tools print in workers
+        self.out = sys.stdout if out is None else out  # takes what tools print in workers
         self.is_terminal = stream is not None and stream.isatty()
         self.width = 0
         self.started_s = self.shown_s = 0.0
