@@ -1,5 +1,6 @@
 """A sandbox that copies the one file into an empty folder and runs it as a person would."""
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -115,6 +116,7 @@ class QuickSandbox(Sandbox):
             os.environ.clear()
             os.environ.update({**ENVIRONMENT, **env})
             os.chdir(self.folder)
+            logging.getLogger().handlers.clear()  # pytest's own
             sys.dont_write_bytecode = True  # a module may be written twice in a second
             file = str(self.folder / "orchestrator.py")
             sys.path[0], sys.argv = str(self.folder), [file]
