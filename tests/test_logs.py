@@ -315,6 +315,15 @@ def test_a_tail_reads_the_end_of_a_log_and_not_all_of_it(tmp_path):
     assert read_tail(str(path), 0) == []
 
 
+def test_the_tail_of_a_log_is_there_even_if_its_lines_are_very_long(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"first\n" + b"x" * 3_000_000 + b"!\nlast\n")
+    *_, long, last = read_tail(str(log), 10)
+    assert last == "last" and long.endswith("xx!") and len(long) < 2000
+    assert read_tail(str(log), 1) == ["last"]
+    assert read_tail(str(log), 0) == [] == read_tail(str(tmp_path / "none"), 5)
+
+
 @pytest.mark.parametrize("words", [(), ("-j", "2")])
 def test_the_last_lines_of_a_failing_tool_stand_at_the_end(pipe, words):
     sandbox = pipe({"a": """
@@ -468,3 +477,15 @@ def test_a_notebook_whose_streams_are_no_files_keeps_them(modules, monkeypatch):
     assert sys.stdout is stream and stream.getvalue() == "hello\n"
     log = folder / "home" / "p" / "logs" / "1" / "t.1.log"
     assert result.outcomes["t"].log == str(log) and log.read_text() == "hello\n"
+
+
+def test_python_streams_are_as_before_after_a_run_with_a_history(modules, tmp_path):
+    modules(t="def run(): print('said')")
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); sys.path.insert(0, sys.argv[2]); "
+            "import orchestrator; before = sys.stdout, sys.stdout.errors; "
+            "orchestrator.run_pipeline(['t'], {'t': 't'}, home=sys.argv[1] + '/home'); "
+            "assert before == (sys.stdout, sys.stdout.errors); print('and on')")
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path),
+                            os.path.dirname(orchestrator.__file__)],
+                           capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "said\nand on\n", "")
