@@ -6,6 +6,12 @@ import pytest
 from orchestrator import Event, UserError, run_pipeline
 
 
+@pytest.fixture
+def sandbox(quick):
+    """Run the pipelines of these tests in forks, which is quicker."""
+    return quick
+
+
 def run_one(modules, source, get_connection=None, tool="m", **keywords):
     """Run one tool with this source and return its Outcome."""
     modules(m=source)

@@ -11,6 +11,12 @@ from conftest import SQLITE, wait_until
 
 from orchestrator import Database, run_pipeline
 
+
+@pytest.fixture
+def sandbox(quick):
+    """Run the pipelines of these tests in forks, which is quicker."""
+    return quick
+
 FROM_3_12 = pytest.mark.skipif(sys.version_info < (3, 12), reason="autocommit= came with 3.12")
 ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="no signal can be sent to one process")
 

@@ -9,6 +9,12 @@ from conftest import summary
 
 from orchestrator import Clock, UserError, load_pipeline, make_plan, run_pipeline, run_plan
 
+
+@pytest.fixture
+def sandbox(quick):
+    """Run the pipelines of these tests in forks, which is quicker."""
+    return quick
+
 MODULES = {
     "works": "def run(context): return context.tool",
     "fails": "def run(context): raise ValueError('no ' + context.tool)",

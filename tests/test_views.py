@@ -13,6 +13,12 @@ from orchestrator import (
     make_plan_view, make_style, run_pipeline,
 )
 
+
+@pytest.fixture
+def sandbox(quick):
+    """Run the pipelines of these tests in forks, which is quicker."""
+    return quick
+
 PLAIN, COLOURED = Style(False), Style(True)
 ESCAPE = re.compile(r"\x1b\[\d*m")
 
