@@ -1,5 +1,6 @@
 """The order of the house: one mark, rooms that only look up, effects that stay in their rooms."""
 import ast
+import functools
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ def first_line(node):
     return min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))])
 
 
+@functools.lru_cache(maxsize=2)
 def read_rooms(source):
     """Return [(room, statement)] of the engine's top level; room 0 is the ENGINE mark."""
     lines = source.splitlines()
