@@ -5562,7 +5562,7 @@ def carry_out(call: Call, history: NoHistory) -> int:
     # Descriptors of its own: what tools print is led into their logs meanwhile.
     stream, out = sys.stderr, sys.stdout
     if history.folder:
-        stream, out = own_stream(stream, 2), own_stream(out, 1)
+        stream, out = own_stream(stream, 2), own_stream(out, 1, "wb")
     screen = Screen(stream, options.quiet, options.verbose, out)
     gc.freeze()  # what is here will stay: no collection during the run need walk it
     result = run_plan(call.pipeline, plan, arguments, history=history, request=request,
@@ -5678,11 +5678,13 @@ class Screen:
         say(text, self.stream)
 
 
-def own_stream(stream: Any, fd: int) -> Any:
+def own_stream(stream: Any, fd: int, mode: str = "w") -> Any:
     """Return a second stream to where stdout or stderr leads, where that is no terminal."""
     if not is_own_fd(stream, fd) or stream.isatty():
         return stream
-    return open(os.dup(fd), "w", encoding=stream.encoding, errors=stream.errors)
+    if mode == "wb":  # without a buffer, in which what can not be written would stay
+        return open(os.dup(fd), mode, buffering=0)
+    return open(os.dup(fd), mode, encoding=stream.encoding, errors=stream.errors)
 
 
 def find_columns(terminal: Any) -> int:
@@ -5698,7 +5700,9 @@ def write_bytes(stream: Any, content: bytes) -> str:
     it from that, or "".
     """
     try:
-        if hasattr(stream, "buffer"):
+        if "b" in getattr(stream, "mode", ""):
+            write_all(stream.fileno(), content)
+        elif hasattr(stream, "buffer"):
             stream.flush()
             stream.buffer.write(content)
         else:
