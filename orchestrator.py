@@ -1681,7 +1681,7 @@ class History(NoHistory):
             (request.resumes, json.dumps(request.targets), json.dumps(request.exclude),
              request.start_from, format_arguments(arguments),
              None if request.words is None else json.dumps(request.words), len(plan.steps), at,
-             os.getpid(), row[0], VERSION, find_git_commit(self.folder), versions.tables,
+             os.getpid(), row[0], VERSION, find_git_commit(self.base), versions.tables,
              json.dumps(versions.sources))).lastrowid
         for step in plan.steps:
             if step.success:
