@@ -4870,7 +4870,7 @@ def make_status(tools: Sequence[str], find_last: Callable[[str], Optional[Row]],
         status = last.get("status", "pending")
         if status == "running" and not running:
             status = "interrupted"  # its run was killed
-        age_s = now - last["started_at"] if last else None
+        age_s = max(0.0, now - last["started_at"]) if last else None  # a clock may be set back
         rows.append({"tool": tool, "status": status,
                      "run_id": str(last["run_id"]) if last else None,
                      "started_at": format_moment(last.get("started_at")), "age_s": age_s,
@@ -4887,7 +4887,7 @@ def format_status(shown: Mapping[str, Any], style: Style) -> str:
     """Return --status as text."""
     rows = [("tool", "status", "run", "age", "duration", "rows", "")]
     rows += [(t["tool"], t["status"], t["run_id"] or "",
-              "" if t["age_s"] is None else format_duration(max(0.0, t["age_s"])),
+              "" if t["age_s"] is None else format_duration(t["age_s"]),
               format_duration(t["duration_s"]), "" if t["rows"] is None else f"{t['rows']:,}",
               t["error"] or t["reason"]) for t in shown["tools"]]
     head, *lines = format_table(rows, right=(2, 3, 4, 5), status=1, style=style)
