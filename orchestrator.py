@@ -1340,11 +1340,13 @@ def make_file_name(name: str) -> str:
     >>> make_file_name("daily"), make_file_name("a/b")
     ('daily', 'a_b-07f4401c')
     """
-    if name.isidentifier() and len(name) <= 80:
+    if name.isidentifier() and name.isascii() and len(name) <= 80:
         return name
     from zlib import crc32
     safe = re.sub(r"[^\w.-]", "_", name)[:80].lstrip(".")
-    return safe if safe == name else f"{safe}-{crc32(name.encode()):08x}"
+    while len(safe.encode()) > 200:  # most file systems take 255 bytes
+        safe = safe[:-1]
+    return safe if safe == name else f"{safe}-{crc32(name.encode('utf-8', 'surrogatepass')):08x}"
 
 
 def find_histories(home: str) -> List[str]:
