@@ -1602,7 +1602,8 @@ class History(NoHistory):
 
     `base` is the folder from which the pipeline names files. State: `run_id` of the run that is
     recorded; `open`, the attempt_id of each attempt that runs; `successes`, the last success of
-    each tool that was asked for.
+    each tool that was asked for; `killed`, the run that reads as interrupted, though it is
+    recorded as running, until the next start records that.
     """
 
     def __init__(self, folder: str, base: str) -> None:
@@ -1613,6 +1614,7 @@ class History(NoHistory):
         self.run_id = 0
         self.open: Dict[str, int] = {}
         self.successes: Dict[str, Optional[Success]] = {}
+        self.killed: Optional[int] = None
 
     def change(self, sql: str, values: Sequence[Any]) -> Any:
         """Execute a statement that commit() makes durable."""
@@ -1756,6 +1758,19 @@ class History(NoHistory):
 
     # --- what planning and views ask ---
 
+    def hold_still(self) -> None:
+        """Let all that is read from now on tell of one moment."""
+        self.do("BEGIN")
+
+    def _read(self, cursor: Any) -> List[Dict[str, Any]]:
+        """Return rows of `runs` or `attempts` by column."""
+        names = [column[0] for column in cursor.description]
+        rows = [dict(zip(names, row)) for row in cursor]
+        for row in rows:
+            if row["run_id"] == self.killed and row["status"] == "running":
+                row["status"] = "interrupted"
+        return rows
+
     def find_success(self, tool: str) -> Optional[Success]:
         """Return the last success of a tool."""
         if tool not in self.successes:
@@ -1803,9 +1818,8 @@ class History(NoHistory):
 
     def _load_runs(self, where: str, values: Sequence[Any] = ()) -> List[Dict[str, Any]]:
         import json
-        cursor = self.do(f"SELECT * FROM runs {where}", values)  # noqa: S608 - text of our own
-        names = [column[0] for column in cursor.description]
-        runs = [dict(zip(names, row)) for row in cursor]
+        runs = self._read(self.do(
+            f"SELECT * FROM runs {where}", values))  # noqa: S608 - text of our own
         for run in runs:
             for name in ("targets", "exclude", "arguments", "words", "sources"):
                 run[name] = json.loads(run[name]) if run[name] is not None else None
@@ -1813,18 +1827,15 @@ class History(NoHistory):
 
     def load_attempts(self, run: Mapping[str, Any]) -> List[Dict[str, Any]]:
         """Return the rows of `attempts` of a run, in the order in which they began."""
-        cursor = self.do("SELECT * FROM attempts WHERE attempt_id >= ? AND run_id = ? "
-                         "ORDER BY attempt_id", (run["first_attempt"], run["run_id"]))
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row)) for row in cursor]
+        return self._read(self.do(
+            "SELECT * FROM attempts WHERE attempt_id >= ? AND run_id = ? ORDER BY attempt_id",
+            (run["first_attempt"], run["run_id"])))
 
     def find_last(self, tool: str) -> Optional[Dict[str, Any]]:
         """Return the newest row of `attempts` for a tool."""
-        cursor = self.do("SELECT * FROM attempts WHERE tool = ? ORDER BY attempt_id DESC LIMIT 1",
-                         (tool,))
-        names = [column[0] for column in cursor.description]
-        row = cursor.fetchone()
-        return dict(zip(names, row)) if row else None
+        rows = self._read(self.do(
+            "SELECT * FROM attempts WHERE tool = ? ORDER BY attempt_id DESC LIMIT 1", (tool,)))
+        return rows[0] if rows else None
 
     def find_resumable(self, run_id: Optional[str]) -> Dict[str, Any]:
         """Return the run that a resume goes on with: the last of the runs that resumed it.
@@ -4870,8 +4881,6 @@ def make_status(tools: Sequence[str], find_last: Callable[[str], Optional[Row]],
     for tool in tools:
         last = find_last(tool) or {}
         status = last.get("status", "pending")
-        if status == "running" and not running:
-            status = "interrupted"  # its run was killed
         age_s = max(0.0, now - last["started_at"]) if last else None  # a clock may be set back
         rows.append({"tool": tool, "status": status,
                      "run_id": str(last["run_id"]) if last else None,
@@ -4901,18 +4910,11 @@ def format_status(shown: Mapping[str, Any], style: Style) -> str:
     return "\n".join([style.bold(head), *lines, "", what])
 
 
-def make_run_view(run: Row, attempts: Sequence[Row], is_held: bool,
-                  is_detailed: bool = False) -> Dict[str, Any]:
-    """Return a run as --history shows it, as data: each tool once, as its last attempt ended.
-
-    Where no run goes on, what is recorded as running was cut off.
-    """
-    def find_status(row: Row) -> str:
-        return "interrupted" if row["status"] == "running" and not is_held else row["status"]
-
+def make_run_view(run: Row, attempts: Sequence[Row], is_detailed: bool = False) -> Dict[str, Any]:
+    """Return a run as --history shows it, as data: each tool once, as its last attempt ended."""
     tools: Dict[str, Dict[str, Any]] = {}
     for row in attempts:
-        shown = {"tool": row["tool"], "status": find_status(row), "reason": row["reason"],
+        shown = {"tool": row["tool"], "status": row["status"], "reason": row["reason"],
                  "attempts": row["attempt"], "started_at": format_moment(row["started_at"]),
                  "duration_s": row["duration_s"], "rows": row["rows"], "error": row["error"]}
         if is_detailed:
@@ -4920,7 +4922,7 @@ def make_run_view(run: Row, attempts: Sequence[Row], is_held: bool,
         tools.pop(row["tool"], None)
         tools[row["tool"]] = shown
     started_at, duration_s = run["started_at"], run["duration_s"]
-    view = {"run_id": str(run["run_id"]), "status": find_status(run), "targets": run["targets"],
+    view = {"run_id": str(run["run_id"]), "status": run["status"], "targets": run["targets"],
             "arguments": run["arguments"], "started_at": format_moment(started_at),
             "ended_at": format_moment(None if duration_s is None else started_at + duration_s),
             "duration_s": duration_s, "planned": run["planned"], "tools": list(tools.values())}
@@ -5324,13 +5326,25 @@ def need_history(call: Call) -> History:
     return history
 
 
+def look_at(history: NoHistory, call: Call) -> NoHistory:
+    """Return a history as it is at this moment, in which a run that was killed reads so."""
+    if isinstance(history, History):
+        was_held = is_held(call.folder)
+        history.hold_still()
+        running = history.find_running()
+        if running and not was_held and not is_held(call.folder):
+            history.killed = running["run_id"]
+    return history
+
+
 def command_list(call: Call) -> int:
     """Show the tools and stages; with targets, those that belong to them."""
     tools = list(call.pipeline.tools)
     if call.options.targets:
         tools = [step.tool for step in make_plan(call.pipeline, call.options.targets).steps]
     try:
-        shown = make_list(call.pipeline, tools, find_summary, open_history(call).find_last)
+        history = look_at(open_history(call), call)
+        shown = make_list(call.pipeline, tools, find_summary, history.find_last)
     except UserError as error:  # of the history, without which there is still a list
         say(str(error))
         shown = make_list(call.pipeline, tools, find_summary, NoHistory().find_last)
@@ -5364,12 +5378,10 @@ def command_check(call: Call) -> int:
 
 def command_status(call: Call) -> int:
     """Show how each tool ended last, and what runs now."""
-    history = need_history(call)
+    history = look_at(need_history(call), call)
     tools = [step.tool for step in make_plan(call.pipeline, call.options.targets).steps] \
         if call.options.targets else list(call.pipeline.tools)
-    running, attempts = find_running(history)
-    if running and not is_held(call.folder):
-        running = None  # it was killed
+    running, attempts = (None, []) if history.killed else find_running(history)
     shown = make_status(tools, history.find_last, running, attempts, Clock().wall())
     show(to_json(shown) if call.options.json else format_status(shown, make_style(sys.stdout)))
     return EXIT_SUCCESS
@@ -5377,19 +5389,17 @@ def command_status(call: Call) -> int:
 
 def command_history(call: Call) -> int:
     """Show the last runs, or all that is known of one."""
-    history, options = need_history(call), call.options
+    history, options = look_at(need_history(call), call), call.options
     if options.operand:
         run = history.find_run(options.operand)
         attempts = history.load_attempts(run)
         for row in attempts:
             row["log"] = row["log"] and format_path(os.path.join(call.folder, row["log"]))
-        shown = make_run_view(run, attempts, is_held(call.folder), is_detailed=True)
+        shown = make_run_view(run, attempts, is_detailed=True)
         text = format_run(shown, make_style(sys.stdout))
     else:
         runs = history.load_last_runs(10 if options.last is None else options.last)
-        goes_on = is_held(call.folder)
-        shown = {"runs": [make_run_view(run, history.load_attempts(run), goes_on)
-                          for run in runs]}
+        shown = {"runs": [make_run_view(run, history.load_attempts(run)) for run in runs]}
         text = format_runs(shown["runs"], make_style(sys.stdout))
     show(to_json({"runs": [shown]} if options.operand else shown) if options.json else text)
     return EXIT_SUCCESS
