@@ -1575,6 +1575,9 @@ class NoHistory:
     def find_last(self, tool: str) -> Optional[Dict[str, Any]]:
         """Return the newest row of `attempts` for a tool."""
 
+    def find_last_attempt(self, tool: str) -> Optional[Dict[str, Any]]:
+        """Return the newest row of `attempts` for a tool in which it was really called."""
+
     def close(self) -> None:
         """Let go of the file; the next use opens it again."""
 
@@ -1835,6 +1838,12 @@ class History(NoHistory):
         """Return the newest row of `attempts` for a tool."""
         rows = self._read(self.do(
             "SELECT * FROM attempts WHERE tool = ? ORDER BY attempt_id DESC LIMIT 1", (tool,)))
+        return rows[0] if rows else None
+
+    def find_last_attempt(self, tool: str) -> Optional[Dict[str, Any]]:
+        """Return the newest row of `attempts` for a tool in which it was really called."""
+        rows = self._read(self.do("SELECT * FROM attempts WHERE tool = ? AND attempt > 0 "
+                                  "ORDER BY attempt_id DESC LIMIT 1", (tool,)))
         return rows[0] if rows else None
 
     def find_resumable(self, run_id: Optional[str]) -> Dict[str, Any]:
@@ -5411,7 +5420,7 @@ def command_logs(call: Call) -> int:
     tool = options.operand
     if tool and tool not in call.pipeline.tools:
         raise UserError(f"There is no tool {tool!r}.", format_nearest(tool, call.pipeline.tools))
-    last = history.find_last(tool) if tool and not options.run else None
+    last = history.find_last_attempt(tool) if tool and not options.run else None
     run_id = options.run or (str(last["run_id"]) if last else None)
     runs = [history.find_run(run_id)] if run_id else history.load_last_runs(1)
     shown: Dict[str, int] = {}  # by log: how much of it was shown
