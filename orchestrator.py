@@ -3325,7 +3325,8 @@ class Spool:
         os.dup2(into, fd)
         os.close(into)
         self.file = open(path, "r+b", buffering=0)
-        self.mark = open(path + SHOWN, "wb", buffering=0)
+        write_private(path + SHOWN)
+        self.mark = open(path + SHOWN, "r+b", buffering=0)
         self.shown, self.error = 0, ""
 
     def set_shown(self, shown: int) -> None:
