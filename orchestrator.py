@@ -4607,7 +4607,8 @@ def mark_done(pipeline: Pipeline, plan: Plan, request: Request, arguments: Mappi
 
 
 def make_past(pipeline: Pipeline, history: NoHistory, arguments: Mapping[str, Any], now: float,
-              done: Mapping[str, Success], is_forced: bool, wants_durations: bool) -> Past:
+              done: Mapping[str, Success], is_forced: bool,
+              wants_durations: bool = True) -> Past:
     """Return what planning may ask of a history. Durations cost time, and decide nothing where
     tools run one after another and nobody looks at the plan.
     """

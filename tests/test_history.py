@@ -196,7 +196,7 @@ def write_history(line, make):
     return path, path.read_bytes()
 
 
-LOOKS = [["--status"], ["--history"], ["--history", "1"], ["--logs"], ["--resume"], [], ["--list"],
+LOOKS = [["--status"], ["--history"], ["--history", "1"], ["--logs"], ["--resume"], [],
          ["--plan"], ["--prune", "1d"], ["--mark-done", "a"]]
 
 
@@ -332,7 +332,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_run_ends_it_in_a_sentence(sandbo
     assert "The history can not be used" in ended.err
     assert sandbox.query("SELECT tool FROM did") == [("a",), ("b",)]
     ended = sandbox.run("--resume")
-    assert ended.code == 0 and "Run 1 was killed before its end" in ended.err
+    assert ended.code == 0 and "Run 1 was cut off" in ended.err
     assert sandbox.query("SELECT tool, run_id FROM did") \
         == [("a", "1"), ("b", "1"), ("b", "2"), ("c", "2")]
 
@@ -349,7 +349,7 @@ def test_a_history_written_by_the_first_engine_is_read_by_this_one(line):
                                                                ("1", "failed")]
     assert runs[1]["tools"][1]["error"] == "ValueError: b is broken"
     ended = line.run("--resume")
-    assert ended.code == 0 and "Run 2 was killed before its end" in ended.err, ended
+    assert ended.code == 0 and "Run 2 was cut off" in ended.err, ended
     assert of_json(line, "--history")["runs"][0]["run_id"] == "3"
     assert [t["status"] for t in of_json(line, "--history")["runs"][0]["tools"]] \
         == ["cached", "success", "success"]
@@ -384,7 +384,8 @@ def test_each_try_of_a_tool_is_an_attempt_with_its_error_and_log(line):
     line.run()
     rows = ask(line.folder, "SELECT * FROM attempts")
     assert [(r["tool"], r["attempt"], r["status"], r["reason"]) for r in rows] == [
-        ("a", 1, "success", ""), ("b", 1, "failed", "try 1 of 2; again"), ("b", 2, "failed", ""),
+        ("a", 1, "success", ""), ("b", 1, "failed", "try 1 of 2; again"),
+        ("b", 2, "failed", "try 2 of 2"),
         ("c", 0, "skipped", "needs b, which failed")]
     a, b1, b2, c = rows
     assert (a["rows"], json.loads(a["result"]), a["kind"], a["work"]) \
@@ -571,7 +572,8 @@ def test_the_json_of_status_and_history_has_the_shape_that_scripts_rely_on(line)
         ("success", "1", ""), ("failed", "1", "ValueError: b is broken"), ("skipped", "1", "")]
 
     run, = of_json(line, "--history")["runs"]
-    assert set(run) == {"run_id", "status", "targets", "arguments", "started_at", "ended_at",
+    assert set(run) == {"run_id", "status", "targets", "arguments", "planned", "started_at",
+                        "ended_at",
                         "duration_s", "tools"}
     assert (run["run_id"], run["status"], run["targets"], run["arguments"]) \
         == ("1", "failed", [], {"day": "monday"})
@@ -603,7 +605,7 @@ def test_the_text_of_history_shows_the_runs_and_all_of_one(line):
     assert len(line.run("--history", "--last", "1").out.splitlines()) == 2
     one = line.run("--history", "1").out
     for text in ('{"day": "friday"}', "ValueError: b is broken", "Traceback", "needs b, which",
-                 "log of b: logs/1/b.2.log", VERSION):
+                 "/logs/1/b.2.log", VERSION):
         assert text in one
     assert line.run("--status").out.splitlines()[-1] == "Nothing runs now."
     assert line.run("--status", "a").out.count("\n") == 4
@@ -690,9 +692,9 @@ def test_status_tells_of_a_run_that_goes_on_and_of_one_that_was_killed(sandbox):
     assert ask(sandbox.folder, "SELECT status FROM runs") == [{"status": "running"}]  # who looks
     # writes nothing; the next start does
     (sandbox.folder / "go").touch()
-    assert "Run 1 was killed before its end" in sandbox.run("--resume").err
+    assert "Run 1 was cut off" in sandbox.run("--resume").err
     rows = ask(sandbox.folder, "SELECT status, reason FROM attempts WHERE run_id = 1")
-    assert rows[1] == {"status": "interrupted", "reason": "its run was killed"}
+    assert rows[1] == {"status": "interrupted", "reason": "its run was cut off"}
 
 
 # --- forgetting ---
