@@ -2469,15 +2469,17 @@ class Interrupts:
     The first one ends what the tool is doing, by KeyboardInterrupt, and is noted in `signal`;
     the engine's own steps are never torn, they look at `signal` between tools. The second one
     ends the process at once, but for SIGHUP, of which a terminal that closes sends several. A
-    signal that was ignored before, as by nohup, stays ignored.
+    signal that was ignored before, as by nohup, stays ignored. A process that a tool forks takes
+    signals as if there were no engine.
     """
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all of them
+    lasting: List["Interrupts"] = []  # those of this process; empty in one that was forked from it
+    is_hooked = False
 
     def __init__(self) -> None:
         self.signal: Optional[int] = None
         self.in_tool = False  # whether foreign code is being called
         self.before: Dict[int, Any] = {}
-        self.pid = os.getpid()
 
     def __enter__(self) -> "Interrupts":
         import signal
@@ -2486,20 +2488,29 @@ class Interrupts:
             for number in (getattr(signal, n) for n in self.NAMES if hasattr(signal, n)):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self.before[number] = signal.signal(number, self.on_signal)
+        if not Interrupts.is_hooked and hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=Interrupts.leave_all)
+            Interrupts.is_hooked = True
+        Interrupts.lasting.append(self)
         return self
 
     def __exit__(self, *_: Any) -> None:
         import signal
+        if self in Interrupts.lasting:
+            Interrupts.lasting.remove(self)
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    @staticmethod
+    def leave_all() -> None:
+        """Take signals as before. Runs in a process that was forked."""
+        for interrupts in [*Interrupts.lasting]:
+            interrupts.__exit__()
 
     def on_signal(self, number: int, _frame: Any) -> None:
         """Take a signal. Runs in the main thread, between any two instructions."""
         import signal
-        if os.getpid() != self.pid:  # a process that a tool forked: not our affair
-            signal.signal(number, self.before[number])
-            signal.raise_signal(number)
-        elif self.signal is None:
+        if self.signal is None:
             self.signal = number
             if self.in_tool:
                 raise KeyboardInterrupt(number)
