@@ -87,10 +87,10 @@ class QuickSandbox(Sandbox):
     The same for the pipeline, and many times quicker; not for what a fresh interpreter does.
     """
 
-    def run(self, *words, timeout=60, env=None):
+    def run(self, *words, timeout=60, env=None, **start):
         """Run the pipeline to its end; the result has .code, .out and .err."""
-        if not hasattr(os, "fork"):
-            return super().run(*words, timeout=timeout, env=env)
+        if start or not hasattr(os, "fork"):
+            return super().run(*words, timeout=timeout, env=env, **start)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             pid = os.fork()
             if not pid:

@@ -21,8 +21,8 @@ SAY = "def run(context, **kwargs): print(context.tool, kwargs.get('since'), kwar
 
 
 @pytest.fixture
-def three(sandbox):
-    return sandbox.pipeline(TABLES).tool("t.say", SAY)
+def three(quick):
+    return quick.pipeline(TABLES).tool("t.say", SAY)
 
 
 @pytest.mark.parametrize("words, printed", [
