@@ -2440,6 +2440,7 @@ def make_log(tool: str, tell: Callable[..., None]) -> Any:
 
     class Teller(logging.Handler):
         def emit(self, record: Any) -> None:
+            """Make an event of a line, unless others have set up logging; never raise."""
             if logger.parent.hasHandlers():  # asked for each line: they may come at any time
                 return
             try:
@@ -5459,7 +5460,7 @@ def command_logs(call: Call) -> int:
 
 def find_new_lines(row: Row, log: str, shown: Dict[str, int],
                    options: Any) -> Iterator[Dict[str, Any]]:
-    """Show what is new in a log, and yield it as data; `shown` is how much is not."""
+    """Show what is new in a log, or yield it for --json; note in `shown` how far that is."""
     if not has_bytes(log):
         return
     is_new, lines = log not in shown, []
