@@ -1310,6 +1310,7 @@ RESULT_CAP_BYTES = 2**20  # a longer result is not kept
 LOG_CAP_BYTES = 10 * 2**20  # a longer log keeps its beginning and its end
 _WORKER_BYTES = 2**30  # byte 0 of the lock file is the run's, these many after it the workers'
 WORKERS_END_S = 5.0  # workers of a killed run are gone by then
+LOOK_S = 0.3  # and somebody who only looks whether a run goes on has let go of the lock
 _held: Dict[str, Any] = {}  # lock files that this very process holds, and by which Lock of it,
 #                             since the kernel only keeps processes apart
 
@@ -1465,8 +1466,10 @@ def open_database(path: str) -> Any:
     """
     import sqlite3
     try:
-        write_private(path)
-        check_is_whole(path)
+        # Once it is there, nobody but SQLite opens it: to close it here would free the locks of
+        # another connection of this process (https://sqlite.org/howtocorrupt.html, 2.2).
+        if not os.path.exists(path):
+            write_private(path)
         db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute("BEGIN")  # so that the three tell of one moment
@@ -1474,6 +1477,7 @@ def open_database(path: str) -> Any:
         owner = db.execute("PRAGMA application_id").fetchone()[0]
         has_tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         db.execute("COMMIT")
+        check_is_whole(db, path)
         if owner != APPLICATION_ID and (owner or version or has_tables):
             raise UserError(f"{path} is a database of something else.",
                             "Move it away, or choose another folder in ORCHESTRATOR_HOME.")
@@ -1491,20 +1495,14 @@ def open_database(path: str) -> Any:
     return db
 
 
-def check_is_whole(path: str) -> None:
-    """Raise sqlite3.DatabaseError if a file is shorter than its own header says.
-
-    SQLite would notice only when it comes to a page that is missing. With a log of changes
-    beside it (`-wal`) the header may be ahead of the file.
+def check_is_whole(db: Any, path: str) -> None:
+    """Raise sqlite3.DatabaseError if a file ends before its last page, which SQLite itself takes
+    for a page of zeros. With a log of changes beside it (`-wal`) it may well be shorter.
     """
     import sqlite3
-    with open(path, "rb") as file:
-        head = file.read(100)
-    pages = int.from_bytes(head[28:32], "big")  # https://sqlite.org/fileformat2.html
-    page_bytes = int.from_bytes(head[16:18], "big")
-    page_bytes = 65536 if page_bytes == 1 else page_bytes
-    has_changes = os.path.exists(path + "-wal") and os.path.getsize(path + "-wal")
-    if head[:6] == b"SQLite" and not has_changes and pages * page_bytes > os.path.getsize(path):
+    pages, page_bytes = (db.execute(f"PRAGMA {name}").fetchone()[0]
+                         for name in ("page_count", "page_size"))
+    if not has_bytes(path + "-wal") and pages * page_bytes > os.path.getsize(path):
         raise sqlite3.DatabaseError("it is malformed, its end is missing")
 
 
@@ -4160,7 +4158,8 @@ class Run:
     often each was tried; `causes`, for each tool that those who need it can not have, the tool
     that failed first; `first_cause`, the position of the first of these; `running`; `retries`, a
     heap of (moment, tool) that failed and come again, and `tried`, how they failed; `stopped_by`,
-    the tool whose failure keeps anything more from starting; `is_interrupted`.
+    the tool whose failure keeps anything more from starting; `is_interrupted`; `told`, the events
+    that the listener hears at the next publish().
     """
 
     def __init__(self, pipeline: Pipeline, plan: Plan, interrupts: Interrupts,
@@ -4200,7 +4199,10 @@ class Run:
                                              self.clock.wall())
         if self.history.folder:
             self.logs = find_logs(self.history.folder, self.run_id)
-            os.makedirs(self.logs, 0o700, exist_ok=True)
+            try:
+                os.makedirs(self.logs, 0o700, exist_ok=True)
+            except OSError as error:
+                raise refused(self.logs, error) from error
 
     def loop(self, here: Here, workers: Optional[Workers]) -> None:
         """Start what is ready and settle what has ended, until nothing is left to do."""
@@ -4341,7 +4343,7 @@ class Run:
                 if self.is_interrupted else Outcome("failed", error=running.verdict)
         elif outcome.status == "interrupted" and not self.is_interrupted:
             self.is_interrupted = True
-        elif outcome.status == "failed" and 1 < self.attempts[tool] > options.retries:
+        if outcome.status == "failed" and 1 < self.attempts[tool] > options.retries:
             tries = f"try {self.attempts[tool]} of {options.retries + 1}"
             outcome = outcome._replace(reason="; ".join(filter(None, [outcome.reason, tries])))
         outcome = outcome._replace(attempts=self.attempts[tool],
@@ -4510,6 +4512,9 @@ class Run:
                            having("skipped"), {tool: outcomes[tool].error for tool in failed},
                            Results(self.results), self.clock.monotonic() - self.started_s,
                            outcomes, self.interrupts.signal)
+        if self.history.folder:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.logs)  # if nobody has printed anything
         self.history.end_run(status, result.duration_s)
         self.tell("run_ended", result=result)
         self.publish()
@@ -4534,13 +4539,12 @@ def hold_history(folder: str, base: str, wait_s: float = 0.0,
     """
     make_folder(folder)
     lock, history = Lock(folder), History(folder, base)
-    end_s = clock.monotonic() + max(wait_s, 0.3)  # who only looks lets go of it at once
+    started_s = clock.monotonic()
     holder = lock.take()
-    if holder == "worker":
-        end_s = max(end_s, clock.monotonic() + WORKERS_END_S)
     while holder:
-        if clock.monotonic() >= end_s:
-            raise make_locked(history, holder, clock)
+        patience_s = WORKERS_END_S if holder == "worker" else LOOK_S
+        if clock.monotonic() - started_s >= max(wait_s, patience_s):
+            raise make_locked(history, holder)
         clock.sleep(0.05)
         holder = lock.take()
     try:
@@ -4550,7 +4554,7 @@ def hold_history(folder: str, base: str, wait_s: float = 0.0,
         lock.release()
 
 
-def make_locked(history: History, holder: str, clock: Clock) -> Locked:
+def make_locked(history: History, holder: str) -> Locked:
     """Return the sentence for a pipeline of which another run is not over."""
     fix = "Wait for its end with --wait; --status shows what it does."
     try:

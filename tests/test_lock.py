@@ -389,3 +389,31 @@ def test_the_next_start_waits_for_the_workers_of_a_killed_run(sandbox, words, en
     ended = sandbox.run(*words, env=env)
     assert ended.code == 0 and not is_alive(worker)
     process.communicate()
+
+
+# --- the locks of the history's own file ---
+
+TRY = """
+import fcntl, sys
+with open(sys.argv[1], "r+b") as file:
+    try:  # the bytes of SQLite that a connection shares: https://sqlite.org/fileformat2.html
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)
+    except OSError:
+        print("held")
+"""
+
+
+@POSIX
+@pytest.mark.parametrize("is_careless", [False, True])
+def test_a_second_look_at_a_history_frees_no_lock_of_the_first(tmp_path, is_careless):
+    """Else a third process that looks would take itself for the last, and remove the -wal file."""
+    folder = tmp_path / "p"
+    (folder / "logs").mkdir(parents=True)
+    first, second = (orchestrator.History(str(folder), "") for _ in range(2))
+    assert first.find_running() is second.find_running() is None
+    second.close()
+    if is_careless:
+        open(first.path, "rb").close()
+    tried = subprocess.run([sys.executable, "-c", TRY, first.path], capture_output=True, text=True)
+    first.close()
+    assert (tried.stdout, tried.stderr) == ("" if is_careless else "held\n", "")

@@ -489,3 +489,11 @@ def test_python_streams_are_as_before_after_a_run_with_a_history(modules, tmp_pa
                             os.path.dirname(orchestrator.__file__)],
                            capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "said\nand on\n", "")
+
+
+@pytest.mark.parametrize("words", [(), ("-j", "2")])
+def test_a_run_that_printed_nothing_leaves_no_folder_behind(pipe, words):
+    sandbox = pipe("def run(): pass")
+    assert sandbox.run(*words).code == 0
+    folder, = (sandbox.folder / ".orchestrator").glob("*/logs")
+    assert list(folder.iterdir()) == []
