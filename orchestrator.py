@@ -3342,8 +3342,9 @@ class Spool:
     def set_shown(self, shown: int) -> None:
         """Note how much is carried, also for append_spools(), should this process be killed."""
         self.shown = shown
-        self.mark.seek(0)
-        self.mark.write(b"%20d" % shown)
+        with contextlib.suppress(OSError):  # on a full disk a log may have a piece twice
+            self.mark.seek(0)
+            self.mark.write(b"%20d" % shown)
 
     def has_more(self) -> bool:
         """Return whether there is something to carry."""
