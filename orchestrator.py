@@ -2101,8 +2101,8 @@ def read_tail(path: str, lines: int, line_bytes: int = 1000) -> List[str]:
     return [line[-line_bytes:] for line in clean(text).splitlines()[-lines:]] if lines else []
 
 
-_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -~]?"
-                      r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_ESCAPES = (r"\x1b(\[[0-?]*[ -/]*[@-~]|[\]P^_X][^\x07\x1b]*(\x07|\x1b\\)?|[ -~]?)"  # of terminals
+            r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def clean(text: str) -> str:
@@ -2111,7 +2111,7 @@ def clean(text: str) -> str:
     >>> clean("a\\x1b[31mred\\x1b[0m\\r\\n\\x00b")
     'ared\\nb'
     """
-    return _ESCAPES.sub("", text.replace("\r\n", "\n"))
+    return re.sub(_ESCAPES, "", text.replace("\r\n", "\n"))
 
 
 # === 5 CONNECTION ===============================================================================
@@ -2797,13 +2797,14 @@ def find_built_sql(tree: Any, lines: Sequence[str]) -> List[int]:
             elif isinstance(node, ast.Call) and node.args \
                     and getattr(node.func, "attr", "") in _EXECUTES \
                     and is_built(node.args[0], safe, built) \
-                    and not any(map(_NOQA.search, lines[node.lineno - 1:node.end_lineno])):
+                    and not any(re.search(_NOQA, line)
+                            for line in lines[node.lineno - 1:node.end_lineno]):
                 found.add(node.lineno)
     return sorted(found)
 
 
 _EXECUTES = ("execute", "executemany", "executescript")
-_NOQA = re.compile(r"# noqa(?!:)|# noqa:.*\bS608\b")
+_NOQA = r"# noqa(?!:)|# noqa:.*\bS608\b"
 
 
 def is_built(node: Any, safe: Iterable[str], built: Iterable[str]) -> bool:
@@ -3060,8 +3061,7 @@ def format_signal(number: Optional[int]) -> str:
     return f"interrupted by {signal.Signals(number).name}"
 
 
-_ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[\]P^_X].*?(\x07|\x1b\\)|.)", re.S)  # of terminals
-_LINE_LENGTH = 300  # of an error; its traceback keeps all
+_LINE_LENGTH = 300  # of an error; its traceback keeps more
 
 
 def format_one_line(error: BaseException) -> str:
@@ -3073,7 +3073,7 @@ def format_one_line(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         line = f"sys.exit({error.code!r})"
     else:
-        text = "".join(c if c.isprintable() else " " for c in _ESCAPE.sub("", text))
+        text = "".join(c if c.isprintable() else " " for c in clean(text))
         line = ": ".join(filter(None, [type(error).__name__, " ".join(text.split())]))
     return line if len(line) <= _LINE_LENGTH else line[:_LINE_LENGTH - 3] + "..."
 
