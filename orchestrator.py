@@ -3554,10 +3554,9 @@ class Asked(Mapping[str, Any]):
     So what nobody reads is not sent, and a worker keeps nothing.
     """
 
-    def __init__(self, channel: Any, interrupts: Interrupts) -> None:
-        import threading
-        self._channel, self._interrupts = channel, interrupts
-        self._lock, self._pid = threading.RLock(), os.getpid()
+    def __init__(self, channel: Any, interrupts: Interrupts, lock: Any) -> None:
+        self._channel, self._interrupts, self._lock = channel, interrupts, lock
+        self._pid = os.getpid()
 
     def _ask(self, tool: Optional[str]) -> Any:
         if os.getpid() != self._pid:
@@ -3888,6 +3887,8 @@ class Server:
 
     def serve(self, channel: Any) -> None:
         """Execute attempts one after another."""
+        import threading
+        self.lock = threading.RLock()  # threads of a tool share the channel, one message at a time
         pid = os.getpid()
         if self.lock_path:
             hold_worker_byte(self.lock_path)
@@ -3915,7 +3916,8 @@ class Server:
                     database.close()
                 kept = keep_result(outcome.result) if order.is_kept else None
                 outcome = outcome._replace(result=pack_result(outcome.result), kept=kept)
-                channel.send(("ended", tuple(outcome), is_leaving))
+                with self.lock:
+                    channel.send(("ended", tuple(outcome), is_leaving))
             database.close()
         os._exit(EXIT_SUCCESS)
 
@@ -3932,7 +3934,8 @@ class Server:
                 if now_s - shown_s < 0.1 and what["done"] != what["total"]:
                     return
                 shown_s = now_s
-            channel.send(("event", {"kind": kind, **what}, False))
+            with self.lock:
+                interrupts.finish(channel.send, ("event", {"kind": kind, **what}, False))
 
         with output_to(order.output), bounded_memory(tool.memory_bytes):
             try:
@@ -3943,7 +3946,7 @@ class Server:
                 return Outcome("interrupted")
             except UserError as error:
                 return Outcome("failed", NOT_AGAIN, error=format_one_line(error))
-            results = Asked(channel, interrupts)
+            results = Asked(channel, interrupts, self.lock)
             context = Context(order.run_id, order.tool, order.attempt, Results(results), tell,
                               lambda _: order.last_success_at)
             try:

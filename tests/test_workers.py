@@ -569,3 +569,23 @@ def test_logs_and_progress_of_workers_reach_the_listener(modules, monkeypatch):
     run_pipeline([], {"t": {"module": "m", "isolate": True}}, on_event=events.append)
     assert [(e.tool, e.text) for e in events if e.kind == "log"] == [("t", "from afar")]
     assert [(e.tool, e.done, e.total) for e in events if e.kind == "progress"][0] == ("t", 1, 2)
+
+
+def test_threads_of_a_tool_that_log_at_once_tear_no_line(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"make": "m:make", "t": {"module": "m", "isolate": True}}')
+    sandbox.tool("m", """
+        from concurrent.futures import ThreadPoolExecutor
+        def make():
+            return 7
+        def run(context):
+            def work(letter):
+                for _ in range(50):
+                    context.log.info(letter * 50_000)
+                    assert context.results["make"] == 7
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(work, "abcd"))
+    """)
+    ended = sandbox.run("-j", "2")
+    assert ended.code == 0, ended.err[-2000:]
+    lines = [line.split()[-1] for line in ended.err.splitlines() if len(line) > 50_000]
+    assert sorted(lines) == [letter * 50_000 for letter in "abcd" for _ in range(50)]
