@@ -61,11 +61,12 @@ def add_arguments(parser):
 #   3 PLANNING     targets -> Plan
 #   4 HISTORY      what was run before, and the lock: all that lives in .orchestrator/
 #   5 CONNECTION   how database drivers differ
-#   6 CALLING      find, import and call a tool, one attempt in one transaction
-#   7 WORKERS      the ways to execute an attempt: in this process, in worker processes
-#   8 RUNNING      one loop that carries out a Plan -> RunResult
-#   9 VIEWS        text and JSON for people and programs
-#  10 DOOR         the command line
+#   6 LEDGER       items, in the tool's own database and transaction
+#   7 CALLING      find, import and call a tool, one attempt in one transaction
+#   8 WORKERS      the ways to execute an attempt: in this process, in worker processes
+#   9 RUNNING      one loop that carries out a Plan -> RunResult
+#  10 VIEWS        text and JSON for people and programs
+#  11 DOOR         the command line
 
 # ruff: noqa: E402
 _YOURS = dict(globals())  # your names, before the engine adds its own: see the last lines
@@ -106,16 +107,20 @@ SIGINT = 2  # on every system
 
 MOVES = {  # status of a tool in a run -> the statuses that may follow
     "pending": ("running", "cached", "skipped"),
-    "running": ("success", "failed", "interrupted"),
+    "running": ("success", "partial", "failed", "interrupted"),
     "success": (),
+    "partial": (),
     "cached": (),
     "failed": (),
     "skipped": (),
     "interrupted": (),
 }
 
-DONE = ("success", "cached")  # statuses of a tool that those who need it can build on
+DONE = ("success", "cached")  # statuses of a tool that need not be done again
+ITEM_STATUSES = ("success", "failed", "quarantined", "pending")
+DEATHS_ALLOWED = 3  # an item that took its process down so often is quarantined
 RESERVED_ARGUMENTS = ("conn", "context", "item")  # what run() gets from the engine
+NOT_AGAIN = "not tried again"  # the reason of a failure that another try would only repeat
 ALL_BEFORE = "*"  # Step.needs of a tool that declares nothing: everything before it in the plan
 
 
@@ -164,6 +169,8 @@ class Tool(NamedTuple):
     estimate_s: Optional[float] = None
     cache_s: Optional[float] = None  # infinite for "cache": True
     fresh_for_s: float = float("inf")
+    each: Optional[str] = None
+    batch: int = 1
 
 
 class Stage(NamedTuple):
@@ -251,10 +258,48 @@ class Plan(NamedTuple):
     jobs: int = 1
 
 
+class Item(NamedTuple):
+    """An item that is to be done. `attempts` and `deaths` are those that its row in the ledger
+    tells; `is_seen` whether there is such a row, None if that is to be looked up once more.
+    """
+    name: str
+    version: str = ""
+    is_seen: Optional[bool] = None
+    attempts: int = 0
+    deaths: int = 0
+
+
+class Ending(NamedTuple):
+    """How a try of an item ended, if not well: `status` is that of its row, pending if it comes
+    again; `attempt` counts the tries. `is_death`: it took its process down.
+    """
+    item: Item
+    status: str
+    attempt: int
+    error: str
+    traceback: str = ""
+    is_death: bool = False
+
+
+class Tally(NamedTuple):
+    """What came of some items: how many passed, with how many rows, and how others ended.
+
+    `elsewhere` counts those that somebody else did meanwhile; `left` are those that were not
+    done, and `at_work` the one of these that was being done.
+    """
+    passed: int = 0
+    rows: Optional[int] = None
+    endings: Tuple[Ending, ...] = ()
+    elsewhere: int = 0
+    left: Tuple[Item, ...] = ()
+    at_work: Optional[Item] = None
+
+
 class Outcome(NamedTuple):
     """How a tool ended. `error` is one line, `traceback` the tool's own part of it, as text;
     `log` the file that holds what it printed, or ""; `kept` what keep_result() made of its
-    result, where that is in another process.
+    result, where that is in another process; `items` how many items of a tool that has some
+    were `listed`, and of these `passed`, `failed` and were `given_up` or done before.
     """
     status: str
     reason: str = ""
@@ -266,6 +311,7 @@ class Outcome(NamedTuple):
     duration_s: Optional[float] = 0.0
     log: str = ""
     kept: Optional[Tuple[Optional[str], Optional[str]]] = None
+    items: Optional[Mapping[str, int]] = None
 
 
 class Event(NamedTuple):
@@ -290,7 +336,8 @@ class Event(NamedTuple):
 
 
 class RunResult(NamedTuple):
-    """How a run ended: `status` is success, failed or interrupted; the lists name tools.
+    """How a run ended: `status` is success, failed or interrupted; the lists name tools, and
+    those of whose items some failed are in `partial`.
 
     `errors` gives the one-line error of each failed tool, `results` what each successful tool
     returned, `outcomes` all of it by tool, in the plan's order. `signal` is the number of the
@@ -561,6 +608,18 @@ def read_count(value: Any, least: int = 0) -> int:
     return value
 
 
+def read_positive(value: Any) -> int:
+    """Return a whole number from 1 on."""
+    return read_count(value, least=1)
+
+
+def read_text(value: Any) -> str:
+    """Return a text that is not empty."""
+    if not value or not isinstance(value, str):
+        raise ValueError(value)
+    return value
+
+
 def read_number(least: float, most: float) -> Callable[[Any], float]:
     """Return a reader of numbers between two bounds."""
     def read(value: Any) -> float:
@@ -637,6 +696,9 @@ OPTIONS: Dict[str, Tuple[str, Callable[[Any], Any], str, str]] = {
     "estimate": ("estimate_s", parse_duration_s, _DURATION, '"5m"'),
     # not run again while nothing of it changed, for ever or that long
     "cache": ("cache_s", read_cache_s, 'True, False or a duration like "24h"', '"24h"'),
+    # its items are those that ever passed this tool; so many of them are committed at a time
+    "each": ("each", read_text, "the name of a tool with items", '"validate"'),
+    "batch": ("batch", read_positive, "a whole number from 1 on", "500"),
     # how old its last success may be for those that need it and do not run it
     "fresh_for": ("fresh_for_s", read_positive_s, _DURATION + ", above 0", '"24h"'),
 }
@@ -667,11 +729,16 @@ def find_unknown_members(tools: Iterable[Any],
             if name not in tools and name not in members]
 
 
+def needs_of(tool: Tool) -> Tuple[str, ...]:
+    """Return the tools that a tool names as needed, by `needs` or `each`."""
+    return (tool.needs or ()) + ((tool.each,) if tool.each else ())
+
+
 def find_unknown_needs(tools: Mapping[str, Tool], names: Iterable[Any]) -> List[UserError]:
     """Return an error for each need that is not among the names of all tools."""
     return [UserError(f"TOOL_MAP[{tool.name!r}]: no tool {need!r} to need.",
                       format_nearest(need, map(str, names)))
-            for tool in tools.values() for need in tool.needs or () if need not in names]
+            for tool in tools.values() for need in needs_of(tool) if need not in names]
 
 
 def find_wrong_uses(tools: Mapping[str, Tool], limits: Mapping[str, int]) -> List[UserError]:
@@ -702,7 +769,7 @@ def find_needs(errors: List[UserError],
     that come after it; who writes it as well needs those that only write it. Add to errors each
     two writers whose order is not known then, and the circles in which tools need each other.
     """
-    needs = {tool.name: dict.fromkeys(need for need in tool.needs or () if need in tools)
+    needs = {tool.name: dict.fromkeys(need for need in needs_of(tool) if need in tools)
              for tool in tools.values()}
     writers: Dict[str, List[str]] = {}
     for tool in tools.values():
@@ -724,7 +791,7 @@ def find_needs(errors: List[UserError],
     errors += [UserError(f"TOOL_MAP: tools need each other in a circle: {path}.",
                          "Take one of these needs out, or one of the reads or writes behind it.")
                for path in find_circles(needs)]
-    return {tool.name: ALL_BEFORE if tool.needs is tool.reads is tool.writes is None
+    return {tool.name: ALL_BEFORE if tool.needs is tool.reads is tool.writes is tool.each is None
             else tuple(needs[tool.name]) for tool in tools.values()}
 
 
@@ -837,12 +904,14 @@ DEFAULT_STAGE = "full"
 
 def make_plan(pipeline: Pipeline, targets: Union[None, str, Iterable[str]] = (), *,
               exclude: Union[None, str, Iterable[str]] = (), start_from: Optional[str] = None,
-              jobs: int = 1, past: Optional[Past] = None) -> Plan:
+              jobs: int = 1, past: Optional[Past] = None,
+              describe: Callable[[Tool], str] = lambda tool: "") -> Plan:
     """Return the plan for some targets; without any, of the stage `full` or else of all tools.
 
-    Without `past` nothing is known of earlier runs, and everything is to be run. Raise UserError
-    for a word that is neither a stage nor a tool, if nothing is left to run, and if a tool needs
-    one that is not in the plan and has no success that is fresh enough.
+    Without `past` nothing is known of earlier runs, and everything is to be run. `describe` tells
+    how a tool runs, if there is something to tell. Raise UserError for a word that is neither a
+    stage nor a tool, if nothing is left to run, and if a tool needs one that is not in the plan
+    and has no success that is fresh enough.
     """
     targets = read_targets("targets", targets)
     exclude = read_targets("exclude", exclude)
@@ -871,6 +940,8 @@ def make_plan(pipeline: Pipeline, targets: Union[None, str, Iterable[str]] = (),
         if not lost:
             break
         redo.update(lost)
+    steps = [step if step.success else step._replace(reason="; ".join(filter(None, [
+        step.reason, describe(pipeline.tools[step.tool])]))) for step in steps]
     known = all(step.expected_s is not None for step in steps)
     expected_s = simulate(
         Schedule(steps, pipeline, jobs), durations_of(steps), jobs) if known else None
@@ -1188,9 +1259,17 @@ class Schedule:
         if not heaps:
             return None
         _, tool = heappop(min(heaps, key=lambda heap: heap[0]))
-        for resource, units in self.tools[tool].uses:
-            self.free[resource] -= units
+        self.take(tool)
         return tool
+
+    def take(self, tool: str) -> bool:
+        """Take room for one more worker of a tool that runs; return False if there is none."""
+        uses = self.tools[tool].uses
+        if any(units > self.free[resource] for resource, units in uses):
+            return False
+        for resource, units in uses:
+            self.free[resource] -= units
+        return True
 
     def release(self, tool: str) -> None:
         """Give back the room that a tool took."""
@@ -1223,6 +1302,66 @@ def simulate(schedule: Schedule, durations_s: Mapping[str, float], jobs: int) ->
         freed = schedule.done(tool)
 
 
+class Period(NamedTuple):
+    """A period of a backfill: from a day to the day after its last one, both as `2024-01-31`.
+
+    `action` is run, resume or skip; `run_id` that of the last run of it, if there was one.
+    """
+    start: str
+    end: str
+    action: str = "run"
+    reason: str = "never run"
+    run_id: Optional[int] = None
+
+    def arguments(self) -> Dict[str, str]:
+        """Return what tools get of it by name."""
+        return dict(zip(PERIOD_ARGUMENTS, (self.start, self.end)))
+
+
+PERIOD_ARGUMENTS = ("period_start", "period_end")
+STEPS = ("day", "week", "month")
+
+
+def make_periods(span: str, step: str) -> List[Period]:
+    """Return the periods of a span of days, `2024-01-01..2024-03-31`, both of which belong to it.
+
+    Weeks begin where the span does, months on their first day. Raise UserError if it is no span.
+    """
+    from datetime import date, timedelta
+    try:
+        first, last = map(date.fromisoformat, span.split(".."))
+    except ValueError as error:
+        raise UserError(f"--backfill: {span!r} is no span of days ({error}).",
+                        "Write it like 2024-01-01..2024-03-31.") from None
+    if last < first:
+        raise UserError(f"--backfill: {span!r} ends before it begins.", f"Write {last}..{first}; "
+                        "--reverse begins with the last period.")
+    periods, end = [], last + timedelta(1)
+    while first < end:
+        after = first + timedelta(7 if step == "week" else 1)
+        if step == "month":
+            after = (first.replace(day=1) + timedelta(31)).replace(day=1)
+        periods.append(Period(str(first), str(min(after, end))))
+        first = after
+    return periods
+
+
+def decide_period(period: Period, run_id: Optional[int], status: str, reprocess: str) -> Period:
+    """Return a period with what is to be done of it, by the last run of it and --reprocess."""
+    if run_id is None:
+        return period
+    if status == "success":
+        action, reason = ("run", "again, ") if reprocess == "all" else ("skip", "")
+        return period._replace(action=action, reason=f"{reason}done in run {run_id}", run_id=run_id)
+    if status == "failed":
+        action = {"all": "run", "failed": "resume"}.get(reprocess, "skip")
+        reason = f"failed in run {run_id}" + "; --reprocess failed" * (action == "skip")
+    else:
+        action = "run" if reprocess == "all" else "resume"
+        reason = f"interrupted in run {run_id}"
+    return period._replace(action=action, reason=reason, run_id=run_id)
+
+
 def leave_out(pipeline: Pipeline, order: List[str], exclude: Sequence[str],
               start_from: Optional[str]) -> List[str]:
     """Return the tools that --exclude and --from leave, in order."""
@@ -1253,7 +1392,7 @@ def expand_target(pipeline: Pipeline, name: str) -> Tuple[str, ...]:
 # of a status is committed before the next thing happens. What is read from there is data: nothing
 # of it is unpickled or evaluated. It never touches other people's databases.
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x6F726368  # "orch" in the header of the file says whose it is
 
 SCHEMA = """
@@ -1285,7 +1424,8 @@ CREATE TABLE attempts (
     run_id        INTEGER NOT NULL REFERENCES runs,
     tool          TEXT NOT NULL,
     attempt       INTEGER NOT NULL,  -- 1, 2, ...; 0 for a tool that was cached or skipped
-    status        TEXT NOT NULL,     -- running, success, cached, failed, skipped, interrupted
+    status        TEXT NOT NULL,     -- running, success, partial, cached, failed, skipped,
+                                     -- interrupted
     reason        TEXT NOT NULL DEFAULT '',
     started_at    REAL NOT NULL,     -- seconds since 1970, UTC
     duration_s    REAL,              -- by a clock that is never set; NULL if it never ended
@@ -1300,11 +1440,15 @@ CREATE TABLE attempts (
     log           TEXT,              -- file, seen from this folder; NULL if nothing was printed
     source        TEXT,              -- cached tools: fingerprint of the module as syntax tree
     inputs        TEXT,              -- cached tools: JSON, the files that they read and write
-    needed        TEXT               -- cached tools: JSON object, needed tool -> its work then
+    needed        TEXT,              -- cached tools: JSON object, needed tool -> its work then
+    items         TEXT               -- JSON object, counts of its items: see Outcome; NULL for a
+                                     -- tool without items
 );
 CREATE INDEX attempts_of_tool ON attempts (tool);
 """
-UPGRADES: Dict[int, str] = {}  # schema version -> the statements that lead to the next one
+UPGRADES: Dict[int, str] = {  # schema version -> the statements that lead to the next one
+    1: "ALTER TABLE attempts ADD COLUMN items TEXT",
+}
 
 RESULT_CAP_BYTES = 2**20  # a longer result is not kept
 LOG_CAP_BYTES = 10 * 2**20  # a longer log keeps its beginning and its end
@@ -1454,9 +1598,9 @@ def lock_bytes(fd: int, first: int, count: int, free: bool = False) -> bool:
     return True
 
 
-def hold_worker_byte(path: str) -> None:
+def hold_worker_byte(folder: str) -> None:
     """Let the run's lock not be free while this process lives. Runs in a worker."""
-    lock_bytes(open_lock(path), 1 + os.getpid() % _WORKER_BYTES, 1)
+    lock_bytes(open_lock(os.path.join(folder, "lock")), 1 + os.getpid() % _WORKER_BYTES, 1)
 
 
 def open_database(path: str) -> Any:
@@ -1546,6 +1690,9 @@ class NoHistory:
 
     def begin_attempt(self, tool: str, attempt: int, at: float, pid: int) -> None:
         """Record that an attempt begins."""
+
+    def note_items(self, tool: str, counts: Mapping[str, int]) -> None:
+        """Record how many items a tool that runs has."""
 
     def end_attempt(self, tool: str, outcome: Outcome, facts: Mapping[str, Any]) -> None:
         """Record how an attempt ended."""
@@ -1703,8 +1850,16 @@ class History(NoHistory):
             "INSERT INTO attempts (run_id, tool, attempt, status, started_at, pid) "
             "VALUES (?, ?, ?, 'running', ?, ?)", (self.run_id, tool, attempt, at, pid)).lastrowid
 
+    def note_items(self, tool: str, counts: Mapping[str, int]) -> None:
+        """Record how many items a tool that runs has."""
+        import json
+        self.change("UPDATE attempts SET items = ? WHERE attempt_id = ?",
+                    (json.dumps(counts), self.open[tool]))
+
     def end_attempt(self, tool: str, outcome: Outcome, facts: Mapping[str, Any]) -> None:
         """Record how an attempt ended, and of a tool with `cache` what its success was built on."""
+        if outcome.items is not None:
+            self.note_items(tool, outcome.items)
         attempt_id = self.open.pop(tool)
         is_success = outcome.status == "success"
         result, kind = outcome.kept or keep_result(outcome.result) if is_success else (None, None)
@@ -1807,6 +1962,15 @@ class History(NoHistory):
                             f"The last run is {newest}; --history shows which there are."
                             if newest else "Nothing has been run yet.")
         return found[0]
+
+    def find_last_like(self, request: Request,
+                       arguments: Mapping[str, Any]) -> Tuple[Optional[int], str]:
+        """Return the id and status of the last run of the same targets and arguments."""
+        import json
+        return self.do("SELECT run_id, status FROM runs WHERE targets = ? AND exclude = ? "
+                       "AND start_from IS ? AND arguments = ? ORDER BY run_id DESC LIMIT 1",
+                       (json.dumps(request.targets), json.dumps(request.exclude),
+                        request.start_from, format_arguments(arguments))).fetchone() or (None, "")
 
     def find_running(self) -> Optional[Dict[str, Any]]:
         """Return the row of the run that is not recorded as ended: it goes on, or was killed."""
@@ -1923,16 +2087,16 @@ def find_git_commit(folder: str) -> Optional[str]:
     git = os.path.join(folder, ".git")
     try:
         if os.path.isfile(git):  # a worktree: "gitdir: PATH"
-            git = os.path.join(folder, read_text(git).partition(": ")[2])
-        head = read_text(os.path.join(git, "HEAD"))
+            git = os.path.join(folder, read_file(git).partition(": ")[2])
+        head = read_file(os.path.join(git, "HEAD"))
         if not head.startswith("ref: "):
             return head
         if os.path.exists(os.path.join(git, "commondir")):
-            git = os.path.join(git, read_text(os.path.join(git, "commondir")))
+            git = os.path.join(git, read_file(os.path.join(git, "commondir")))
         loose = os.path.join(git, head[5:])
         if os.path.exists(loose):
-            return read_text(loose)
-        for line in read_text(os.path.join(git, "packed-refs")).splitlines():
+            return read_file(loose)
+        for line in read_file(os.path.join(git, "packed-refs")).splitlines():
             if line.endswith(" " + head[5:]):
                 return line.partition(" ")[0]
     except (OSError, ValueError):
@@ -1940,7 +2104,7 @@ def find_git_commit(folder: str) -> Optional[str]:
     return None
 
 
-def read_text(path: str) -> str:
+def read_file(path: str) -> str:
     """Return a small text file, without blanks around it."""
     with open(path, encoding="utf-8") as file:
         return file.read().strip()
@@ -2025,7 +2189,7 @@ def append_spools(logs: str, log: str) -> None:
     from shutil import copyfileobj
     for name in SPOOLS:
         spool = os.path.join(logs, name)
-        shown = int(read_text(spool + SHOWN) or 0) if os.path.exists(spool + SHOWN) else 0
+        shown = int(read_file(spool + SHOWN) or 0) if os.path.exists(spool + SHOWN) else 0
         if has_bytes(spool) and os.path.getsize(spool) > shown:
             with open(spool, "rb") as source, open(log, "ab") as target:
                 source.seek(shown)
@@ -2122,6 +2286,7 @@ def clean(text: str) -> str:
 # SQLite calls back after this many steps of a statement, about a millisecond, so that a signal
 # is heard in the middle of a long one.
 _SQLITE_STEPS = 100_000
+_OURS = " -- by the engine"  # so that sqlite3 does not take its prepared statement for a tool's own
 _POSTGRES_INERROR = 3  # PQTRANS_INERROR of libpq: a COMMIT would silently roll back
 
 _HINTS = (  # what drivers say of mistakes that the way a tool is called leads to: the way out
@@ -2162,18 +2327,19 @@ class Database:
                 self.conn.set_progress_handler(self.is_cancelled, _SQLITE_STEPS)
         return self.conn
 
-    def begin(self) -> None:
+    def begin(self, is_urgent: bool = False) -> None:
         """Begin a transaction, where the driver would not do so by itself, or not early enough.
 
         Python's sqlite3 begins by itself only before INSERT and the like, so that a CREATE TABLE
-        would survive a rollback.
+        would survive a rollback. `is_urgent` waits for SQLite's one writer at once.
         """
         conn = self.open()
         if is_sqlite(conn):
             if not conn.in_transaction:
                 # A deferred transaction that reads first can not wait for a lock; who opens with
                 # isolation_level="IMMEDIATE" gets one that does.
-                conn.execute("BEGIN " + (getattr(conn, "isolation_level", None) or ""))
+                level = "IMMEDIATE" if is_urgent else getattr(conn, "isolation_level", None) or ""
+                conn.execute("BEGIN " + level + _OURS)
             self.has_begun = True
         elif self.autocommit is True:
             conn.autocommit = False
@@ -2220,7 +2386,7 @@ class Database:
         if is_sqlite(conn) and (getattr(conn, "autocommit", None) is True
                                 or not hasattr(conn, how)):
             if conn.in_transaction:  # commit() and rollback() do nothing here, or are not there
-                conn.execute(how.upper())
+                conn.execute(how.upper() + _OURS)
         else:
             try:
                 call_if_there(conn, how)
@@ -2282,7 +2448,478 @@ def call_if_there(thing: Any, method: str) -> None:
         function()
 
 
-# === 6 CALLING ==================================================================================
+# === 6 LEDGER ===================================================================================
+# The state of every item, in the tool's own database: a row of it is committed in the transaction
+# of the work that it tells of, so the two can not differ. It lists items, finds those that are
+# pending, and records how each ended. It calls no tool and does not decide what is tried again.
+
+LEDGER_SCHEMA = """
+-- An item is one unit of a tool's work: a file, a day, a customer. Its row is written in the
+-- transaction of its work, and so is there exactly if the work is. Names that are longer than 80
+-- letters, of pipelines and tools, end in a fingerprint.
+CREATE TABLE orchestrator_items (
+    pipeline   VARCHAR(100) NOT NULL,
+    tool       VARCHAR(100) NOT NULL,
+    item       VARCHAR(500) NOT NULL,
+    version    VARCHAR(500) NOT NULL,     -- the one tried last; '' where items() gives none
+    passed     VARCHAR(500),              -- the version done last; NULL if none ever was
+    status     VARCHAR(20) NOT NULL,      -- of the last try: success, failed, quarantined, or
+                                          -- pending, if it failed and comes again
+    attempts   INTEGER NOT NULL,          -- tries of this version by this source
+    deaths     INTEGER NOT NULL,          -- and those of them that took their process down
+    source     VARCHAR(20) NOT NULL,      -- fingerprint of the tool's module
+    run_id     VARCHAR(40) NOT NULL,      -- the run of the last try
+    ended_at   DOUBLE PRECISION NOT NULL, -- of the last try, in seconds since 1970, UTC
+    duration_s DOUBLE PRECISION,          -- of the last try; NULL if its process was ended
+    row_count  BIGINT,                    -- rows of the last try; NULL if the tool did not say
+    error      {text},                    -- of the last try, in one line; NULL if it passed
+    PRIMARY KEY (pipeline, tool, item)
+){more}
+"""
+LEDGER_COLUMNS = ("item", "version", "passed", "status", "attempts", "deaths", "run_id",
+                  "ended_at", "duration_s", "row_count", "error")
+_PAGE = 1000  # items that are in memory at a time
+NAME_LENGTH = 500  # letters; an index of PostgreSQL takes 2,700 bytes
+_LOCKED_STATES = ("40001", "40P01", "55P03")  # SQLSTATE: serialization, deadlock, lock not there
+_LOCKED_NUMBERS = (1205, 1213)  # the same of MySQL and MariaDB
+
+
+class Dialect(NamedTuple):
+    """How a database says what no standard says the same for all."""
+    text: str = "TEXT"  # type of a text of any length
+    cast: str = "VARCHAR(1000)"  # what a value is cast to, to be a text
+    numbers: str = "row_number() OVER ()"  # of the rows of a SELECT, in their order
+    collate: str = ""  # behind the columns of a table
+    more: str = ""  # and behind those of the ledger
+
+
+_DIALECTS = {
+    "sqlite": Dialect(cast="TEXT", numbers="NULL", more=" WITHOUT ROWID"),
+    "postgresql": Dialect(cast="TEXT"),
+    # Not utf8mb4_bin, to which 'a' and 'a ' are the same.
+    "mysql": Dialect(text="LONGTEXT", cast="CHAR", collate=" COLLATE utf8mb4_0900_bin"),
+    "mariadb": Dialect(text="LONGTEXT", cast="CHAR", collate=" COLLATE utf8mb4_nopad_bin"),
+}
+_DRIVERS = {"psycopg": "postgresql", "psycopg2": "postgresql", "pg8000": "postgresql",
+            "pymysql": "mysql", "MySQLdb": "mysql", "mysql": "mysql", "mariadb": "mysql"}
+
+
+def find_driver(conn: Any) -> Tuple[str, str]:
+    """Return the kind of database behind a connection, and how its driver marks parameters
+    (PEP 249: paramstyle).
+    """
+    dialect = getattr(conn, "dialect", None)  # of SQLAlchemy
+    if hasattr(conn, "exec_driver_sql"):
+        return dialect.name, dialect.paramstyle
+    if is_sqlite(conn):
+        return "sqlite", "qmark"
+    for kind in type(conn).__mro__:
+        parts = kind.__module__.split(".")
+        for end in range(1, len(parts) + 1):
+            module = sys.modules.get(".".join(parts[:end]))
+            if hasattr(module, "paramstyle"):
+                return _DRIVERS.get(parts[0], parts[0]), module.paramstyle
+    return "", "qmark"
+
+
+def bind(sql: str, style: str) -> str:
+    """Return SQL with its `?` as a driver marks parameters.
+
+    >>> bind("a = ? AND b = ?", "format"), bind("a = ? AND b = ?", "named")
+    ('a = %s AND b = %s', 'a = :1 AND b = :2')
+    """
+    if style in ("format", "pyformat"):
+        return sql.replace("?", "%s")
+    parts = sql.split("?")
+    return sql if style == "qmark" else "".join(
+        part + f":{i}" * (i < len(parts)) for i, part in enumerate(parts, 1))
+
+
+def keeps_ledger(conn: Any) -> bool:
+    """Return whether a connection is one of a database, which can keep a ledger."""
+    return hasattr(conn, "cursor") or hasattr(conn, "execute")
+
+
+def make_ledger_key(name: str) -> str:
+    """Return the name of a pipeline or tool as the ledger knows it."""
+    return name if len(name) <= 80 else make_file_name(name)
+
+
+def is_locked(error: Optional[BaseException]) -> bool:
+    """Return whether an error only says that another was at the same rows at that moment."""
+    while error is not None:
+        state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+        number = error.args[0] if error.args else None
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if "DatabaseError" in kinds and (
+                state in _LOCKED_STATES or number in _LOCKED_NUMBERS
+                or re.search(r"database (table |schema )?is locked", str(error))):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class Taken(Exception):
+    """Somebody else wrote the row of an item after it was looked at."""
+
+
+class Guard:
+    """Refuses on SQLite what would end the transaction of an item, while it is up.
+
+    State: `is_up`; `tried`, what the item tried in spite of it.
+    """
+    TRANSACTION, DENY = 22, 1  # SQLITE_TRANSACTION, SQLITE_DENY
+
+    def __init__(self) -> None:
+        self.is_up, self.tried = False, ""
+
+    def install(self, conn: Any) -> None:
+        """Watch a connection. What it has prepared before is prepared anew, and so seen."""
+        if hasattr(conn, "set_authorizer"):
+            conn.set_authorizer(self.authorize)
+
+    def authorize(self, action: int, what: Optional[str], *_: Any) -> int:
+        """Answer SQLite, which asks while it prepares a statement; 0 is yes."""
+        if self.is_up and action == self.TRANSACTION:
+            self.tried = self.tried or what or "COMMIT"
+            return self.DENY
+        return 0
+
+
+class Ledger:
+    """The items of one tool, over one connection, within whatever transaction is open on it.
+
+    Without a database behind `conn` it is in a file of SQLite's, `path`, or in memory, and what
+    it does is durable at once. State: `guard`; `has_savepoints`, whether the database knows them.
+    """
+
+    def __init__(self, conn: Any, path: str, pipeline: str, tool: str, run_id: str,
+                 source: str) -> None:
+        self.is_apart = not keeps_ledger(conn)
+        if self.is_apart:
+            import sqlite3
+            conn = sqlite3.connect(path or ":memory:", timeout=60.0, isolation_level=None)
+        self.conn = conn
+        self.key = (make_ledger_key(pipeline), make_ledger_key(tool))
+        self.run_id, self.source = run_id, source
+        self.kind, self.style = find_driver(conn)
+        self.guard = Guard()
+        self.has_savepoints = self.kind != "duckdb"
+        self._sql: Dict[str, str] = {}
+        self._execute = getattr(conn, "exec_driver_sql", None) or (
+            conn.execute if self.kind == "sqlite" else None)
+        if self.kind == "sqlite":
+            self.guard.install(conn)
+
+    def close(self) -> None:
+        """Close what is open beside the tool's own connection."""
+        if self.is_apart:
+            self.conn.close()
+
+    def do(self, sql: str, values: Sequence[Any] = ()) -> Any:
+        """Execute a statement of ours, whose parameters are `?`, and return the cursor."""
+        bound = self._sql.get(sql)
+        if bound is None:
+            bound = self._sql[sql] = bind(sql, self.style)
+        if self._execute:
+            return self._execute(bound, tuple(values))
+        cursor = self.conn.cursor()
+        cursor.execute(bound, tuple(values))
+        return cursor
+
+    def do_theirs(self, sql: str) -> Any:
+        """Execute a statement that holds a SELECT of the user's, in which % and ? are letters."""
+        if self._execute:
+            return self._execute(sql)
+        cursor = self.conn.cursor()
+        cursor.execute(sql)
+        return cursor
+
+    # --- the table ---
+
+    def is_there(self) -> bool:
+        """Return whether the ledger's table exists; where not, the transaction may be over."""
+        try:
+            self.do("SELECT 1 FROM orchestrator_items WHERE 1 = 0").fetchall()
+        except Exception:
+            return False
+        return True
+
+    def create(self) -> None:
+        """Create the ledger's table."""
+        dialect = self._find_dialect()
+        schema = LEDGER_SCHEMA.format(text=dialect.text, more=dialect.collate + dialect.more)
+        self.do(re.sub(r"--.*", "", schema))
+
+    def _find_dialect(self) -> Dialect:
+        if self.kind == "mysql" and "mariadb" in str(
+                self.do("SELECT version()").fetchone()[0]).lower():
+            self.kind = "mariadb"
+        return _DIALECTS.get(self.kind, Dialect())
+
+    # --- which items there are ---
+
+    def list_items(self, found: Any, each: Optional[str]) -> None:
+        """Bring all items into a temporary table: those that passed the tool `each`, or else
+        those that items() found, a SELECT or names.
+        """
+        dialect = self._find_dialect()
+        self._create("listed", dialect, "")
+        if each is not None:
+            self.do("INSERT INTO orchestrator_listed (seq, item, version) "  # noqa: S608 - ours
+                    f"SELECT {dialect.numbers}, item, passed FROM (SELECT item, passed FROM "
+                    "orchestrator_items WHERE pipeline = ? AND tool = ? AND passed IS NOT NULL "
+                    "ORDER BY ended_at, item) q", (self.key[0], make_ledger_key(each)))
+        elif isinstance(found, str):
+            self._insert_selected(found.strip().rstrip(";"), dialect)
+        else:
+            self._insert_all(found)
+
+    def _create(self, name: str, dialect: Dialect, more: str) -> None:
+        """Create a temporary table of items, anew."""
+        self._drop(name)
+        self.do(f"CREATE TEMPORARY TABLE orchestrator_{name} (seq INTEGER PRIMARY KEY, "
+                f"item {dialect.text}, version {dialect.text}{more}){dialect.collate}")
+
+    def _drop(self, name: str) -> None:
+        schema = "temp." if self.kind == "sqlite" else ""
+        word = "TEMPORARY " if self.kind in ("mysql", "mariadb") else ""
+        self.do(f"DROP {word}TABLE IF EXISTS {schema}orchestrator_{name}")
+
+    def _insert_selected(self, select: str, dialect: Dialect) -> None:
+        if not re.match(r"(select|with|values|table)\b", select, re.I):
+            raise TypeError(f"items() returned a text that is no SELECT: {select[:60]!r}; "
+                            "for a single item, return a list of it")
+        probe = f"SELECT * FROM ({select}) q LIMIT 0"  # noqa: S608 - it is the user's own
+        columns = self.do_theirs(probe).description
+        if len(columns) > 2:
+            raise TypeError(f"the SELECT of items() has {len(columns)} columns; it takes one, the "
+                            "name, or two, the name and the version")
+        names = "item, version"[:4 if len(columns) == 1 else None]
+        version = f"CAST(version AS {dialect.cast})" if len(columns) == 2 else "''"
+        self.do_theirs(
+            "INSERT INTO orchestrator_listed (seq, item, version) "  # noqa: S608 - the same
+            f"WITH q ({names}) AS ({select}) SELECT {dialect.numbers}, "
+            f"CAST(item AS {dialect.cast}), coalesce({version}, '') FROM q")
+
+    def _insert_all(self, found: Iterable[Any]) -> None:
+        rows = ((i, *read_item(i, each)) for i, each in enumerate(found, 1))
+        if self.kind == "sqlite":
+            self.conn.executemany("INSERT INTO orchestrator_listed VALUES (?, ?, ?)", rows)
+            return
+        from itertools import islice
+        while True:
+            some = list(islice(rows, 200))  # since executemany() of some drivers goes row by row
+            if not some:
+                return
+            marks = ", ".join(["(?, ?, ?)"] * len(some))
+            self.do(f"INSERT INTO orchestrator_listed VALUES {marks}",  # noqa: S608 - ?, ?
+                    [value for row in some for value in row])
+
+    def find_pending(self, only: Optional[str] = None,
+                     retry: Optional[Sequence[str]] = None) -> Iterator[Tuple[Item, bool]]:
+        """Yield the items that are not done, in order, each with whether it was given up.
+
+        The database finds them. `only`: none but this one. `retry`: of those that were given up,
+        the ones that are not given up any more; all of them if it is empty.
+        """
+        self._create("pending", self._find_dialect(), ", is_seen INTEGER, status VARCHAR(20), "
+                     "attempts INTEGER, deaths INTEGER")
+        sql = ("INSERT INTO orchestrator_pending "
+               "SELECT l.seq, l.item, l.version, CASE WHEN d.item IS NULL THEN 0 ELSE 1 END, "
+               "CASE WHEN d.version = l.version AND d.source = ? THEN d.status END, "
+               "d.attempts, d.deaths "
+               "FROM orchestrator_listed l LEFT JOIN orchestrator_items d "
+               "ON d.pipeline = ? AND d.tool = ? AND d.item = l.item "
+               "WHERE (d.passed IS NULL OR d.passed <> l.version)")
+        values: List[Any] = [self.source, *self.key]
+        if only is not None:
+            sql, values = sql + " AND l.item = ?", [*values, only]
+        self.do(sql, values)
+        double = {row[0] for row in self.do(
+            "SELECT p.seq FROM orchestrator_listed e "
+            "JOIN orchestrator_pending p ON p.item = e.item AND e.seq < p.seq").fetchall()}
+        seq = 0
+        while True:
+            rows = self.do("SELECT seq, item, version, is_seen, status, attempts, deaths "
+                           "FROM orchestrator_pending WHERE seq > ? ORDER BY seq LIMIT ?",
+                           (seq, _PAGE)).fetchall()
+            for seq, name, version, is_seen, status, attempts, deaths in rows:
+                if seq in double:
+                    continue
+                check_item(name, version)
+                was_given_up = status in ("failed", "quarantined")
+                is_asked = was_given_up and retry is not None and (not retry or name in retry)
+                if status is None or is_asked or only is not None and was_given_up:
+                    attempts = deaths = 0
+                yield (Item(name, version, bool(is_seen), attempts, deaths),
+                       was_given_up and not is_asked and only is None)
+            if len(rows) < _PAGE:
+                break
+        self._drop("pending")
+
+    def count_listed(self, only: Optional[str] = None) -> int:
+        """Return how many items were listed, or how often one of them was."""
+        sql = "SELECT count(*) FROM orchestrator_listed"
+        cursor = self.do(sql) if only is None else self.do(sql + " WHERE item = ?", (only,))
+        return cursor.fetchone()[0]
+
+    # --- how one ended ---
+
+    def look(self, item: Item) -> Tuple[Item, str, Optional[int], Optional[str]]:
+        """Return an item as its row tells, and how it ended, with rows and error: success, failed
+        or quarantined in this run; done by somebody else; or pending.
+        """
+        row = self.do("SELECT passed, version, source, run_id, status, attempts, deaths, "
+                      "row_count, error FROM orchestrator_items "
+                      "WHERE pipeline = ? AND tool = ? AND item = ?",
+                      (*self.key, item.name)).fetchone()
+        if row is None:
+            return item._replace(is_seen=False), "pending", None, None
+        passed, version, source, run_id, status, attempts, deaths, rows, error = row
+        item, is_ours = item._replace(is_seen=True), run_id == self.run_id
+        if passed == item.version:
+            return item, "success" if is_ours else "done", rows, None
+        if (version, source) == (item.version, self.source) and (is_ours or status == "pending"):
+            item = item._replace(attempts=max(attempts, item.attempts),
+                                 deaths=max(deaths, item.deaths))
+            return item, status, rows, error
+        return item, "pending", None, None
+
+    def record(self, item: Item, status: str, at: float, duration_s: Optional[float],
+               rows: Optional[int] = None, error: Optional[str] = None) -> None:
+        """Write how a try of an item ended, with the counts that the item has. Raise Taken if
+        somebody else wrote its row since it was looked at, or did it.
+
+        To delete a row and insert it anew would let two do one item: each would see its own.
+        """
+        passed = item.version if status == "success" else None
+        if not item.is_seen:
+            try:
+                self.do(_INSERT, (*self.key, item.name, item.version, passed, status,
+                                  item.attempts, item.deaths, self.source, self.run_id, at,
+                                  duration_s, rows, error))
+            except Exception as problem:
+                if {"IntegrityError", "ConstraintException"} & {
+                        kind.__name__ for kind in type(problem).__mro__}:
+                    raise Taken from problem
+                raise
+            return
+        cursor = self.do(_UPDATE, (item.version, passed, status, item.attempts, item.deaths,
+                                   self.source, self.run_id, at, duration_s, rows, error,
+                                   *self.key, item.name, item.version))
+        count = cursor.rowcount
+        if (cursor.fetchone()[0] if count < 0 else count) != 1:  # DuckDB gives it as a row
+            raise Taken
+
+    def begin_item(self) -> None:
+        """Begin the part of a transaction that is an item's."""
+        self.do("SAVEPOINT orchestrator_item")
+
+    def leave_item(self) -> None:
+        """End the part of a transaction that is an item's; it fails if that is no more."""
+        self.do("RELEASE SAVEPOINT orchestrator_item")
+
+    def undo_item(self) -> None:
+        """Undo the part of a transaction that is an item's; it fails if that is no more."""
+        self.do("ROLLBACK TO SAVEPOINT orchestrator_item")
+
+    # --- what views ask ---
+
+    def count(self, since: float) -> Dict[str, Tuple[int, int]]:
+        """Return how many items have each status, and of how many the last try ended since a
+        moment.
+        """
+        return {status: (count, int(new)) for status, count, new in self.do(
+            "SELECT status, count(*), sum(CASE WHEN ended_at >= ? THEN 1 ELSE 0 END) "
+            "FROM orchestrator_items WHERE pipeline = ? AND tool = ? GROUP BY status",
+            (since, *self.key)).fetchall()}
+
+    def load_items(self, statuses: Sequence[str], after: str) -> List[Dict[str, Any]]:
+        """Return a page of the rows of the items with one of some statuses, by name."""
+        marks = ", ".join("?" * len(statuses))
+        rows = self.do(f"SELECT {', '.join(LEDGER_COLUMNS)} "  # noqa: S608 - names of our own
+                       "FROM orchestrator_items "
+                       f"WHERE pipeline = ? AND tool = ? AND item > ? AND status IN ({marks}) "
+                       f"ORDER BY item LIMIT {_PAGE}", (*self.key, after, *statuses)).fetchall()
+        return [dict(zip(LEDGER_COLUMNS, row)) for row in rows]
+
+
+_INSERT = """
+    INSERT INTO orchestrator_items (pipeline, tool, item, version, passed, status, attempts, deaths,
+                                    source, run_id, ended_at, duration_s, row_count, error)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+_UPDATE = """
+    UPDATE orchestrator_items
+    SET version = ?, passed = coalesce(?, passed), status = ?, attempts = ?, deaths = ?, source = ?,
+        run_id = ?, ended_at = ?, duration_s = ?, row_count = ?, error = ?
+    WHERE pipeline = ? AND tool = ? AND item = ? AND (passed IS NULL OR passed <> ?)
+"""
+
+
+def read_item(number: int, found: Any) -> Tuple[str, str]:
+    """Return what items() gave as the name of an item and its version, "" where it gave none.
+
+    Raise TypeError for what is neither.
+    """
+    pair = found if isinstance(found, tuple) and len(found) == 2 else (found, "")
+    name, version = (
+        value if isinstance(value, str) else "" if value is None and i else
+        str(value) if hasattr(value, "isoformat") or hasattr(value, "__fspath__")
+        or is_number(value) and (i or isinstance(value, int)) else None
+        for i, value in enumerate(pair))
+    if name is None or version is None:
+        raise TypeError(f"items() gave as its {number}. item {found!r}; an item is a name, or a "
+                        "tuple of name and version, both texts, whole numbers, dates or paths")
+    return name, version
+
+
+def check_item(name: Optional[str], version: str) -> None:
+    """Raise ValueError if a database could not keep this name or version of an item."""
+    for text in (name, version):
+        if text is None or len(text) > NAME_LENGTH or "\0" in text or text is name and not text:
+            raise ValueError(f"items() gave {str(text)[:60]!r}; a name has 1 to {NAME_LENGTH} "
+                             "letters, a version up to as many, and neither holds NUL")
+    name.encode(), version.encode()  # raises UnicodeEncodeError, a ValueError
+
+
+def write_slip(fd: int, item: Item) -> None:
+    """Note the item that is at work, unsynced: read_slip() tells it if this process dies."""
+    content = f"{item.name}\0{item.version}\0{item.attempts}\0{item.deaths}\0".encode()
+    if hasattr(os, "pwrite"):
+        os.pwrite(fd, content, 0)
+    else:
+        os.lseek(fd, 0, os.SEEK_SET)
+        os.write(fd, content)
+
+
+NO_ITEM = Item("")  # what a slip says while nothing is at work
+
+
+def read_slip(path: str) -> Optional[Item]:
+    """Return the item that was at work in a process that has died, or None."""
+    try:
+        with open(path, "rb") as file:
+            name, version, attempts, deaths = file.read().decode("utf-8").split("\0")[:4]
+    except (OSError, ValueError):
+        return None
+    return Item(name, version, None, int(attempts), int(deaths)) if name else None
+
+
+def find_ledger_path(folder: str) -> str:
+    """Return the file for the ledgers of tools without a database, in a folder for history, or
+    "" without that.
+    """
+    return folder and os.path.join(folder, "history.db")
+
+
+def find_slips(folder: str, tool: str) -> str:
+    """Return the folder for the slips of a tool's items."""
+    return os.path.join(folder, "slips", make_file_name(tool))
+
+
+# === 7 CALLING ==================================================================================
 # From a Tool to an Outcome: find the module, read or import it, see that run() can take what it
 # will be given, call it, all of one attempt inside one transaction. It does not decide what an
 # outcome means for the run.
@@ -2302,6 +2939,13 @@ class Callee(NamedTuple):
     run_takes: Parameters
     check: Optional[Callable[..., Any]]
     check_takes: Parameters
+    items: Optional[Callable[..., Any]] = None
+    items_takes: Parameters = Parameters()
+
+    @property
+    def has_items(self) -> bool:
+        """Whether run() is called once per item."""
+        return self.items is not None or self.tool.each is not None
 
 
 class Packed(NamedTuple):
@@ -2386,7 +3030,8 @@ class Part(Mapping[str, Any]):
 class Context:
     """What a tool may know of its run: `context` among its arguments.
 
-    run_id: text. tool: its name. attempt: 1, 2, ... results: what the tools that it waits for
+    run_id: text. tool: its name. item: the one that is done, or None. attempt: which try of the
+    tool, or else of the item, it is: 1, 2, ... results: what the tools that it waits for
     returned, by name, to read only. last_success: the moment in UTC, a `datetime`, at which the
     last successful attempt of this tool began, so that what came later has not been seen; None
     if there was none, or no history is kept.
@@ -2396,6 +3041,7 @@ class Context:
                  tell: Callable[..., None],
                  find_last_success_at: Callable[[str], Optional[float]]) -> None:
         self.run_id, self.tool, self.attempt, self.results = run_id, tool, attempt, results
+        self.item: Optional[str] = None
         self._find_last_success_at = find_last_success_at
         self._tell = tell  # tell(kind, tool, ...) reaches the listener of the run
         self._log: Any = None
@@ -2704,11 +3350,18 @@ def find_mistakes_of(tool: Tool, available: Iterable[str]) -> Iterator[UserError
     for value in find_plain_values(tree, node):
         error = wrong_run(tool, path, value)
         yield UserError(f"{path}:{node.lineno}: {error.problem}", error.fix)
-    for name in (tool.function, "check"):
+    is_item_tool = has_items(tool)
+    for name in ("items", tool.function, "check"):
         node = find_definition(tree, name)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.decorator_list:
+            takes, given = read_parameters(node), {*available}
             try:
-                check_parameters(tool, name, read_parameters(node), available)
+                if name == tool.function:
+                    check_item_options(tool, find_definition(tree, "items") is not None
+                                       and is_item_tool, takes)
+                if name != "items" and is_item_tool:
+                    given.add("item")
+                check_parameters(tool, name, takes, given)
             except UserError as error:
                 yield UserError(f"{path}:{node.lineno}: {error.problem}", error.fix)
     for line in find_built_sql(tree, lines):
@@ -2889,13 +3542,83 @@ def load_callee(tool: Tool, available: Iterable[str]) -> Callee:
             raise wrong_run(tool, getattr(module, "__file__", None), run)
         raise missing_run(tool, getattr(module, "__file__", None),
                           (name for name in vars(module) if not name.startswith("_")))
-    check = getattr(module, "check", None)
-    check = check if callable(check) and check is not run else None
+    check, items = (find_function(module, name, run) for name in ("check", "items"))
     callee = Callee(tool, run, find_parameters(run),
-                    check, find_parameters(check) if check else Parameters())
+                    check, find_parameters(check) if check else Parameters(),
+                    items, find_parameters(items) if items else Parameters())
+    check_item_options(tool, items is not None, callee.run_takes)
+    check_parameters(tool, "items", callee.items_takes, available)
+    available = {*available, "item"} if callee.has_items else available
     check_parameters(tool, tool.function, callee.run_takes, available)
     check_parameters(tool, "check", callee.check_takes, available)
     return callee
+
+
+def find_function(module: Any, name: str, run: Any) -> Optional[Callable[..., Any]]:
+    """Return a function of a tool's module beside `run`, or None."""
+    found = getattr(module, name, None)
+    return found if callable(found) and found is not run else None
+
+
+def check_item_options(tool: Tool, has_items: bool, run_takes: Parameters) -> None:
+    """Raise UserError if what TOOL_MAP says of a tool does not go with its having items, or not.
+    """
+    where = f"TOOL_MAP[{tool.name!r}]"
+    if not has_items and tool.each is None:
+        if tool.batch != 1:
+            raise UserError(f"{where}: 'batch' is for tools with items, and {tool.module} has no "
+                            "function items().", "Write one, or take 'batch' out.")
+        return
+    if has_items and tool.each is not None:
+        raise UserError(f"{where}: its items are those of {tool.each!r}, but {tool.module} has a "
+                        "function items() too.", "Take out the one or the other.")
+    if tool.cache_s is not None:
+        raise UserError(f"{where}: 'cache' is not for tools with items, of which each is done "
+                        "once.", "Take 'cache' out.")
+    if "item" not in run_takes.names and not run_takes.takes_all:
+        raise UserError(f"{where}: {tool.function}() of {tool.module} is called once per item, "
+                        "but does not take it.", f"Write `def {tool.function}(conn, item):`.")
+
+
+def takes_any(tool: Tool, names: Iterable[str]) -> bool:
+    """Return whether a function of a tool takes one of some arguments, or can not be read."""
+    try:
+        _, tree = read_module(tool)
+    except UserError:
+        return True
+    nodes = [tree and find_definition(tree, name) for name in (tool.function, "items", "check")]
+    takes = [read_parameters(node) if hasattr(node, "args") else Parameters(takes_all=True)
+             for node in nodes if node is not None]
+    return any(each.takes_all or {*names} & {*each.names} for each in takes) or tree is None
+
+
+def describe_items(tool: Tool) -> str:
+    """Return how a tool does its items, if it has some, for its reason in a plan."""
+    if not has_items(tool):
+        return ""
+    source = f" of {tool.each}" if tool.each else ""
+    return f"each item{source} " + ("at least once" if tool.commits else "exactly once")
+
+
+def has_items(tool: Tool) -> bool:
+    """Return whether a tool has items, as its module reads."""
+    if tool.each is not None:
+        return True
+    try:
+        _, tree = read_module(tool)
+    except UserError:
+        return False
+    node = tree and find_definition(tree, "items")
+    return node is not None and not any(True for _ in find_plain_values(tree, node))
+
+
+def check_each(pipeline: Pipeline, tools: Iterable[Tool]) -> None:
+    """Raise UserError for a tool whose items are to be those of one that has none."""
+    errors = [UserError(f"TOOL_MAP[{tool.name!r}]: 'each' is {tool.each!r}, which has no items.",
+                        f"Write `def items(conn):` in {pipeline.tools[tool.each].module}.")
+              for tool in tools if tool.each and not has_items(pipeline.tools[tool.each])]
+    if errors:
+        raise merge_errors(errors)
 
 
 def missing_run(tool: Tool, file: Optional[str], names: Iterable[str]) -> UserError:
@@ -2952,8 +3675,12 @@ def check_parameters(tool: Tool, function: str, takes: Parameters,
     missing = [name for name in takes.required if name not in available]
     if missing:
         near = format_nearest(missing[0], available)
+        if missing[0] in PERIOD_ARGUMENTS:
+            raise UserError(f"{where} asks for {missing[0]!r}, which only --backfill gives.",
+                            f"Run it so, or give it a default: {missing[0]}=None.")
         raise UserError(f"{where} asks for {', '.join(map(repr, missing))}, which nothing gives.",
-                        near if near.startswith("Did") else
+                        "Write `def items(conn):` beside it, which returns what there is to do."
+                        if missing[0] == "item" else near if near.startswith("Did") else
                         f"Give it a default ({missing[0]}=None), or declare "
                         f"--{missing[0].replace('_', '-')} in add_arguments().")
 
@@ -3039,6 +3766,435 @@ def call_in_transaction(callee: Callee, database: Database, arguments: Mapping[s
     if callee.check:
         call_function(callee.check, callee.check_takes, available)
     return result
+
+
+class ItemOrder(NamedTuple):
+    """What to do of a tool's items: to list them all, or to do some.
+
+    `charges` are tries to record first, which failed with the process that they were in. `slip`
+    is the file that tells which item is at work, or "". `only` and `retry`: see find_pending().
+    """
+    is_listing: bool
+    source: str
+    items: Tuple[Item, ...] = ()
+    charges: Tuple[Ending, ...] = ()
+    slip: str = ""
+    only: Optional[str] = None
+    retry: Optional[Tuple[str, ...]] = None
+
+
+class ToolError(Exception):
+    """What fails a tool and is charged to no item: `__cause__`, at `step`."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__(step)
+        self.step = step
+
+
+class EndedEarly(Exception):
+    """An item ended its transaction itself, so that it may have been done."""
+
+
+LOCKED_S = 60.0  # how long an item comes again because others are at the same rows
+
+
+class ItemWork:
+    """Does items of one tool over one connection, each in one transaction with its row in the
+    ledger; with "batch", several in one transaction, each in a savepoint.
+
+    State: `step`, what is being done, if it is not the tool itself; `is_own_fault`, whether an
+    error then is an item's; `at_work`, the item that is being done; `passed`, `rows`, `elsewhere`
+    and `endings`, what came of those that are committed; `new`, the same of those that are not.
+    """
+
+    def __init__(self, callee: Callee, database: Database, arguments: Mapping[str, Any],
+                 context: Context, interrupts: Interrupts, order: ItemOrder, pipeline: str,
+                 ledger_path: str, verbose: bool) -> None:
+        self.callee, self.tool, self.database = callee, callee.tool, database
+        self.arguments, self.context, self.interrupts = arguments, context, interrupts
+        self.order, self.pipeline, self.ledger_path = order, pipeline, ledger_path
+        self.verbose, self.pid = verbose, os.getpid()
+        self.ledger: Any = None
+        self.slip_fd = -1
+        self.step, self.is_own_fault = "", False
+        self.at_work: Optional[Item] = None
+        self.started_s = 0.0
+        self.passed, self.elsewhere = 0, 0
+        self.rows: Optional[int] = None
+        self.endings: List[Ending] = []
+        self.new: List[Tuple[Optional[int], Optional[Ending]]] = []
+
+    def carry_out(self, take: Callable[[List[Item]], None]) -> Outcome:
+        """Carry out the order and return an Outcome, whose result is a Tally.
+
+        `take` gets the pending items, page by page, when they are listed. Never raises.
+        """
+        left = list(reversed(self.order.items))
+        outcome = Outcome("success")
+        try:
+            self._open()
+            for charge in self.order.charges:
+                self._charge(charge.item, charge.error, is_death=charge.is_death)
+            if self.order.is_listing:
+                outcome = self._list(take)
+            self._open_slip()
+            # What is done is not undone without a savepoint, and so is committed one by one.
+            self.has_savepoints = self.ledger.has_savepoints and not (
+                self.ledger.is_apart or self.tool.commits)
+            size = self.tool.batch if self.has_savepoints else 1
+            while left:
+                if self.interrupts.signal is not None:
+                    raise KeyboardInterrupt(self.interrupts.signal)
+                group = left[:-1 - size:-1]
+                self._do_group(group)
+                del left[-len(group):]
+        except BaseException as error:
+            outcome = self._fail(error)
+        finally:
+            self._close_slip()
+            if self.ledger:
+                self.ledger.close()
+        return outcome._replace(result=Tally(self.passed, self.rows, tuple(self.endings),
+                                             self.elsewhere, tuple(reversed(left)), self.at_work))
+
+    def _fail(self, error: BaseException) -> Outcome:
+        """Return the outcome of an order that could not be carried out to its end."""
+        if os.getpid() != self.pid:  # a copy of us that the tool forked came back from it
+            os._exit(EXIT_FAILED)
+        if isinstance(error, ToolError):
+            step, error = error.step, error.__cause__
+        else:
+            step = self.step if self.database.is_open else "in get_connection(): "
+            if self.database.is_open:
+                self.database.rollback()
+        if self.interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
+            return Outcome("interrupted", reason=format_signal(self.interrupts.signal))
+        if isinstance(error, UserError):
+            return Outcome("failed", NOT_AGAIN, error=error.problem)
+        return Outcome("failed", find_hint(error), error=step + format_one_line(error),
+                       traceback=format_traceback(error, self.verbose))
+
+    def _open(self) -> None:
+        """Open the connection and the ledger on it, and create that if it is not there."""
+        database = self.database
+        database.begin()
+        self.ledger = Ledger(database.conn, self.ledger_path, self.pipeline, self.tool.name,
+                             self.context.run_id, self.order.source)
+        self.available = {**self.arguments, "conn": database.conn, "context": self.context}
+        if self.ledger.is_there():
+            database.commit()
+            return
+        self.step = "in the ledger: "
+        database.rollback()
+        database.begin()
+        try:
+            self.ledger.create()
+            database.commit()
+        except Exception:
+            database.rollback()
+            database.begin()
+            if not self.ledger.is_there():  # it was not another start either
+                raise
+            database.commit()
+        self.step = ""
+
+    def _open_slip(self) -> None:
+        if self.order.slip and self.order.items:
+            try:
+                os.makedirs(os.path.dirname(self.order.slip), 0o700, exist_ok=True)
+                self.slip_fd = os.open(self.order.slip, os.O_WRONLY | os.O_CREAT, 0o600)
+            except OSError as error:
+                self.step = "in the history: "
+                raise error
+
+    def _close_slip(self) -> None:
+        if self.slip_fd >= 0:
+            with contextlib.suppress(OSError):  # the tool closed it
+                write_slip(self.slip_fd, NO_ITEM)
+                os.close(self.slip_fd)
+
+    def _list(self, take: Callable[[List[Item]], None]) -> Outcome:
+        """Have the items listed, and hand on those that are pending; tell how many there are."""
+        order, ledger = self.order, self.ledger
+        self.database.begin()
+        self.interrupts.call(self._find_items)
+        self.step = "in the ledger: "
+        pending, given_up = 0, 0
+        names: List[str] = []  # of the first that were given up
+        page: List[Item] = []
+        for item, is_given_up in ledger.find_pending(order.only, order.retry):
+            if is_given_up:
+                given_up += 1
+                names += [item.name] * (given_up <= 3)
+                continue
+            page.append(item)
+            pending += 1
+            if len(page) == _PAGE:
+                take(page)
+                page = []
+        take(page)
+        listed = ledger.count_listed()
+        if order.only is not None and not ledger.count_listed(order.only):
+            raise UserError(f"there is no item {order.only!r} among the {listed} that are listed")
+        self.database.commit()
+        self.step = ""
+        return Outcome("success", given_up and f"{count_items(given_up)} given up before: "
+                       + format_names(names, given_up) or "",
+                       items={"listed": listed, "pending": pending, "given_up": given_up})
+
+    def _find_items(self) -> None:
+        """Call items(), and bring what it gives into the database."""
+        found: Any = ()
+        if self.callee.items is not None:
+            try:
+                found = self.callee.items(**choose_arguments(self.callee.items_takes,
+                                                             self.available))
+                found = wait_for(found) if hasattr(found, "__await__") else found
+            except SystemExit as error:  # None and 0 mean that there are none
+                if error.code not in (None, 0):
+                    raise
+            if not isinstance(found, Iterable):
+                raise TypeError(f"items() returned {format_type(found)}; it returns a list of "
+                                "names, or yields them, or returns the text of a SELECT")
+        self.ledger.list_items(found, self.tool.each)
+
+    def _do_group(self, group: Sequence[Item]) -> None:
+        """Do some items in one transaction, again and again while others are in the way.
+
+        Raise ToolError for what is no item's fault, and KeyboardInterrupt.
+        """
+        since_s, tries = time.monotonic(), 0
+        while True:
+            try:
+                self._begin(is_urgent=tries > 1)
+                for item in group:
+                    self._do_item(item, is_alone=len(group) == 1)
+                self.step, self.is_own_fault = "at the commit: ", True
+                self.database.commit()
+                break
+            except BaseException as error:
+                self._roll_back(error)
+                tries += 1
+                if isinstance(error, Taken):
+                    group = [item._replace(is_seen=None) for item in group]
+                elif is_locked(error) and time.monotonic() - since_s < LOCKED_S:
+                    self._wait(tries)
+                elif not self.is_own_fault:
+                    raise ToolError(self.step) from error
+                else:
+                    self._do_singly(group, error)
+                    return
+        for rows, ending in self.new:
+            if ending is not None:
+                self.endings.append(ending)
+                continue
+            self.passed += 1
+            if rows is not None:
+                self.rows = (self.rows or 0) + rows
+        self.at_work = None
+
+    def _begin(self, is_urgent: bool = False) -> None:
+        self.step, self.is_own_fault, self.new = "", False, []
+        if self.tool.commits:
+            self.database.open()
+        else:
+            self.database.begin(is_urgent)
+
+    def _roll_back(self, error: BaseException) -> None:
+        """Undo a transaction. Raise ToolError if the connection is lost with it."""
+        if os.getpid() != self.pid:  # a copy of us that the tool forked came back from it
+            os._exit(EXIT_FAILED)
+        self.ledger.guard.is_up = False
+        self.database.rollback()
+        if self.interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        if not self.database.is_open:
+            raise ToolError("") from error
+
+    def _wait(self, tries: int) -> None:
+        """Wait a little, and not as long as others do."""
+        from random import random
+        self.interrupts.call(time.sleep, random() * min(0.005 * 2 ** tries, 1.0))
+
+    def _do_singly(self, group: Sequence[Item], error: BaseException) -> None:
+        """Do each item of a group in a transaction of its own; charge the one whose fault an
+        error is that ended the transaction of all.
+        """
+        at_fault = self.at_work if len(group) == 1 or isinstance(error, EndedEarly) else None
+        for item in group:
+            if at_fault is not None and item.name == at_fault.name:
+                self._charge(at_fault, self.step + format_one_line(error), error,
+                             time.monotonic() - self.started_s)
+            else:
+                self._do_group([item._replace(is_seen=None)])
+
+    def _do_item(self, item: Item, is_alone: bool) -> None:
+        """Do an item and write its row, within a transaction that is open."""
+        ledger = self.ledger
+        if item.is_seen is None:
+            item, status, rows, problem = ledger.look(item)
+            if status == "done":
+                self.elsewhere += 1
+            elif status != "pending":
+                self.new.append((rows, None if status == "success" else
+                                 Ending(item, status, item.attempts, problem or "")))
+            if status != "pending":
+                return
+        self.at_work = item
+        if self.slip_fd >= 0:
+            write_slip(self.slip_fd, item)
+        saves = self.has_savepoints and not (is_alone and ledger.kind == "sqlite")
+        if saves:
+            ledger.begin_item()
+        started_s = self.started_s = time.monotonic()
+        self.context.item, self.context.attempt = item.name, item.attempts + 1
+        self.is_own_fault = True
+        try:
+            rows = self.interrupts.call(self._call, item.name)
+            self.step, self.is_own_fault = "in the ledger: ", False
+            ledger.record(item._replace(attempts=item.attempts + 1), "success", time.time(),
+                          time.monotonic() - started_s, rows)
+            if saves:
+                self._release()
+            self.step = ""
+            self.new.append((rows, None))
+        except Exception as error:
+            ledger.guard.is_up = False
+            if saves and self.is_own_fault and not is_locked(error):
+                self._undo(error)
+                if not is_alone:
+                    ending = self._make_ending(item, format_one_line(error), error)
+                    self.is_own_fault = False
+                    self._record(ending, time.monotonic() - started_s)
+                    self._release()
+                    self.new.append((None, ending))
+                    return
+            raise
+
+    def _release(self) -> None:
+        """Leave the savepoint of an item. Raise EndedEarly if it is gone."""
+        try:
+            self.ledger.leave_item()
+        except Exception as error:
+            self.is_own_fault, self.step = True, ""
+            raise EndedEarly(_ENDED_EARLY) from error
+
+    def _undo(self, error: BaseException) -> None:
+        """Go back to the savepoint of an item. Raise EndedEarly if it is gone."""
+        try:
+            self.ledger.undo_item()
+        except Exception:
+            raise EndedEarly(f"{format_one_line(error)}; {_ENDED_EARLY}") from error
+
+    def _call(self, name: str) -> Optional[int]:
+        """Return the rows of an item that run() has done and check() passed."""
+        callee, available, guard = self.callee, self.available, self.ledger.guard
+        available["item"] = name
+        guard.is_up, guard.tried = not self.tool.commits, ""
+        try:
+            try:
+                result = call_function(callee.run, callee.run_takes, available)
+            except SystemExit as error:  # None and 0 mean success
+                if error.code not in (None, 0):
+                    raise RuntimeError(format_one_line(error)) from error
+                result = None
+            if callee.check:
+                call_function(callee.check, callee.check_takes, available)
+        except Exception as error:
+            if guard.tried:
+                raise PermissionError(_REFUSED % guard.tried) from error
+            raise
+        finally:
+            guard.is_up = False
+        if os.getpid() != self.pid:
+            os._exit(EXIT_FAILED)
+        if guard.tried:
+            raise PermissionError(_REFUSED % guard.tried)
+        self._check_transaction()
+        return count_rows(result)
+
+    def _check_transaction(self) -> None:
+        """Raise RuntimeError if the transaction of an item is over or can not be committed."""
+        conn, kind = self.database.conn, self.ledger.kind
+        if self.ledger.is_apart or self.tool.commits:
+            return
+        if kind == "sqlite":
+            if getattr(conn, "in_transaction", True) is False:
+                raise RuntimeError("SQLite undid its transaction after an error that was ignored")
+        elif kind not in ("mysql", "mariadb") and is_aborted(conn):
+            raise RuntimeError("an error of the database was caught and ignored, after which "
+                               "nothing can be committed")
+
+    def _make_ending(self, item: Item, text: str, error: Optional[BaseException],
+                     is_death: bool = False) -> Ending:
+        """Return how a try of an item failed, and what becomes of the item."""
+        tries = item.attempts + (not is_death)
+        deaths = item.deaths + is_death
+        is_final = isinstance(error, EndedEarly) or tries > self.tool.retries and not is_death
+        status = "quarantined" if deaths >= DEATHS_ALLOWED else "failed" if is_final else "pending"
+        return Ending(item._replace(attempts=tries, deaths=deaths), status, tries + deaths, text,
+                      format_traceback(error, self.verbose) if error else "", is_death)
+
+    def _record(self, ending: Ending, duration_s: Optional[float]) -> None:
+        self.step = "in the ledger: "
+        self.ledger.record(ending.item, ending.status, time.time(), duration_s,
+                           error=ending.error)
+        self.step = ""
+
+    def _charge(self, item: Item, text: str, error: Optional[BaseException] = None,
+                duration_s: Optional[float] = None, is_death: bool = False) -> None:
+        """Record a failed try of an item, of which nothing is left, in a transaction."""
+        since_s, tries = time.monotonic(), 0
+        while True:
+            try:
+                self.database.begin()
+                self.step = "in the ledger: "
+                status = "pending"
+                if item.is_seen is None:
+                    item, status, _, _ = self.ledger.look(item)
+                ending = self._make_ending(item, text, error, is_death)
+                if status == "pending":
+                    self._record(ending, duration_s)
+                self.step = "in the ledger: "
+                self.database.commit()
+                break
+            except BaseException as problem:
+                self._roll_back(problem)
+                tries += 1
+                if isinstance(problem, Taken):
+                    item = item._replace(is_seen=None)
+                elif is_locked(problem) and time.monotonic() - since_s < LOCKED_S:
+                    self._wait(tries)
+                else:
+                    raise ToolError(self.step) from problem
+        if status == "pending":
+            is_seen = ending.item._replace(is_seen=True)
+            self.endings.append(ending._replace(item=is_seen))
+        self.step, self.at_work = "", None
+
+
+def count_items(count: int) -> str:
+    """Return a number of items in words."""
+    return f"{count:,} item{'s' * (count != 1)}"
+
+
+def format_names(names: Sequence[str], count: int) -> str:
+    """Return the first names of items for a sentence, of which there are `count`."""
+    texts = [text if len(text) < 60 else text[:57] + "..." for text in map(format_name, names)]
+    return ", ".join(texts) + ", ..." * (count > len(names))
+
+
+def format_name(name: str) -> str:
+    """Return the name of an item for a line: quoted if it has blanks or what is not printable."""
+    return name if name.isprintable() and not re.search(r"[\s,'\"]", name) else repr(name)
+
+
+_ENDED_EARLY = ('it ended its transaction inside the item, so that it may have been done: leave '
+                'commit and rollback to the engine (CREATE TABLE commits, too, on MySQL), or say '
+                '"commits": True and take at-least-once')
+_REFUSED = ("%s was refused inside an item, which the engine commits: take conn.commit(), "
+            "conn.rollback(), `with conn:` and executescript() out, or say \"commits\": True in "
+            "TOOL_MAP and take at-least-once")
 
 
 def count_rows(result: Any) -> Optional[int]:
@@ -3139,21 +4295,20 @@ def format_place(error: BaseException, tool: Tool) -> str:
         or "in no line of its own"
 
 
-# === 7 WORKERS ==================================================================================
+# === 8 WORKERS ==================================================================================
 # The ways to execute attempts, behind one interface: start(order) begins an attempt, wait(timeout)
-# returns what came of those that were begun, as (kind, tool, what): "event" with the fields of an
-# Event, or "ended" with an Outcome; terminate(tool) and kill(tool) end an attempt, close() all.
+# returns what came of those that were begun, as (kind, job, what): "event" with the fields of an
+# Event, "items" with some that are pending, or "ended" with an Outcome; terminate(job) and
+# kill(job) end an attempt, close() all.
 # It does not decide what runs, when to give up, or what an outcome means.
 
 
-NOT_AGAIN = "not tried again"  # the reason of a failure that another try would only repeat
-
-
 class Order(NamedTuple):
-    """An attempt to execute: which try of which tool, with what results, printing to where.
-
-    `is_kept` says that its result is to be recorded.
+    """An attempt to execute, or a part of one: which try of which tool, with what results,
+    printing to where. `is_kept` says that its result is to be recorded; `items` what is to be
+    done of its items, if it has some; `job` is what it is called by who ordered it.
     """
+    job: str
     tool: str
     attempt: int
     run_id: str
@@ -3161,6 +4316,7 @@ class Order(NamedTuple):
     output: str = ""
     last_success_at: Optional[float] = None
     is_kept: bool = False
+    items: Optional[ItemOrder] = None
 
 
 class Here:
@@ -3169,8 +4325,10 @@ class Here:
     def __init__(self, callees: Mapping[str, Callee], database: Database,
                  arguments: Mapping[str, Any], interrupts: Interrupts, verbose: bool,
                  tell: Callable[..., None], capture: "NoCapture",
-                 find_last_success_at: Callable[[str], Optional[float]]) -> None:
+                 find_last_success_at: Callable[[str], Optional[float]], pipeline: str,
+                 ledger_path: str, take_items: Callable[[str, List[Item]], None]) -> None:
         self.find_last_success_at = find_last_success_at
+        self.pipeline, self.ledger_path, self.take_items = pipeline, ledger_path, take_items
         self.callees, self.database, self.arguments = callees, database, arguments
         self.interrupts, self.verbose, self.capture = interrupts, verbose, capture
         self.order: Optional[Order] = None
@@ -3195,10 +4353,15 @@ class Here:
         context = Context(order.run_id, order.tool, order.attempt, Results(order.results),
                           self.tell, self.find_last_success_at)
         self.capture.begin(order.output)
-        outcome = run_attempt(self.callees[order.tool], self.database, self.arguments, context,
-                              self.interrupts, self.verbose)
+        what = self.callees[order.tool], self.database, self.arguments, context, self.interrupts
+        if order.items is None:
+            outcome = run_attempt(*what, self.verbose)
+        else:
+            outcome = ItemWork(*what, order.items, self.pipeline, self.ledger_path,
+                               self.verbose).carry_out(
+                                   lambda items: self.take_items(order.job, items))
         log = self.capture.end()
-        return [("ended", order.tool, outcome._replace(log=log) if log else outcome)]
+        return [("ended", order.job, outcome._replace(log=log) if log else outcome)]
 
     def close(self) -> None:
         """Close the connection."""
@@ -3422,7 +4585,7 @@ class Worker:
 
     def __init__(self, channel: Any, pid: int = 0) -> None:
         self.channel, self.pid = channel, pid
-        self.tool = ""  # what it executes, if anything
+        self.job = ""  # what it executes, if anything
         self.results: Mapping[str, Any] = {}  # what that may see
         self.is_leaving = False  # whether it was told, or said, that it goes
 
@@ -3436,8 +4599,8 @@ class Workers:
     """
 
     def __init__(self, count: int, pipeline: Pipeline, arguments: Mapping[str, Any],
-                 verbose: bool, lock_path: str) -> None:
-        serve = Server(pipeline, dict(arguments), verbose, lock_path)
+                 verbose: bool, folder: str) -> None:
+        serve = Server(pipeline, dict(arguments), verbose, folder)
         self.starter: Any = Nursery(serve) if can_fork() else Spawner(serve)
         self.workers: List[Worker] = []
         self.idle: List[Worker] = []
@@ -3466,7 +4629,7 @@ class Workers:
             except OSError:
                 worker.is_leaving = True  # it died while idle
                 continue
-            worker.tool, worker.results = order.tool, order.results
+            worker.job, worker.results = order.job, order.results
             return
 
     def wait(self, timeout_s: float) -> List[Tuple[str, str, Any]]:
@@ -3482,8 +4645,8 @@ class Workers:
                 while worker.channel and worker.channel.poll():
                     self._hear(worker, said)
                 self._bury(worker)
-                if worker.tool:
-                    said.append(("ended", worker.tool,
+                if worker.job:
+                    said.append(("ended", worker.job,
                                  Outcome("failed", error=format_end(status))))
         return said
 
@@ -3497,9 +4660,9 @@ class Workers:
             worker.channel.close()
             worker.channel = None  # the starter will tell how it ended
             return
-        said.append((kind, worker.tool, Outcome(*what) if kind == "ended" else what))
+        said.append((kind, worker.job, Outcome(*what) if kind == "ended" else what))
         if kind == "ended":
-            worker.tool, worker.results = "", {}
+            worker.job, worker.results = "", {}
             if not worker.is_leaving:
                 self.idle.append(worker)
 
@@ -3510,24 +4673,24 @@ class Workers:
         if worker.channel:
             worker.channel.close()
 
-    def terminate(self, tool: str) -> None:
+    def terminate(self, job: str) -> None:
         """Ask the process group of an attempt to end."""
-        self._signal(tool, "SIGTERM")
+        self._signal(job, "SIGTERM")
 
-    def kill(self, tool: str) -> None:
+    def kill(self, job: str) -> None:
         """End the process group of an attempt."""
-        self._signal(tool, "SIGKILL")
+        self._signal(job, "SIGKILL")
 
-    def _signal(self, tool: str, name: str) -> None:
+    def _signal(self, job: str, name: str) -> None:
         for worker in self.workers:
-            if worker.tool == tool:
+            if worker.job == job:
                 self.starter.settle()  # every pid is known after that
                 signal_group(worker.pid, name)
 
     def close(self, grace_s: float = 10.0) -> None:
         """End all workers: the idle ones at once, others within the grace."""
         for worker in self.workers:
-            if worker.channel and not worker.tool:
+            if worker.channel and not worker.job:
                 worker.channel.close()
                 worker.channel = None
         self.starter.settle()
@@ -3849,9 +5012,9 @@ class Server:
     """What a worker does: it serves attempts until its channel closes. Runs in the worker."""
 
     def __init__(self, pipeline: Pipeline, arguments: Dict[str, Any], verbose: bool,
-                 lock_path: str) -> None:
+                 folder: str) -> None:
         self.pipeline, self.arguments, self.verbose = pipeline, arguments, verbose
-        self.lock_path = lock_path
+        self.folder = folder  # of the history, or ""
 
     def begin(self, channel_fd: int, life_fd: int) -> None:
         """Be a forked worker. Does not return."""
@@ -3890,8 +5053,8 @@ class Server:
         import threading
         self.lock = threading.RLock()  # threads of a tool share the channel, one message at a time
         pid = os.getpid()
-        if self.lock_path:
-            hold_worker_byte(self.lock_path)
+        if self.folder:
+            hold_worker_byte(self.folder)
         own_streams()
         with Interrupts() as interrupts:
             database = Database(self.pipeline.get_connection,
@@ -3937,6 +5100,10 @@ class Server:
             with self.lock:
                 interrupts.finish(channel.send, ("event", {"kind": kind, **what}, False))
 
+        def take(items: List[Item]) -> None:
+            with self.lock:  # no tool is being called now
+                channel.send(("items", items, False))
+
         with output_to(order.output), bounded_memory(tool.memory_bytes):
             try:
                 if order.tool not in callees:
@@ -3949,9 +5116,12 @@ class Server:
             results = Asked(channel, interrupts, self.lock)
             context = Context(order.run_id, order.tool, order.attempt, Results(results), tell,
                               lambda _: order.last_success_at)
+            what = callees[order.tool], database, self.arguments, context, interrupts
             try:
-                return run_attempt(callees[order.tool], database, self.arguments, context,
-                                   interrupts, self.verbose)
+                if order.items is None:
+                    return run_attempt(*what, self.verbose)
+                return ItemWork(*what, order.items, self.pipeline.name,
+                                find_ledger_path(self.folder), self.verbose).carry_out(take)
             finally:
                 results.close()
 
@@ -4064,7 +5234,7 @@ def count_children() -> Tuple[bool, int]:
     return has_any, resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
 
 
-# === 8 RUNNING ==================================================================================
+# === 9 RUNNING ==================================================================================
 # One loop on one thread carries out a Plan and owns all state of the run: what is ready, what
 # runs, how each tool ended, what that means for the others, what is tried again. Every rule about
 # failure stands here. It prints nothing.
@@ -4083,27 +5253,34 @@ class Clock(NamedTuple):
 def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
              history: NoHistory = NoHistory(), request: Request = Request(),
              fail_fast: bool = False, verbose: bool = False, keep_results: bool = True,
-             grace_s: float = GRACE_S, on_event: Callable[[Event], None] = lambda event: None,
+             grace_s: float = GRACE_S, only_item: Optional[str] = None,
+             retry_items: Mapping[str, Tuple[str, ...]] = {},
+             on_event: Callable[[Event], None] = lambda event: None,
              clock: Clock = Clock()) -> RunResult:
     """Carry out a plan and return how it ended.
 
-    Raise UserError, before anything has run, if a module can not be imported or called; and if
-    the history can not be written.
+    only_item: the one item to do. retry_items: by tool, the items that are to be tried again
+    though they were given up; all of them where there are no names. Raise UserError, before
+    anything has run, if a module can not be imported or called; and if the history can not be
+    written.
     """
     tools = [pipeline.tools[step.tool] for step in plan.steps if not step.success]
     check_modules_exist(tools)
+    check_each(pipeline, tools)
     # Workers come first, before anything is opened: neither threads nor connections are inherited.
     workers = make_workers(pipeline, plan, arguments, verbose, history)
     try:
         with Interrupts() as interrupts:
             callees = interrupts.call(load_callees, tools, arguments)
+            check_items_asked(callees, plan, only_item, retry_items)
             database = Database(pipeline.get_connection, lambda: interrupts.signal is not None)
             run = Run(pipeline, plan, interrupts, on_event, clock, fail_fast, keep_results,
-                      grace_s, history)
+                      grace_s, history, make_item_orders(callees, only_item, retry_items))
             run.begin(request, arguments, find_versions(pipeline, tools))
             with Capture(run.logs) if history.folder else NoCapture() as capture:
                 here = Here(callees, database, arguments, interrupts, verbose, run.tell_now,
-                            capture, history.find_last_success_at)
+                            capture, history.find_last_success_at, pipeline.name,
+                            find_ledger_path(history.folder), run.take_items)
                 try:
                     run.loop(here, workers)
                 finally:
@@ -4127,8 +5304,29 @@ def make_workers(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any],
     if not wanted:
         return None
     history.close()
-    lock_path = os.path.join(history.folder, "lock") if history.folder else ""
-    return Workers(min(plan.jobs, len(wanted)), pipeline, arguments, verbose, lock_path)
+    return Workers(min(plan.jobs, len(wanted)), pipeline, arguments, verbose, history.folder)
+
+
+def check_items_asked(callees: Mapping[str, Callee], plan: Plan, only_item: Optional[str],
+                      retry_items: Mapping[str, Tuple[str, ...]]) -> None:
+    """Raise UserError if items are asked for of a tool that has none or is not in the plan."""
+    having = [tool for tool, callee in callees.items() if callee.has_items]
+    if only_item is not None and (len(plan.steps) > 1 or not having):
+        raise UserError("--item is for a single tool with items; the plan has "
+                        f"{', '.join(step.tool for step in plan.steps[:5])}.",
+                        "Name one" + (": " + having[0] if having else "") + ".")
+    for tool in retry_items:
+        if tool not in having:
+            raise UserError(f"--retry-items: {tool!r} is no tool with items in this plan.",
+                            format_nearest(tool, having))
+
+
+def make_item_orders(callees: Mapping[str, Callee], only_item: Optional[str],
+                     retry_items: Mapping[str, Tuple[str, ...]]) -> Dict[str, ItemOrder]:
+    """Return for each tool with items the order with which it begins: to list them."""
+    return {tool: ItemOrder(True, hash_source(callee.tool)[:16], only=only_item,
+                            retry=retry_items.get(tool))
+            for tool, callee in callees.items() if callee.has_items}
 
 
 def needs_worker(pipeline: Pipeline, name: str) -> bool:
@@ -4137,21 +5335,166 @@ def needs_worker(pipeline: Pipeline, name: str) -> bool:
     return tool.isolate or tool.timeout_s is not None or tool.memory_bytes is not None
 
 
-class Running:
-    """An attempt that runs: where, since when, until when, and why it is being ended, if it is.
+class Attempt:
+    """An attempt of a tool that is not over: since when, where it prints to, what a success of it
+    would be built on.
 
-    `facts` are what a success of it would be built on; `log` the file for what it prints, or "";
-    `has_logged` whether it used context.log; `lines` what it logged so in a worker, which joins
-    the log when what it printed has been shown.
+    `facts` are that last; `log` the file for what it prints, or ""; `has_logged` whether it used
+    context.log; `lines` what it logged so in a worker, which joins the log when what it printed
+    has been shown; `items`, those of a tool that has some.
     """
 
-    def __init__(self, executor: Any, started_s: float, deadline_s: float, log: str,
-                 facts: Dict[str, Any]) -> None:
-        self.executor, self.started_s, self.log, self.facts = executor, started_s, log, facts
-        self.deadline_s = deadline_s  # when the next measure is due: terminate, then kill
-        self.verdict = ""
+    def __init__(self, started_s: float, log: str, facts: Dict[str, Any],
+                 items: Optional["Items"], in_worker: bool) -> None:
+        self.started_s, self.log, self.facts, self.items = started_s, log, facts, items
+        self.in_worker = in_worker
         self.has_logged = False
         self.lines: List[str] = []
+
+
+class Job:
+    """What an executor does: an attempt, or a part of one; until when, and why it is being ended,
+    if it is. `slip` tells which item is `at_work`.
+    """
+
+    def __init__(self, tool: str, executor: Any, started_s: float, deadline_s: float,
+                 order: Optional[ItemOrder]) -> None:
+        self.tool, self.executor, self.started_s, self.order = tool, executor, started_s, order
+        self.deadline_s = deadline_s  # when the next measure is due: terminate, then kill
+        self.at_work: Optional[Item] = None
+        self.verdict = ""
+
+
+_CHUNK_S = 0.5  # what a worker is to do at a time of many items
+_CHUNK_ITEMS = 1000  # but not more of them than this
+_TOLD_ITEMS = 20  # so many failures of a tool's items are told, the others are in the ledger
+
+
+class Items:
+    """The items of a tool that runs: those to do, and what came of the others.
+
+    Constant: `first`, the order with which it began. Changing: `counts`, what was listed, None
+    before that is known; `fresh`, the next that are pending, and `spool`, a file of those after
+    them, a page to a line; `to_read`, how many lines of it are left; `again`, a heap of (moment,
+    number, item) that failed and come again; `charges`, tries that failed with their process and
+    are to be recorded, and the slips that tell of them; `size`, how many items to do at a time;
+    `numbers`, how many jobs there were; `jobs`, those that go on; `problem`, the outcome of one
+    that ended the attempt; the rest is what came of the items.
+    """
+
+    def __init__(self, first: ItemOrder, batch: int) -> None:
+        from collections import deque
+        self.first, self.batch, self.size = first, batch, batch
+        self.counts: Optional[Mapping[str, int]] = None
+        self.fresh: Any = deque()
+        self.spool: Any = None
+        self.to_read = self.read_at = 0
+        self.again: List[Tuple[float, int, Item]] = []
+        self.charges: List[Tuple[str, Ending]] = []
+        self.numbers = self.jobs = 0
+        self.problem: Optional[Outcome] = None
+        self.passed = self.failed = self.elsewhere = self.told = 0
+        self.rows: Optional[int] = None
+        self.reason = self.error = ""  # of those given up before; of the first that failed now
+        self.failed_names: List[str] = []
+
+    def add(self, items: Sequence[Item]) -> None:
+        """Take some that are pending."""
+        if len(self.fresh) < 2 * _PAGE and not self.to_read:
+            self.fresh.extend(items)
+            return
+        import json
+        if self.spool is None:
+            import tempfile
+            self.spool = tempfile.TemporaryFile()
+        self.spool.seek(0, os.SEEK_END)
+        self.spool.write(json.dumps(items).encode() + b"\n")
+        self.to_read += 1
+
+    def _read_page(self) -> None:
+        import json
+        self.spool.seek(self.read_at)
+        self.fresh.extend(Item(*each) for each in json.loads(self.spool.readline()))
+        self.read_at = self.spool.tell()
+        self.to_read -= 1
+
+    def come_again(self, due_s: float, item: Item) -> None:
+        """Take one that is to be done after the others."""
+        self.numbers += 1
+        heappush(self.again, (due_s, self.numbers, item))
+
+    def has_more(self) -> bool:
+        """Return whether there is anything left to do."""
+        return self.problem is None and bool(self.counts is None or self.fresh or self.to_read
+                                             or self.again or self.charges)
+
+    def find_due_s(self) -> float:
+        """Return when there is something to do: at once, at a moment, or never."""
+        if self.problem is not None or self.counts is None:
+            return float("inf")
+        if self.fresh or self.to_read or self.charges:
+            return 0.0
+        return self.again[0][0] if self.again else float("inf")
+
+    def take(self, now_s: float, jobs: int) -> Tuple[Item, ...]:
+        """Return the next items to do together: not so many that other workers had none."""
+        while self.to_read and len(self.fresh) < _PAGE:
+            self._read_page()
+        size = self.size
+        if jobs > 1 and not self.to_read:
+            size = min(size, -(-len(self.fresh) // (2 * jobs)) or size)
+        size = -(-size // self.batch) * self.batch
+        taken = [self.fresh.popleft() for _ in range(min(size, len(self.fresh)))]
+        if not taken:
+            while self.again and len(taken) < size and self.again[0][0] <= now_s:
+                taken.append(heappop(self.again)[2])
+        return tuple(taken)
+
+    def note_speed(self, count: int, took_s: float) -> None:
+        """Let the next items take about _CHUNK_S together, after `count` took some seconds."""
+        if count:
+            fitting = int(_CHUNK_S * count / max(took_s, 1e-6))
+            self.size = max(1, min(fitting, 10 * self.size, max(_CHUNK_ITEMS, self.batch)))
+
+    def note(self, tally: Tally) -> None:
+        """Add what came of some items, but for how those ended that did not pass."""
+        self.passed += tally.passed
+        self.elsewhere += tally.elsewhere
+        if tally.rows is not None:
+            self.rows = (self.rows or 0) + tally.rows
+
+    def note_failed(self, ending: Ending) -> None:
+        """Add one that failed for good, or was quarantined."""
+        self.failed += 1
+        self.error = self.error or f"{format_name(ending.item.name)}: {ending.error}"
+        if len(self.failed_names) < 3:
+            self.failed_names.append(ending.item.name)
+
+    def count(self) -> Optional[Dict[str, int]]:
+        """Return the counts that history keeps."""
+        if self.counts is None:
+            return None
+        return {**self.counts, "passed": self.passed, "failed": self.failed}
+
+    def make_outcome(self) -> Outcome:
+        """Return the outcome of a tool whose items have all been tried."""
+        tried = self.passed + self.failed
+        names = ": " + format_names(self.failed_names, self.failed) if self.failed > 1 else ""
+        reasons = [f"{self.failed:,} of {count_items(tried)} failed{names}"] * bool(self.failed)
+        if self.elsewhere:
+            reasons.append(f"{count_items(self.elsewhere)} done by another run meanwhile")
+        if not tried and not self.elsewhere:
+            reasons.append(f"none of {count_items(self.counts['listed'])} is pending"
+                           if self.counts["listed"] else "no items")
+        reasons.append(self.reason)
+        status = "success" if not self.failed else "partial" if self.passed else "failed"
+        result = {"items": self.passed, "failed": self.failed, "rows": self.rows or 0}
+        return Outcome(status, "; ".join(filter(None, reasons)), result, self.rows, self.error)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self.spool is not None:
+            self.spool.close()
 
 
 class Run:
@@ -4160,19 +5503,22 @@ class Run:
     Constant: the pipeline, the plan and the switches. Changing, and only by this class:
     `statuses` and `outcomes` of the tools; `results` of those that succeeded; `attempts`, how
     often each was tried; `causes`, for each tool that those who need it can not have, the tool
-    that failed first; `first_cause`, the position of the first of these; `running`; `retries`, a
-    heap of (moment, tool) that failed and come again, and `tried`, how they failed; `stopped_by`,
-    the tool whose failure keeps anything more from starting; `is_interrupted`; `told`, the events
+    that failed first; `first_cause`, the position of the first of these; `open`, the attempts
+    that are not over, by tool; `jobs`, what is being executed of them; `retries`, a heap of
+    (moment, tool) that failed and come again, and `tried`, how they failed; `stopped_by`, the
+    tool whose failure keeps anything more from starting; `is_interrupted`; `told`, the events
     that the listener hears at the next publish().
     """
 
     def __init__(self, pipeline: Pipeline, plan: Plan, interrupts: Interrupts,
                  on_event: Callable[[Event], None], clock: Clock, fail_fast: bool,
-                 keep_results: bool, grace_s: float, history: NoHistory) -> None:
+                 keep_results: bool, grace_s: float, history: NoHistory,
+                 item_orders: Mapping[str, ItemOrder]) -> None:
         self.pipeline, self.plan, self.interrupts = pipeline, plan, interrupts
         self.history = history
         self.on_event, self.clock, self.grace_s = on_event, clock, grace_s
         self.fail_fast, self.keep_results = fail_fast, keep_results
+        self.item_orders = item_orders
         self.steps = {step.tool: step for step in plan.steps}
         self.schedule = Schedule(plan.steps, pipeline, plan.jobs)
         self.run_id = ""
@@ -4183,7 +5529,8 @@ class Run:
         self.attempts: Dict[str, int] = {}
         self.causes: Dict[str, str] = {}
         self.first_cause: Optional[str] = None
-        self.running: Dict[str, Running] = {}
+        self.open: Dict[str, Attempt] = {}
+        self.jobs: Dict[str, Job] = {}
         self.retries: List[Tuple[float, str]] = []
         self.tried: Dict[str, Outcome] = {}
         self.stopped_by: Optional[str] = None
@@ -4219,9 +5566,10 @@ class Run:
             while True:
                 self.look_at_signals()
                 self.look_at_clock()
+                self.end_items()
                 self.start_ready(here, workers)
                 self.publish()
-                if not self.running and (self.is_interrupted or not self.retries):
+                if not self.open and (self.is_interrupted or not self.retries):
                     return
                 self.wait()
         finally:
@@ -4231,61 +5579,78 @@ class Run:
 
     def wait(self) -> None:
         """Wait until something has ended, or the clock says that something is due."""
-        if not self.running:
+        if not self.jobs:
             self.clock.sleep(self.find_timeout_s())
             return
-        executor = next(iter(self.running.values())).executor
+        executor = next(iter(self.jobs.values())).executor
         said = executor.wait() if isinstance(executor, Here) \
             else executor.wait(self.find_timeout_s())
-        for kind, tool, what in said:
-            if kind == "ended":
-                self.ended(tool, what)
-            elif tool:
-                self.tell(tool=tool, **what)
+        for kind, job, what in said:
+            if kind == "ended" and self.jobs[job].order:
+                self.items_ended(job, what)
+            elif kind == "ended":
+                self.ended(job, what, self.jobs.pop(job).verdict)
+            elif kind == "items":
+                self.take_items(job, what)
+            elif job:
+                self.tell(tool=self.jobs[job].tool, **what)
         if not said:
             self.tell("tick")
 
     def find_timeout_s(self) -> float:
         """Return the seconds until something is due, but not more than a beat."""
-        dues = [each.deadline_s for each in self.running.values()] + [at for at, _ in self.retries]
+        dues = [each.deadline_s for each in self.jobs.values()] + [at for at, _ in self.retries]
+        dues += [each.items.find_due_s() for each in self.open.values()
+                 if each.items and not each.items.jobs]
         return max(0.0, min([_BEAT_S, *(due - self.clock.monotonic() for due in dues)]))
 
     def look_at_signals(self) -> None:
         """After the first signal, start nothing more and end what runs within the grace."""
         if self.interrupts.signal is not None and not self.is_interrupted:
             self.is_interrupted = True
-            for tool in self.running:
-                self.end_attempt(tool, "interrupted")
+            for job in self.jobs:
+                self.end_job(job, "interrupted")
 
     def look_at_clock(self) -> None:
         """End what has run too long, kill what would not end, and let come again what is due."""
         now_s = self.clock.monotonic()
-        for tool, running in self.running.items():
-            if running.deadline_s <= now_s:
-                if running.verdict:
-                    running.executor.kill(tool)
-                    running.deadline_s = now_s + self.grace_s
+        for name, job in self.jobs.items():
+            limit_s = self.pipeline.tools[job.tool].timeout_s
+            if limit_s is not None and job.order and job.order.slip and not job.verdict:
+                at_work = read_slip(job.order.slip)
+                if at_work != job.at_work:  # the limit is for each item
+                    job.at_work, job.deadline_s = at_work, now_s + limit_s
+            if job.deadline_s <= now_s:
+                if job.verdict:
+                    job.executor.kill(name)
+                    job.deadline_s = now_s + self.grace_s
                 else:
-                    limit_s = self.pipeline.tools[tool].timeout_s
-                    self.end_attempt(tool, f"timed out after {format_duration(limit_s)}")
+                    self.end_job(name, f"timed out after {format_duration(limit_s)}")
         while self.retries and self.retries[0][0] <= now_s:
             self.schedule.add(heappop(self.retries)[1])
 
-    def end_attempt(self, tool: str, verdict: str) -> None:
-        """Ask an attempt to end; look_at_clock() kills it after the grace."""
-        running = self.running[tool]
-        running.verdict = verdict
-        running.deadline_s = self.clock.monotonic() + self.grace_s
-        running.executor.terminate(tool)
+    def end_job(self, name: str, verdict: str) -> None:
+        """Ask a job to end; look_at_clock() kills it after the grace."""
+        job = self.jobs[name]
+        job.verdict = verdict
+        job.deadline_s = self.clock.monotonic() + self.grace_s
+        job.executor.terminate(name)
 
     def start_ready(self, here: Here, workers: Optional[Workers]) -> None:
-        """Start the ready tools for which there is room."""
-        while len(self.running) < self.plan.jobs and not self.is_interrupted:
+        """Start what is ready and has room: items of tools that have begun and wait for a worker,
+        tools, and then more items, side by side.
+        """
+        def find_executor(tool: str) -> Any:
+            in_worker = workers and (self.plan.jobs > 1 or needs_worker(self.pipeline, tool))
+            return workers if in_worker else here
+
+        self.start_items(find_executor, is_first=True)
+        while len(self.jobs) < self.plan.jobs and not self.is_interrupted:
             tool = self.schedule.next()
             if tool is None:
-                return
-            in_worker = workers and (self.plan.jobs > 1 or needs_worker(self.pipeline, tool))
-            self.start(tool, workers if in_worker else here)
+                break
+            self.start(tool, find_executor(tool))
+        self.start_items(find_executor, is_first=False)
 
     def start(self, tool: str, executor: Any) -> None:
         """Start an attempt."""
@@ -4295,18 +5660,159 @@ class Run:
             self.statuses[tool] = check_move(self.statuses[tool], "running")
         self.history.begin_attempt(tool, attempt, self.clock.wall(), executor.reserve(tool))
         log = find_log(self.logs, tool, attempt) if self.logs else ""
-        now_s = self.clock.monotonic()
-        timeout_s = self.pipeline.tools[tool].timeout_s
-        self.running[tool] = Running(executor, now_s,
-                                     float("inf") if timeout_s is None else now_s + timeout_s,
-                                     log, self.find_facts(tool))
-        is_worker = isinstance(executor, Workers)
-        self.tell("tool_started", tool, output=log if is_worker else "")
+        first = self.item_orders.get(tool)
+        items = Items(first, self.pipeline.tools[tool].batch) if first else None
+        in_worker = isinstance(executor, Workers)
+        self.open[tool] = Attempt(self.clock.monotonic(), log, self.find_facts(tool), items,
+                                  in_worker)
+        self.tell("tool_started", tool, output=log if in_worker else "")
         self.publish()
+        self.start_job(tool, executor,
+                       first._replace(charges=self.find_deaths(tool)) if first else None)
+
+    def start_job(self, tool: str, executor: Any, order: Optional[ItemOrder]) -> None:
+        """Have an attempt executed, or a part of it."""
+        attempt, now_s = self.open[tool], self.clock.monotonic()
+        timeout_s = self.pipeline.tools[tool].timeout_s
+        name = tool
+        if order:
+            attempt.items.numbers += 1
+            attempt.items.jobs += 1
+            name = f"{tool}\0{attempt.items.numbers}"
+            folder = self.history.folder or self.logs
+            if folder:
+                order = order._replace(slip=os.path.join(
+                    find_slips(folder, tool), str(attempt.items.numbers)))
+        self.jobs[name] = Job(tool, executor, now_s,
+                              float("inf") if timeout_s is None else now_s + timeout_s, order)
         executor.start(Order(
-            tool, attempt, self.run_id, self.results_for(tool), log,
-            self.history.find_last_success_at(tool) if is_worker else None,
-            bool(self.history.folder)))
+            name, tool, self.attempts[tool], self.run_id, self.results_for(tool), attempt.log,
+            self.history.find_last_success_at(tool) if isinstance(executor, Workers) else None,
+            bool(self.history.folder), order))
+
+    def find_deaths(self, tool: str) -> Tuple[Ending, ...]:
+        """Return the items that were at work when a former run was cut off."""
+        slips = find_slips(self.history.folder, tool) if self.history.folder else ""
+        charges = []
+        for name in sorted(os.listdir(slips)) if os.path.isdir(slips) else ():
+            item = read_slip(os.path.join(slips, name))
+            if item is not None:
+                charges.append((os.path.join(slips, name), Ending(
+                    item, "pending", 0, "its process ended while it was at work", is_death=True)))
+            else:
+                os.unlink(os.path.join(slips, name))
+        self.open[tool].items.charges += charges
+        return tuple(ending for _, ending in charges)
+
+    def start_items(self, find_executor: Callable[[str], Any], is_first: bool) -> None:
+        """Have more items done where there is room, by tools of which none are being done if
+        `is_first`.
+        """
+        now_s = self.clock.monotonic()
+        for tool, attempt in self.open.items():
+            items = attempt.items
+            while items and len(self.jobs) < self.plan.jobs and not self.is_interrupted \
+                    and items.find_due_s() <= now_s and not (is_first and items.jobs) \
+                    and self.schedule.take(tool):
+                charges = () if items.jobs else tuple(ending for _, ending in items.charges)
+                order = ItemOrder(False, items.first.source, items.take(now_s, self.plan.jobs),
+                                  charges)
+                if not order.items and not charges:
+                    self.schedule.release(tool)
+                    break
+                self.start_job(tool, find_executor(tool), order)
+
+    def take_items(self, job: str, items: Sequence[Item]) -> None:
+        """Take items that are pending from who lists them."""
+        self.open[self.jobs[job].tool].items.add(items)
+
+    def items_ended(self, name: str, outcome: Outcome) -> None:
+        """Take what came of some items, or of listing them."""
+        job = self.jobs.pop(name)
+        tool, order, now_s = job.tool, job.order, self.clock.monotonic()
+        items, tally = self.open[tool].items, outcome.result
+        self.schedule.release(tool)
+        items.jobs -= 1
+        if isinstance(tally, Packed):
+            tally = Results({tool: tally})[tool]
+        died_at = None
+        if not isinstance(tally, Tally):  # it did not say, or could not even begin
+            died_at = read_slip(order.slip) if order.slip else None
+            tally = Tally(left=tuple(item._replace(is_seen=None) for item in order.items
+                                     if died_at is None or item.name != died_at.name))
+        else:
+            self.forget_slips(items, order)
+        items.note(tally)
+        for ending in tally.endings:
+            self.item_ended(tool, ending, is_new=not order.is_listing)
+        at_fault = died_at or (tally.at_work if job.verdict else None)
+        if outcome.status == "success":
+            if order.is_listing:
+                items.counts, items.reason = outcome.items, outcome.reason
+                self.history.note_items(tool, outcome.items)
+            items.note_speed(len(order.items), now_s - job.started_s)
+        elif self.is_interrupted or outcome.status == "interrupted" and not job.verdict:
+            self.is_interrupted = True
+            items.problem = Outcome("interrupted", format_signal(self.interrupts.signal))
+        elif at_fault is not None:
+            charge = Ending(at_fault, "pending", 0, job.verdict or outcome.error,
+                            is_death=not job.verdict)
+            items.charges.append((order.slip, charge))
+            for item in tally.left:
+                if item.name != at_fault.name:
+                    items.come_again(0.0, item)
+        else:
+            items.problem = outcome._replace(
+                status="failed", result=None, error=job.verdict or outcome.error)
+        if items.counts:
+            self.tell("progress", tool, done=items.passed + items.failed + items.elsewhere,
+                      total=items.counts["pending"])
+
+    @staticmethod
+    def forget_slips(items: Items, order: ItemOrder) -> None:
+        """Remove the slips of an order that is over, and of the deaths that it has recorded."""
+        slips = [slip for slip, charge in items.charges if charge in order.charges]
+        items.charges = [each for each in items.charges if each[1] not in order.charges]
+        for slip in [*slips, order.slip]:
+            with contextlib.suppress(OSError):
+                os.unlink(slip)
+
+    def item_ended(self, tool: str, ending: Ending, is_new: bool) -> None:
+        """Take how an item ended that did not pass: it comes again, or has failed."""
+        options, items = self.pipeline.tools[tool], self.open[tool].items
+        text = f"{format_name(ending.item.name)}: {ending.error}"
+        if ending.is_death:
+            text += f"; it took its process down {ending.item.deaths} of {DEATHS_ALLOWED} times"
+        elif options.retries:
+            text += f"; try {ending.attempt} of {options.retries + 1}"
+        if ending.status == "pending" and is_new:
+            from random import random
+            delay_s = 0.0 if ending.is_death else retry_delay_s(options, ending.attempt, random)
+            items.come_again(self.clock.monotonic() + delay_s, ending.item)
+            text += "; again" + (f" in {format_duration(delay_s)}" if delay_s else "")
+        elif ending.status != "pending":
+            text += "; quarantined" if ending.status == "quarantined" else ""
+            if is_new:
+                items.note_failed(ending)
+        items.told += 1
+        if items.told == _TOLD_ITEMS:
+            text = f"more items fail; --items {tool} --failed will list them"
+        elif items.told == 1 and ending.traceback:
+            text += "\n" + ending.traceback.rstrip()
+        if items.told <= _TOLD_ITEMS:
+            self.tell("log", tool, text=text, level=30 if ending.status == "pending" else 40)
+
+    def end_items(self) -> None:
+        """Settle the tools of whose items nothing is left to do."""
+        for tool, attempt in list(self.open.items()):
+            items = attempt.items
+            if not items or items.jobs or items.has_more() and not self.is_interrupted:
+                continue
+            items.close()
+            outcome = items.problem or (items.make_outcome() if not items.has_more() else Outcome(
+                "interrupted", format_signal(self.interrupts.signal)))
+            self.ended(tool, outcome._replace(items=items.count()),
+                       is_final=items.problem is None)
 
     def find_facts(self, tool: str) -> Dict[str, Any]:
         """Return what a success of a tool with `cache` would be built on, before it begins."""
@@ -4337,53 +5843,58 @@ class Run:
         import json
         return [json.loads(success.result)]
 
-    def ended(self, tool: str, outcome: Outcome) -> None:
-        """Take the outcome of an attempt: settle the tool, or let it come again."""
-        running, options = self.running.pop(tool), self.pipeline.tools[tool]
-        self.schedule.release(tool)
-        output = running.log if isinstance(running.executor, Workers) else ""
-        if outcome.status != "success" and running.verdict:
+    def ended(self, tool: str, outcome: Outcome, verdict: str = "",
+              is_final: bool = False) -> None:
+        """Take the outcome of an attempt: settle the tool, or let it come again unless that says
+        nothing new. `verdict` is why it was ended, if it was.
+        """
+        attempt, options = self.open.pop(tool), self.pipeline.tools[tool]
+        if not attempt.items:
+            self.schedule.release(tool)
+        if outcome.status != "success" and verdict:
             outcome = Outcome("interrupted", format_signal(self.interrupts.signal)) \
-                if self.is_interrupted else Outcome("failed", error=running.verdict)
+                if self.is_interrupted else Outcome("failed", error=verdict)
         elif outcome.status == "interrupted" and not self.is_interrupted:
             self.is_interrupted = True
-        if outcome.status == "failed" and 1 < self.attempts[tool] > options.retries:
-            tries = f"try {self.attempts[tool]} of {options.retries + 1}"
-            outcome = outcome._replace(reason="; ".join(filter(None, [outcome.reason, tries])))
-        outcome = outcome._replace(attempts=self.attempts[tool],
-                                   duration_s=self.clock.monotonic() - running.started_s,
-                                   log=running.log if outcome.log or running.has_logged
-                                   or output and has_bytes(output) else "")
-        if options.memory_bytes is not None and outcome.error.startswith("MemoryError"):
-            outcome = outcome._replace(error=f"{outcome.error}; its memory is bounded to "
-                                             f"{options.memory_bytes / 2**20:.1f} MB")
-        if outcome.status == "failed" and outcome.attempts <= options.retries \
-                and outcome.reason != NOT_AGAIN \
-                and self.stopped_by is None and not self.is_interrupted:
+        tries = self.attempts[tool]
+        is_final = is_final or outcome.status != "failed" or outcome.reason == NOT_AGAIN \
+            or tries > options.retries or self.stopped_by is not None or self.is_interrupted
+        outcome = self.describe(tool, outcome, attempt)
+        if not is_final:
             from random import random
-            delay_s = retry_delay_s(options, outcome.attempts, random)
+            delay_s = retry_delay_s(options, tries, random)
             heappush(self.retries, (self.clock.monotonic() + delay_s, tool))
             self.tried[tool] = outcome
-            reason = f"try {outcome.attempts} of {options.retries + 1}; again"
-            reason += f" in {format_duration(delay_s)}" if delay_s else ""
-            reason = f"{outcome.reason}; {reason}" if outcome.reason else reason
-            outcome = outcome._replace(reason=reason)
-            self.record(tool, outcome, running.facts)
-            self.tell("tool_retried", tool, outcome=outcome, output=output)
-        else:
-            self.record(tool, outcome, running.facts)
+            again = "again" + (f" in {format_duration(delay_s)}" if delay_s else "")
+            outcome = add_reason(outcome, f"try {tries} of {options.retries + 1}; {again}")
+        self.record(tool, outcome, attempt.facts)
+        output = attempt.log if attempt.in_worker else ""
+        if is_final:
             self.settle(tool, outcome, output)
+        else:
+            self.tell("tool_retried", tool, outcome=outcome, output=output)
         if output:
             self.publish()  # who listens shows the file, before it is cut
-        if running.lines:
-            append_log(output, "\n".join(running.lines))
-        if output:
+            if attempt.lines:
+                append_log(output, "\n".join(attempt.lines))
             tidy_log(output)
         if self.stopped_by:  # nothing is tried again
             self.retries.clear()
             while self.tried:
                 each = next(iter(self.tried))
                 self.settle(each, self.tried.pop(each))
+
+    def describe(self, tool: str, outcome: Outcome, attempt: Attempt) -> Outcome:
+        """Return an outcome with what only the run knows of it: which try, how long, the log."""
+        options, tries = self.pipeline.tools[tool], self.attempts[tool]
+        if outcome.status == "failed" and 1 < tries > options.retries:
+            outcome = add_reason(outcome, f"try {tries} of {options.retries + 1}")
+        has_log = outcome.log or attempt.has_logged or attempt.in_worker and has_bytes(attempt.log)
+        error = outcome.error
+        if options.memory_bytes is not None and error.startswith("MemoryError"):
+            error += f"; its memory is bounded to {options.memory_bytes / 2**20:.1f} MB"
+        return outcome._replace(attempts=tries, error=error, log=attempt.log if has_log else "",
+                                duration_s=self.clock.monotonic() - attempt.started_s)
 
     def record(self, tool: str, outcome: Outcome, facts: Dict[str, Any]) -> None:
         """Record how an attempt ended."""
@@ -4397,11 +5908,11 @@ class Run:
         """Note how a tool ended, and let those go on that waited for it."""
         self.statuses[tool] = check_move(self.statuses[tool], outcome.status)
         self.outcomes[tool] = outcome
-        if outcome.status == "success":
+        if outcome.status in ("success", "partial"):
             self.results[tool] = outcome.result
-        elif outcome.status == "failed":
+        if outcome.status in ("failed", "partial"):
             policy = "stop" if self.fail_fast else self.pipeline.tools[tool].on_failure
-            if policy != "continue":
+            if policy != "continue" and outcome.status == "failed":
                 self.note_cause(tool, tool)
             if policy == "stop" and self.stopped_by is None:
                 self.stopped_by = tool
@@ -4477,13 +5988,13 @@ class Run:
 
     def tell(self, kind: str, tool: str = "", **what: Any) -> None:
         """Have the listener told at the next publish(); what a tool logs, its log too."""
-        if kind == "log" and tool in self.running and self.history.folder:
-            running = self.running[tool]
-            running.has_logged = True
-            if isinstance(running.executor, Workers):
-                running.lines.append(what["text"])
+        if kind == "log" and tool in self.open and self.history.folder:
+            attempt = self.open[tool]
+            attempt.has_logged = True
+            if attempt.in_worker:
+                attempt.lines.append(what["text"])
             else:
-                append_log(running.log, what["text"])
+                append_log(attempt.log, what["text"])
         self.told.append(Event(kind, self.clock.wall(), self.run_id, tool, **what))
 
     def tell_now(self, kind: str, tool: str = "", **what: Any) -> None:
@@ -4508,12 +6019,14 @@ class Run:
         def having(status: str) -> List[str]:
             return [tool for tool, each in self.statuses.items() if each == status]
 
-        failed = having("failed")
-        status = "interrupted" if self.is_interrupted else "failed" if failed else "success"
+        failed, partial = having("failed"), having("partial")
+        status = "interrupted" if self.is_interrupted \
+            else "failed" if failed or partial else "success"
         outcomes = {tool: self.outcomes.get(tool) or Outcome("pending", "not started")
                     for tool in self.statuses}
-        result = RunResult(self.run_id, status, having("success"), having("cached"), [], failed,
-                           having("skipped"), {tool: outcomes[tool].error for tool in failed},
+        result = RunResult(self.run_id, status, having("success"), having("cached"), partial,
+                           failed, having("skipped"),
+                           {tool: outcomes[tool].error for tool in [*failed, *partial]},
                            Results(self.results), self.clock.monotonic() - self.started_s,
                            outcomes, self.interrupts.signal)
         if self.history.folder:
@@ -4523,6 +6036,11 @@ class Run:
         self.tell("run_ended", result=result)
         self.publish()
         return result
+
+
+def add_reason(outcome: Outcome, reason: str) -> Outcome:
+    """Return an outcome with one more reason."""
+    return outcome._replace(reason="; ".join(filter(None, [outcome.reason, reason])))
 
 
 def make_cached(step: Step) -> Outcome:
@@ -4681,7 +6199,9 @@ def read_arguments(run: Mapping[str, Any],
     today = {} if now is None else json.loads(format_arguments(now))
     lost = []
     for name, was in run["arguments"].items():
-        if name in arguments and (now is None or today[name] != was):
+        if name in PERIOD_ARGUMENTS and name not in arguments:  # of a backfill
+            arguments[name] = was
+        if name in arguments and (now is None or today.get(name) != was):
             arguments[name] = was
             lost += [name] * (f'{{"{_NOT_JSON}": ' in json.dumps(was))
     if lost:
@@ -4692,6 +6212,17 @@ def read_arguments(run: Mapping[str, Any],
     return arguments
 
 
+def make_own_request(targets: Any, exclude: Any, start_from: Optional[str], arguments: Any,
+                     home: Optional[str], resume: Union[bool, str]) -> Request:
+    """Return what run_pipeline() was asked for. Raise UserError for what it can not be asked."""
+    request = Request(tuple(read_targets("targets", targets)),
+                      tuple(read_targets("exclude", exclude)), start_from)
+    check_arguments({} if arguments is None else arguments)
+    if home is None and resume:
+        raise UserError("resume needs a history.", "Say where it is: home=.")
+    return request
+
+
 def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any],
                  stages: Optional[Mapping[str, Any]] = None,
                  get_connection: Optional[Callable[[], Any]] = None, *,
@@ -4700,7 +6231,8 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
                  limits: Optional[Mapping[str, int]] = None, fail_fast: bool = False,
                  verbose: bool = False, name: Optional[str] = None, grace_s: float = GRACE_S,
                  home: Optional[str] = None, resume: Union[bool, str] = False,
-                 force: bool = False, wait_s: float = 0.0,
+                 force: bool = False, wait_s: float = 0.0, item: Optional[str] = None,
+                 retry_items: Mapping[str, Sequence[str]] = {},
                  on_event: Optional[Callable[[Event], None]] = None) -> RunResult:
     """Run targets from Python, as the command line would, and return how that ended.
 
@@ -4708,19 +6240,17 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     arguments: what tools get by name. on_event: called with each Event; nothing is printed.
     grace_s: seconds between asking a process to end and killing it. home: a folder for the
     history, without which none is kept, and no lock held. resume: True, or the id of a run, whose
-    targets and exclusions are taken, and its arguments unless some are given. The other keywords
-    say what the flags and tables of the same names say.
+    targets and exclusions are taken, and its arguments unless some are given. retry_items: names
+    of items by tool, or none for all of it. The other keywords say what the flags and tables of
+    the same names say.
 
     A tool that fails is told in the result; raise UserError for bad input, before anything has
     run. On the main thread, Ctrl-C, SIGTERM and SIGHUP first end the run in order and then do
     what they would have done without it.
     """
     pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
-    request = Request(tuple(read_targets("targets", targets)),
-                      tuple(read_targets("exclude", exclude)), start_from)
-    check_arguments({} if arguments is None else arguments)
-    if home is None and resume:
-        raise UserError("resume needs a history.", "Say where it is: home=.")
+    request = make_own_request(targets, exclude, start_from, arguments, home, resume)
+    retries = {tool: tuple(names) for tool, names in retry_items.items()}
     with contextlib.ExitStack() as stack:
         history, past = NoHistory(), None
         if home is not None:
@@ -4734,6 +6264,7 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
                          start_from=request.start_from, jobs=count_jobs(jobs))
         result = run_plan(pipeline, plan, arguments or {}, history=history, request=request,
                           fail_fast=fail_fast, verbose=verbose, grace_s=grace_s,
+                          only_item=item, retry_items=retries,
                           on_event=on_event or (lambda event: None))
     if result.signal is not None:
         import signal
@@ -4743,11 +6274,11 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     return result
 
 
-# === 9 VIEWS ====================================================================================
+# === 10 VIEWS ===================================================================================
 # Text and JSON from plans, events and results. Nothing is decided, asked or printed here.
 
-_COLOURS = {"success": 32, "cached": 32, "failed": 31, "skipped": 33, "interrupted": 33,
-            "run": 36, "running": 36}
+_COLOURS = {"success": 32, "cached": 32, "failed": 31, "quarantined": 31, "partial": 33,
+            "skipped": 33, "interrupted": 33, "run": 36, "running": 36}
 
 
 class Style(NamedTuple):
@@ -4906,8 +6437,11 @@ def format_local(moment: str) -> str:
 
 
 def make_status(tools: Sequence[str], find_last: Callable[[str], Optional[Row]],
-                running: Optional[Row], attempts: Sequence[Row], now: float) -> Dict[str, Any]:
-    """Return what --status shows, as data: the run that goes on, if any, and each tool."""
+                running: Optional[Row], attempts: Sequence[Row], now: float,
+                items: Mapping[str, Mapping[str, int]]) -> Dict[str, Any]:
+    """Return what --status shows, as data: the run that goes on, if any, and each tool, with how
+    many of its `items` have each status.
+    """
     rows = []
     for tool in tools:
         last = find_last(tool) or {}
@@ -4918,7 +6452,7 @@ def make_status(tools: Sequence[str], find_last: Callable[[str], Optional[Row]],
                      "started_at": format_moment(last.get("started_at")), "age_s": age_s,
                      "duration_s": age_s if status == "running" else last.get("duration_s"),
                      "rows": last.get("rows"), "reason": last.get("reason") or "",
-                     "error": last.get("error") or ""})
+                     "error": last.get("error") or "", "items": items.get(tool)})
     return {"running": running and {
         "run_id": str(running["run_id"]), "pid": running["pid"],
         "started_at": format_moment(running["started_at"]),
@@ -4927,11 +6461,13 @@ def make_status(tools: Sequence[str], find_last: Callable[[str], Optional[Row]],
 
 def format_status(shown: Mapping[str, Any], style: Style) -> str:
     """Return --status as text."""
-    rows = [("tool", "status", "run", "age", "duration", "rows", "")]
+    rows = [("tool", "status", "run", "age", "duration", "rows", "items", "")]
     rows += [(t["tool"], t["status"], t["run_id"] or "",
               "" if t["age_s"] is None else format_duration(t["age_s"]),
               format_duration(t["duration_s"]), "" if t["rows"] is None else f"{t['rows']:,}",
-              t["error"] or t["reason"]) for t in shown["tools"]]
+              format_counts(t["items"]), t["error"] or t["reason"]) for t in shown["tools"]]
+    if not any(t["items"] for t in shown["tools"]):
+        rows = [(*row[:6], row[7]) for row in rows]
     head, *lines = format_table(rows, right=(2, 3, 4, 5), status=1, style=style)
     run = shown["running"]
     what = "Nothing runs now." if run is None else (
@@ -4939,6 +6475,67 @@ def format_status(shown: Mapping[str, Any], style: Style) -> str:
         f"{format_local(run['started_at'])}: "
         f"{', '.join(run['tools']) or 'between two tools'}")
     return "\n".join([style.bold(head), *lines, "", what])
+
+
+def count_statuses(listed: Mapping[str, int],
+                   counts: Mapping[str, Tuple[int, int]]) -> Dict[str, int]:
+    """Return how many items have each status, from the ledger and from what was listed last:
+    `counts` tells how many rows of each status there are, and are newer than that.
+    """
+    shown = {status: counts.get(status, (0, 0))[0] for status in ITEM_STATUSES}
+    ended = sum(new for status, (_, new) in counts.items() if status != "pending")
+    shown["pending"] = max(0, listed.get("pending", 0) - ended)
+    return shown
+
+
+def format_counts(items: Optional[Mapping[str, int]]) -> str:
+    """Return how many items have each status, in words."""
+    if items is None:
+        return ""
+    words = {"success": "done"}
+    return ", ".join(f"{count:,} {words.get(status, status)}" for status, count in items.items()
+                     if count or status == "success")
+
+
+def make_item_view(row: Row) -> Dict[str, Any]:
+    """Return a row of the ledger as --items shows it, as data."""
+    shown = {key: row[key] for key in ("item", "version", "status", "attempts", "deaths",
+                                       "run_id", "duration_s", "error")}
+    return {**shown, "ended_at": format_moment(row["ended_at"]), "rows": row["row_count"]}
+
+
+def format_items(shown: Sequence[Mapping[str, Any]], style: Style) -> str:
+    """Return --items as text."""
+    rows = [("item", "version", "status", "tries", "run", "ended", "rows", "")]
+    rows += [(clean_line(t["item"]), clean_line(t["version"]), t["status"],
+              str(t["attempts"] + t["deaths"]), t["run_id"], format_local(t["ended_at"]),
+              "" if t["rows"] is None else f"{t['rows']:,}", t["error"] or "") for t in shown]
+    if not any(t["version"] for t in shown):
+        rows = [(row[0], *row[2:]) for row in rows]
+    last = len(rows[0]) - 1
+    head, *lines = format_table(rows, right=(last - 4, last - 1), status=last - 5, style=style)
+    return "\n".join([style.bold(head), *lines])
+
+
+def clean_line(text: str) -> str:
+    """Return a text in one line that does nothing to a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def make_backfill_view(periods: Sequence[Period]) -> Dict[str, Any]:
+    """Return what --plan shows of a backfill, as data."""
+    return {"periods": [{"period_start": p.start, "period_end": p.end, "action": p.action,
+                         "reason": p.reason, "run_id": p.run_id and str(p.run_id)}
+                        for p in periods]}
+
+
+def format_backfill(periods: Sequence[Period], style: Style) -> str:
+    """Return --plan of a backfill as text."""
+    rows = [("period_start", "period_end", "action", "reason")]
+    head, *lines = format_table(rows + [tuple(p[:4]) for p in periods])
+    left = sum(p.action != "skip" for p in periods)
+    lines += ["", f"{left} of {len(periods)} period{'s' * (len(periods) != 1)} to run"]
+    return "\n".join([style.bold(head), *lines])
 
 
 def make_run_view(run: Row, attempts: Sequence[Row], is_detailed: bool = False) -> Dict[str, Any]:
@@ -4949,7 +6546,7 @@ def make_run_view(run: Row, attempts: Sequence[Row], is_detailed: bool = False) 
                  "attempts": row["attempt"], "started_at": format_moment(row["started_at"]),
                  "duration_s": row["duration_s"], "rows": row["rows"], "error": row["error"]}
         if is_detailed:
-            shown.update({key: row[key] for key in ("traceback", "log", "pid", "result")})
+            shown.update({key: row[key] for key in ("traceback", "log", "pid", "result", "items")})
         tools.pop(row["tool"], None)
         tools[row["tool"]] = shown
     started_at, duration_s = run["started_at"], run["duration_s"]
@@ -5009,7 +6606,7 @@ def format_tail(tool: str, log: str, lines: Sequence[str], style: Style) -> str:
                       *("  " + line for line in lines)])
 
 
-# === 10 DOOR ====================================================================================
+# === 11 DOOR ====================================================================================
 # The command line: the parser, one command_ function per command, the one listener that prints,
 # and the one place where an error becomes a sentence and an exit code. No other logic.
 
@@ -5227,13 +6824,21 @@ def check_companions(options: Any) -> None:
     """Raise UserError for a flag that says nothing beside the command that was given."""
     command = options.command
     for flag, commands in [("json", (command_list, command_plan, command_status, command_history,
-                                     command_logs)),
-                           ("last", (command_history,)), ("run", (command_logs,)),
+                                     command_logs, command_items)),
+                           ("failed", (command_items,)), ("last", (command_history,)),
+                           ("run", (command_logs,)),
                            ("tail", (command_logs,)), ("follow", (command_logs,))]:
         if getattr(options, flag) not in (None, False) and command not in commands:
             names = [each.__name__.partition("_")[2].replace("_", "-") for each in commands]
             raise UserError(f"--{flag} goes with --{', --'.join(names)}.", "Add one of them."
                             if len(names) > 1 else "Add it.")
+    for flag in ("step", "reverse", "reprocess"):
+        if getattr(options, flag) and not options.backfill:
+            raise UserError(f"--{flag} goes with --backfill.", "Add it: --backfill A..B.")
+    if options.backfill and (options.resume is not None or options.no_history):
+        raise UserError("--backfill looks into the history for what is done, and goes on there; it "
+                        f"does not go with --{'no-history' if options.no_history else 'resume'}.",
+                        "Leave that out.")
 
 
 def add_flags(parser: Parser) -> None:
@@ -5254,6 +6859,16 @@ def add_flags(parser: Parser) -> None:
                      help="go on with the last run that did not succeed, or with that one")
     run.add_argument("--force", action="store_true",
                      help="run cached tools too, and do without needs that never succeeded")
+    run.add_argument("--item", metavar="NAME", help="do only this item of a tool that has items")
+    run.add_argument("--retry-items", nargs="+", action="append", default=[],
+                     metavar=("TOOL", "ITEM"),
+                     help="try items again that were given up: these, or all of the tool")
+    run.add_argument("--backfill", metavar="A..B", help="run once per period from day A to day B, "
+                     "which tools get as period_start and period_end (the day after the last)")
+    run.add_argument("--step", choices=STEPS, help="with --backfill: how long a period is (day)")
+    run.add_argument("--reverse", action="store_true", help="with --backfill: the last one first")
+    run.add_argument("--reprocess", choices=("failed", "all"),
+                     help="with --backfill: run periods again that failed, or all")
     run.add_argument("--wait", nargs="?", type=read_wait_s, const=float("inf"), default=0.0,
                      metavar="DURATION", help="wait for another run of this pipeline to end")
     run.add_argument("--no-history", action="store_true",
@@ -5281,6 +6896,8 @@ def add_commands(look: Any) -> None:
          "show the last runs, or all of one"),
         (("--logs",), command_logs, {"nargs": "?", "metavar": "TOOL"},
          "show what the tools of the last run printed, or one tool"),
+        (("--items",), command_items, {"nargs": 1, "metavar": "TOOL"},
+         "show how each item of a tool ended"),
         (("--mark-done",), command_mark_done, {"nargs": "+", "metavar": "TOOL"},
          "accept a tool that you mended by hand, for --resume"),
         (("--prune",), command_prune, {"nargs": 1, "metavar": "DURATION"},
@@ -5293,6 +6910,8 @@ def add_commands(look: Any) -> None:
     look.add_argument("--tail", type=read_whole, metavar="N", help="with --logs: the last N lines")
     look.add_argument("--follow", action="store_true",
                       help="with --logs: go on while the run goes on")
+    look.add_argument("--failed", action="store_true",
+                      help="with --items: those that failed, with their errors")
     look.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
@@ -5384,7 +7003,12 @@ def command_list(call: Call) -> int:
 
 
 def command_plan(call: Call) -> int:
-    """Show the plan."""
+    """Show the plan; of a backfill, the periods."""
+    if call.options.backfill:
+        periods = find_periods(call, open_history(call))
+        show(to_json(make_backfill_view(periods)) if call.options.json
+             else format_backfill(periods, make_style(sys.stdout)))
+        return EXIT_SUCCESS
     plan, _, _ = find_plan(call, open_history(call))
     show(to_json(make_plan_view(plan)) if call.options.json
          else format_plan(plan, make_style(sys.stdout)))
@@ -5398,7 +7022,8 @@ def command_check(call: Call) -> int:
         for target in call.options.targets:
             expand_target(pipeline, target)
     mistakes = [*pipeline.mistakes,
-                *find_mistakes(pipeline.tools.values(), {*call.arguments, "conn", "context"})]
+                *find_mistakes(pipeline.tools.values(),
+                               {*call.arguments, *PERIOD_ARGUMENTS, "conn", "context"})]
     for mistake in mistakes:
         show(str(mistake))
     count = len(pipeline.tools)
@@ -5413,8 +7038,86 @@ def command_status(call: Call) -> int:
     tools = [step.tool for step in make_plan(call.pipeline, call.options.targets).steps] \
         if call.options.targets else list(call.pipeline.tools)
     running, attempts = (None, []) if history.killed else find_running(history)
-    shown = make_status(tools, history.find_last, running, attempts, Clock().wall())
+    shown = make_status(tools, history.find_last, running, attempts, Clock().wall(),
+                        count_items_of(call, history, tools))
     show(to_json(shown) if call.options.json else format_status(shown, make_style(sys.stdout)))
+    return EXIT_SUCCESS
+
+
+def count_items_of(call: Call, history: NoHistory,
+                   tools: Sequence[str]) -> Dict[str, Dict[str, int]]:
+    """Return how many items have each status, for the tools that had items when they ran last."""
+    import json
+    lasts = {tool: history.find_last(tool) for tool in tools}
+    lasts = {tool: last if last["attempt"] else history.find_last_attempt(tool)
+             for tool, last in lasts.items() if last}
+    counts: Dict[str, Dict[str, int]] = {}
+    having = {tool: last for tool, last in lasts.items() if last and last["items"]}
+    if having:
+        with open_connection(call) as conn:
+            for tool, last in having.items():
+                ledger = open_ledger(call, conn, tool)
+                if ledger is not None:
+                    counts[tool] = count_statuses(json.loads(last["items"]),
+                                                  ledger.count(last["started_at"]))
+                    ledger.close()
+    return counts
+
+
+@contextlib.contextmanager
+def open_connection(call: Call) -> Iterator[Any]:
+    """Hold the pipeline's connection to look at what is there. Raise UserError if that fails."""
+    database = Database(call.pipeline.get_connection)
+    try:
+        try:
+            database.begin()
+        except Exception as error:
+            raise UserError(f"get_connection() failed: {format_one_line(error)}",
+                            "The items are in that database; see that it can be reached."
+                            ) from error
+        yield database.conn
+        database.rollback()
+    finally:
+        database.close()
+
+
+def open_ledger(call: Call, conn: Any, tool: str) -> Optional[Ledger]:
+    """Return the ledger of a tool, to look at; None if there is none yet."""
+    ledger = Ledger(conn, find_ledger_path(call.folder), call.pipeline.name, tool, "", "")
+    if ledger.is_there():
+        return ledger
+    ledger.close()
+    return None
+
+
+def command_items(call: Call) -> int:
+    """Show the items of a tool that were tried, or those that failed."""
+    options, tool = call.options, call.options.operand[0]
+    if tool not in call.pipeline.tools:
+        raise UserError(f"There is no tool {tool!r}.", format_nearest(tool, call.pipeline.tools))
+    if not has_items(call.pipeline.tools[tool]):
+        raise UserError(f"{tool} has no items.", "A tool has items if its module has a function "
+                        'items(), or if TOOL_MAP says "each" of it.')
+    wanted = ITEM_STATUSES[1:] if options.failed else ITEM_STATUSES
+    found, count = [], 0
+    with open_connection(call) as conn:
+        ledger, after = open_ledger(call, conn, tool), ""
+        while ledger is not None:
+            page = [make_item_view(row) for row in ledger.load_items(wanted, after)]
+            count += len(page)
+            if options.json:
+                found += page
+            elif page:
+                show(format_items(page, make_style(sys.stdout)))
+            if not page:
+                ledger.close()
+                break
+            after = page[-1]["item"]
+    if options.json:
+        show(to_json({"items": found}))
+    elif not count:
+        say(f"No item of {tool} has failed." if options.failed else
+            f"No item of {tool} has been tried.")
     return EXIT_SUCCESS
 
 
@@ -5533,7 +7236,48 @@ def command_run(call: Call) -> int:
         return carry_out(call, NoHistory())
     with hold_history(call.folder, call.base, call.options.wait) as history:
         tell_killed(history)
-        return carry_out(call, history)
+        return (backfill if call.options.backfill else carry_out)(call, history)
+
+
+def find_periods(call: Call, history: NoHistory) -> List[Period]:
+    """Return the periods of --backfill, in order, with what is to be done of each."""
+    options = call.options
+    request = Request(tuple(options.targets), tuple(options.exclude), options.start_from)
+    tools = [call.pipeline.tools[step.tool] for step in make_plan(
+        call.pipeline, request.targets, exclude=request.exclude,
+        start_from=request.start_from).steps]
+    if not any(takes_any(tool, PERIOD_ARGUMENTS) for tool in tools):
+        raise UserError("--backfill: no tool of this plan takes period_start or period_end, so "
+                        "each period would be the same.",
+                        "Write `def run(conn, period_start=None, period_end=None):`.")
+    periods = make_periods(options.backfill, options.step or "day")
+    if isinstance(history, History):
+        periods = [decide_period(period, *history.find_last_like(
+            request, {**call.arguments, **period.arguments()}), options.reprocess or "")
+            for period in periods]
+    return periods[::-1] if options.reverse else periods
+
+
+def backfill(call: Call, history: History) -> int:
+    """Run the plan once per period that is not done, and tell how each went."""
+    periods = find_periods(call, history)
+    left = [period for period in periods if period.action != "skip"]
+    codes: Dict[str, int] = {}
+    for number, period in enumerate(left, 1):
+        if not call.options.quiet:
+            say(f"\nPeriod {period.start} to {period.end} ({number} of {len(left)})")
+        codes[period.start] = code = carry_out(call, history, period)
+        if code > EXIT_SIGNAL or code and call.options.fail_fast:
+            break
+    failed = [start for start, code in codes.items() if code]
+    failed += [p.start for p in periods if p.action == "skip" and "failed" in p.reason]
+    done = sum(not code for code in codes.values())
+    say(f"\nBackfill: {done} period{'s' * (done != 1)} done now, {len(periods) - len(left)} left "
+        f"alone, {len(failed)} failed" + (": " + ", ".join(failed[:10]) if failed else ""))
+    if failed:
+        again = [] if call.options.reprocess else ["--reprocess", "failed"]
+        say("Next: " + format_command([*program_words(), *call.argv, *again]))
+    return max(codes.values(), default=EXIT_SUCCESS) or (EXIT_FAILED if failed else EXIT_SUCCESS)
 
 
 def tell_killed(history: History) -> None:
@@ -5544,14 +7288,20 @@ def tell_killed(history: History) -> None:
         say(f"Run {run_id} was cut off {where}; it is recorded as interrupted.")
 
 
-def find_plan(call: Call, history: NoHistory) -> Tuple[Plan, Request, Dict[str, Any]]:
+def find_plan(call: Call, history: NoHistory,
+              period: Optional[Period] = None) -> Tuple[Plan, Request, Dict[str, Any]]:
     """Return the plan, what was asked for, and the arguments of the tools; with --resume, those
     of the run that is resumed.
     """
     options, arguments, done = call.options, call.arguments, {}
     request = Request(tuple(options.targets), tuple(options.exclude), options.start_from,
                       tuple(call.argv))
-    if options.resume is not None:
+    if period:
+        arguments = {**arguments, **period.arguments()}
+        if period.action == "resume":
+            request = request._replace(resumes=period.run_id)
+            done = history.find_done(period.run_id)
+    elif options.resume is not None:
         check_nothing_beside_resume(call)
         # No second connection: a worker would inherit it, and close it over the first one's head.
         history = history if isinstance(history, History) else need_history(call)
@@ -5565,7 +7315,8 @@ def find_plan(call: Call, history: NoHistory) -> Tuple[Plan, Request, Dict[str, 
         call.pipeline, history, arguments, Clock().wall(), done, options.force,
         jobs > 1 or options.command is command_plan)
     plan = make_plan(call.pipeline, request.targets, exclude=request.exclude,
-                     start_from=request.start_from, jobs=jobs, past=past)
+                     start_from=request.start_from, jobs=jobs, past=past,
+                     **({"describe": describe_items} if options.command is command_plan else {}))
     if options.resume is not None:
         tell_changes(call.pipeline, run, plan)
     return plan, request, arguments
@@ -5598,10 +7349,10 @@ def tell_changes(pipeline: Pipeline, run: Row, plan: Plan) -> None:
             + (f" Done before, and not run again: {', '.join(kept)}." if kept else ""))
 
 
-def carry_out(call: Call, history: NoHistory) -> int:
-    """Run the plan, recorded in a history, and tell on stderr how it goes."""
+def carry_out(call: Call, history: NoHistory, period: Optional[Period] = None) -> int:
+    """Run the plan, for a period if there is one, and tell on stderr how it goes."""
     options = call.options
-    plan, request, arguments = find_plan(call, history)
+    plan, request, arguments = find_plan(call, history, period)
     # Descriptors of its own: what tools print is led into their logs meanwhile.
     stream, out = sys.stderr, sys.stdout
     if history.folder:
@@ -5610,14 +7361,25 @@ def carry_out(call: Call, history: NoHistory) -> int:
     gc.freeze()  # what is here will stay: no collection during the run need walk it
     result = run_plan(call.pipeline, plan, arguments, history=history, request=request,
                       fail_fast=options.fail_fast, verbose=options.verbose, keep_results=False,
+                      only_item=options.item, retry_items=read_retries(options.retry_items),
                       on_event=screen.on_event)
     if not options.quiet or result.status != "success":
         for tail in screen.tails.values():
             say("\n" + tail)
-        say(format_summary(result, make_next_command(result, call), screen.style))
+        next_command = "" if period else make_next_command(result, call)
+        say(format_summary(result, next_command, screen.style))
     if result.status == "interrupted":
         return EXIT_SIGNAL + (result.signal or SIGINT)
-    return EXIT_FAILED if result.failed or screen.has_lost else EXIT_SUCCESS
+    return EXIT_FAILED if result.status == "failed" or screen.has_lost else EXIT_SUCCESS
+
+
+def read_retries(given: Sequence[Sequence[str]]) -> Dict[str, Tuple[str, ...]]:
+    """Return what --retry-items asks for, by tool; all items of a tool where none is named."""
+    retries: Dict[str, Tuple[str, ...]] = {}
+    for tool, *items in given:
+        is_all = not items or tool in retries and not retries[tool]
+        retries[tool] = () if is_all else (*retries.get(tool, ()), *items)
+    return retries
 
 
 class Screen:
@@ -5629,7 +7391,8 @@ class Screen:
         self.out = sys.stdout if out is None else out  # takes what tools print in workers
         self.is_terminal = stream is not None and stream.isatty()
         self.width = 0
-        self.started_s = self.shown_s = 0.0
+        self.shown_s = 0.0
+        self.started_s: Dict[str, float] = {}  # by tool that runs
         self.is_live = False  # whether the last line is a live one, to be written over
         self.follows = verbose  # whether workers' output is shown at once
         self.outputs: Dict[str, Tuple[str, int]] = {}  # by tool: file, how much of it was shown
@@ -5647,7 +7410,7 @@ class Screen:
             self.has_lost = self.has_lost or event.level == OUTPUT_LOST
             self.show(event)
         elif event.kind == "tool_started":
-            self.started_s, self.shown_s = event.at, event.at
+            self.started_s[event.tool] = self.shown_s = event.at
             if event.output:
                 self.outputs[event.tool] = (event.output, 0)
             self.show(event)
@@ -5706,7 +7469,7 @@ class Screen:
         """Write the live line, on a terminal and at most ten times a second."""
         if self.is_terminal and not self.quiet and event.at - self.shown_s >= 0.1:
             self.shown_s, self.is_live = event.at, True
-            line = format_progress(event, self.width, event.at - self.started_s)
+            line = format_progress(event, self.width, event.at - self.started_s[event.tool])
             say("\r" + line[:find_columns(self.stream) - 1] + "\x1b[K", self.stream, end="")
 
     def write(self, text: str) -> None:
@@ -5821,6 +7584,8 @@ def make_next_command(result: RunResult, call: Call) -> str:
     argv, options = call.argv, call.options
     if not options.no_history:
         flags = ["--force"] * options.force
+        for tool, o in result.outcomes.items():  # of whose items some have no try left
+            flags += ["--retry-items", tool] * bool(o.items and o.items["failed"])
         flags += ["--jobs", str(options.jobs)] if options.jobs != 1 else []
         return format_command([*program_words(), "--resume", *flags])
     words = [word for i, word in enumerate(argv) if not word.startswith("--from=")

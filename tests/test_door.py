@@ -76,7 +76,7 @@ def test_a_mistake_on_the_command_line_is_told_in_two_sentences(three, words, sa
     ('"-x"', "conflicting option string: -x"),
     ('"--conn"', "would reach tools as 'conn'"),
     ('"--context"', "would reach tools as 'context'"),
-    ('"--item"', "would reach tools as 'item'"),
+    ('"--item"', "conflicting option string: --item"),
     ('"--mine", dest="item"', "would reach tools as 'item'"),
     ('"--mine", dest="targets"', "would reach tools as 'targets'"),
     ('"since"', "'since' is not a flag"),

@@ -177,7 +177,7 @@ def test_run_pipeline_keeps_no_history_without_a_home(modules):
 def test_the_file_is_plain_sqlite_that_says_whose_it_is(line):
     line.run()
     with open_history(line.folder) as conn:
-        assert conn.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION == 1
+        assert conn.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION == 2
         assert conn.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
         assert conn.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
         assert conn.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
@@ -219,8 +219,8 @@ def test_a_history_of_a_newer_engine_is_refused_with_both_versions(line):
             conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 6}")
 
     path, content = write_history(line, make_newer)
-    check_refused(line, path, content, "has schema version 7, and this engine, " + VERSION,
-                  "knows 1.", "Use the newer orchestrator.py that wrote it.")
+    check_refused(line, path, content, "has schema version 8, and this engine, " + VERSION,
+                  "knows 2.", "Use the newer orchestrator.py that wrote it.")
 
 
 def test_the_database_of_something_else_is_refused_and_left_alone(line):
@@ -625,7 +625,8 @@ def test_a_run_that_is_not_there_is_told_with_the_last_that_is(line, words):
     (["--logs", "bb"], "There is no tool 'bb'."), (["--status", "bb"], "There is no tool or stage"),
     (["--last", "2"], "--last goes with --history."), (["--tail", "2"], "--tail goes with --logs."),
     (["--follow", "--list"], "--follow goes with --logs."), (["--run", "1"], "--run goes with"),
-    (["--json"], "--json goes with --list, --plan, --status, --history, --logs."),
+    (["--json"], "--json goes with --list, --plan, --status, --history, --logs, "
+      "--items."),
     (["--prune", "soon"], "--prune: 'soon' is no duration."),
     (["--wait", "soon"], "'soon' is no duration"),
     (["--status", "--history"], "not allowed with"),
@@ -826,7 +827,7 @@ def test_a_clock_set_back_makes_no_negative_ages_and_nothing_fresh(past):
         == ("run", "in TOOL_MAP; succeeded in the future, if the clock is right")
     from orchestrator import format_status, make_status
     with hold_history(line.folder, line.base) as history:
-        shown = make_status(["t"], history.find_last, None, [], line.now)
+        shown = make_status(["t"], history.find_last, None, [], line.now, {})
         assert shown["tools"][0]["age_s"] == 0.0 and "-" not in format_status(
             shown, orchestrator.Style())
 

@@ -14,7 +14,7 @@ from conftest import TOP
 
 SOURCE = (TOP / "orchestrator.py").read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
-ROOMS = ["WORDS", "SETUP", "PLANNING", "HISTORY", "CONNECTION", "CALLING", "WORKERS",
+ROOMS = ["WORDS", "SETUP", "PLANNING", "HISTORY", "CONNECTION", "LEDGER", "CALLING", "WORKERS",
          "RUNNING", "VIEWS", "DOOR"]
 BANNER = re.compile(r"# === (\d+) ([A-Z]+) =+$")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -190,10 +190,10 @@ def test_a_room_uses_only_the_rooms_above_it():
     (1, "def planted():\n    return [main for x in ()]"),
     (2, "def planted(plan: 'Optional[RunResult]' = None) -> Callable[[Any], Run]:\n    pass"),
     (3, "class Planted:\n    def method(self):\n        return lambda: make_style"),
-    (6, "def planted():\n    return Workers"),
-    (7, "class Planted:\n    run: 'Run'"),
-    (8, "def planted():\n    @format_list\n    def inner():\n        pass"),
-    (9, "PLANTED = [main]"),
+    (7, "def planted():\n    return Workers"),
+    (8, "class Planted:\n    run: 'Run'"),
+    (9, "def planted():\n    @format_list\n    def inner():\n        pass"),
+    (10, "PLANTED = [main]"),
 ])
 def test_a_look_down_would_be_found(room, text):
     assert len(looks_down(plant("\n" + text + "\n", room))) == 1
@@ -224,11 +224,11 @@ def test_every_hook_that_the_last_lines_take_is_one_whose_misspelling_is_told():
     (("sys.exit",), {"MARK", "DOOR"}),  # at the mark, of a Python that is too old
     (("sys.stdout", "sys.stdin"), {"WORKERS", "DOOR"}),  # a worker's lead to a file
     (("sys.stderr",), {"MARK", "WORKERS", "DOOR"}),
-    (("sqlite3",), {"HISTORY", "CONNECTION"}),
+    (("sqlite3",), {"HISTORY", "CONNECTION", "LEDGER"}),
     (("psycopg", "duckdb"), {"CONNECTION"}),
     (("importlib.import_module", "importlib.util.find_spec"), {"CALLING"}),
-    (("sys.modules",), {"CALLING", "WORKERS", "DOOR"}),
-    (("open",), {"HISTORY", "CALLING", "WORKERS", "DOOR"}),
+    (("sys.modules",), {"LEDGER", "CALLING", "WORKERS", "DOOR"}),
+    (("open",), {"HISTORY", "LEDGER", "CALLING", "WORKERS", "DOOR"}),
     (("signal.signal", "os._exit", "pickle"), {"CALLING", "WORKERS"}),
     (("os.fork", "os.kill", "os.killpg", "os.setpgid", "os.waitpid", "os.waitid", "os.pipe",
       "threading.Thread", "resource.setrlimit", "select.select", "socket.socketpair"),
@@ -238,7 +238,7 @@ def test_every_hook_that_the_last_lines_take_is_one_whose_misspelling_is_told():
     (("json",), {"HISTORY", "RUNNING", "VIEWS", "DOOR"}),  # in the database, and for programs
     (("os.environ",), {"WORKERS", "DOOR"}),
     (("subprocess",), {"DOOR"}),  # of which it takes the quoting of words for Windows
-    (("time.time", "time.monotonic", "time.sleep"), {"WORKERS", "RUNNING"}),
+    (("time.time", "time.monotonic", "time.sleep"), {"CALLING", "WORKERS", "RUNNING"}),
     (("os.system", "subprocess.run", "subprocess.Popen", "subprocess.call",
       "subprocess.check_output", "eval", "exec"), set()),
 ])
@@ -251,7 +251,7 @@ def test_an_effect_stays_in_its_room(names, rooms):
     (("fcntl",), {"HISTORY", "WORKERS"}),
     (("msvcrt",), {"HISTORY"}),
     (("signal", "threading"), {"CALLING", "WORKERS", "RUNNING"}),
-    (("random", "tempfile"), {"RUNNING"}),
+    (("random", "tempfile"), {"CALLING", "RUNNING"}),
     (("shutil",), {"HISTORY", "RUNNING"}),
     (("urllib", "http", "smtplib", "concurrent"), set()),
 ])
@@ -260,7 +260,7 @@ def test_a_module_is_imported_only_where_its_effects_belong(modules, rooms):
 
 
 def test_sql_is_spoken_where_databases_are_and_nowhere_else():
-    assert rooms_of(is_sql) == {"HISTORY", "CONNECTION"}
+    assert rooms_of(is_sql) == {"HISTORY", "CONNECTION", "LEDGER"}
 
 
 @pytest.mark.parametrize("room", ["WORDS", "SETUP", "PLANNING", "VIEWS"])

@@ -336,7 +336,7 @@ def hold_byte(folder):
     """Start a process that lives on as a worker of a killed run may; return it."""
     process = subprocess.Popen([sys.executable, "-c", f"""
 import orchestrator, sys
-orchestrator.hold_worker_byte({os.path.join(str(folder), "lock")!r})
+orchestrator.hold_worker_byte({str(folder)!r})
 print("held", flush=True)
 sys.stdin.read()
 """], cwd=TOP, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

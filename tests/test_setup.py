@@ -388,6 +388,8 @@ WRONG = {
     "estimate": ("a number of seconds or a text", NO_DURATION),
     "cache": ("True, False or a duration", ["24", "ever", "", 0, "0s", -1, None, [], math.inf]),
     "fresh_for": ("a number of seconds or a text", [*NO_DURATION, 0, "0s"]),
+    "each": ("the name of a tool with items", ["", None, True, 1, ["fetch"], {"fetch"}]),
+    "batch": ("a whole number from 1 on", [0, -1, 1.0, "500", None, True, math.inf]),
 }
 
 
@@ -412,7 +414,7 @@ def test_the_example_that_a_refusal_gives_is_itself_accepted(key):
     example = ast.literal_eval("{" + error.fix.partition("Write ")[2].rstrip(".") + "}")
 
     row = {"module": "tools.fetch", **example}
-    tools = {"fetch": "m", "x": row} if key == "needs" else {"x": row}
+    tools = {"fetch": "m", "validate": "m", "x": row} if key in ("needs", "each") else {"x": row}
 
     load_pipeline(tools, limits={"db": 1})
 
