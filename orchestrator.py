@@ -2304,14 +2304,14 @@ class Database:
 
     State: `conn`, what get_connection() returned; `is_open`, whether it was asked; `autocommit`,
     the mode in which the connection came, to which it is put back after each attempt; `has_begun`,
-    whether begin() told the driver to begin a transaction.
+    whether begin() told the driver to begin a transaction; `is_sqlite`, what it is.
     """
 
     def __init__(self, get_connection: Callable[[], Any],
                  is_cancelled: Callable[[], bool] = lambda: False) -> None:
         self.get_connection, self.is_cancelled = get_connection, is_cancelled
         self.conn: Any = None
-        self.is_open = self.has_begun = False
+        self.is_open = self.has_begun = self.is_sqlite = False
         self.autocommit: Any = None
 
     def open(self) -> Any:
@@ -2323,7 +2323,8 @@ class Database:
                                 "committed: return the connection itself")
             self.conn, self.is_open = conn, True
             self.autocommit = getattr(self.conn, "autocommit", None)
-            if is_sqlite(self.conn) and hasattr(self.conn, "set_progress_handler"):
+            self.is_sqlite = is_sqlite(conn)
+            if self.is_sqlite and hasattr(self.conn, "set_progress_handler"):
                 self.conn.set_progress_handler(self.is_cancelled, _SQLITE_STEPS)
         return self.conn
 
@@ -2334,7 +2335,7 @@ class Database:
         would survive a rollback. `is_urgent` waits for SQLite's one writer at once.
         """
         conn = self.open()
-        if is_sqlite(conn):
+        if self.is_sqlite:
             if not conn.in_transaction:
                 # A deferred transaction that reads first can not wait for a lock; who opens with
                 # isolation_level="IMMEDIATE" gets one that does.
@@ -2349,10 +2350,10 @@ class Database:
 
     def commit(self) -> None:
         """Commit what is open. Raise what the driver raises, or if it would have been lost."""
-        if is_aborted(self.conn):
+        if not self.is_sqlite and is_aborted(self.conn):
             raise RuntimeError("the transaction had failed and could not be committed: "
                                "an error of the database was caught and ignored")
-        if self.is_cancelled() and is_sqlite(self.conn):
+        if self.is_sqlite and self.is_cancelled():
             raise RuntimeError("SQLite undid the transaction when a statement was interrupted")
         self._end("commit")
 
@@ -2382,9 +2383,8 @@ class Database:
 
     def _end(self, how: str) -> bool:
         conn, had_begun, self.has_begun = self.conn, self.has_begun, False
-        had_ended = is_sqlite(conn) and not conn.in_transaction
-        if is_sqlite(conn) and (getattr(conn, "autocommit", None) is True
-                                or not hasattr(conn, how)):
+        had_ended = self.is_sqlite and not conn.in_transaction
+        if self.is_sqlite and (self.autocommit is True or not hasattr(conn, how)):
             if conn.in_transaction:  # commit() and rollback() do nothing here, or are not there
                 conn.execute(how.upper() + _OURS)
         else:
@@ -2622,9 +2622,9 @@ class Ledger:
         if bound is None:
             bound = self._sql[sql] = bind(sql, self.style)
         if self._execute:
-            return self._execute(bound, tuple(values))
+            return self._execute(bound, values)
         cursor = self.conn.cursor()
-        cursor.execute(bound, tuple(values))
+        cursor.execute(bound, values)
         return cursor
 
     def do_theirs(self, sql: str) -> Any:
@@ -2714,7 +2714,7 @@ class Ledger:
                 return
             marks = ", ".join(["(?, ?, ?)"] * len(some))
             self.do(f"INSERT INTO orchestrator_listed VALUES {marks}",  # noqa: S608 - ?, ?
-                    [value for row in some for value in row])
+                    tuple(value for row in some for value in row))
 
     def find_pending(self, only: Optional[str] = None,
                      retry: Optional[Sequence[str]] = None) -> Iterator[Tuple[Item, bool]]:
@@ -2732,9 +2732,9 @@ class Ledger:
                "FROM orchestrator_listed l LEFT JOIN orchestrator_items d "
                "ON d.pipeline = ? AND d.tool = ? AND d.item = l.item "
                "WHERE (d.passed IS NULL OR d.passed <> l.version)")
-        values: List[Any] = [self.source, *self.key]
+        values: Tuple[str, ...] = (self.source, *self.key)
         if only is not None:
-            sql, values = sql + " AND l.item = ?", [*values, only]
+            sql, values = sql + " AND l.item = ?", (*values, only)
         self.do(sql, values)
         double = {row[0] for row in self.do(
             "SELECT p.seq FROM orchestrator_listed e "
@@ -2786,10 +2786,11 @@ class Ledger:
             return item, status, rows, error
         return item, "pending", None, None
 
-    def record(self, item: Item, status: str, at: float, duration_s: Optional[float],
-               rows: Optional[int] = None, error: Optional[str] = None) -> None:
-        """Write how a try of an item ended, with the counts that the item has. Raise Taken if
-        somebody else wrote its row since it was looked at, or did it.
+    def record(self, item: Item, status: str, attempts: int, at: float,
+               duration_s: Optional[float], rows: Optional[int] = None,
+               error: Optional[str] = None) -> None:
+        """Write how a try of an item ended. Raise Taken if somebody else wrote its row since it
+        was looked at, or did it.
 
         To delete a row and insert it anew would let two do one item: each would see its own.
         """
@@ -2797,17 +2798,17 @@ class Ledger:
         if not item.is_seen:
             try:
                 self.do(_INSERT, (*self.key, item.name, item.version, passed, status,
-                                  item.attempts, item.deaths, self.source, self.run_id, at,
-                                  duration_s, rows, error))
+                                  attempts, item.deaths, self.source, self.run_id, at, duration_s,
+                                  rows, error))
             except Exception as problem:
                 if {"IntegrityError", "ConstraintException"} & {
                         kind.__name__ for kind in type(problem).__mro__}:
                     raise Taken from problem
                 raise
             return
-        cursor = self.do(_UPDATE, (item.version, passed, status, item.attempts, item.deaths,
-                                   self.source, self.run_id, at, duration_s, rows, error,
-                                   *self.key, item.name, item.version))
+        cursor = self.do(_UPDATE, (item.version, passed, status, attempts, item.deaths, self.source,
+                                   self.run_id, at, duration_s, rows, error, *self.key, item.name,
+                                   item.version))
         count = cursor.rowcount
         if (cursor.fetchone()[0] if count < 0 else count) != 1:  # DuckDB gives it as a row
             raise Taken
@@ -2863,6 +2864,8 @@ def read_item(number: int, found: Any) -> Tuple[str, str]:
 
     Raise TypeError for what is neither.
     """
+    if type(found) is str:
+        return found, ""
     pair = found if isinstance(found, tuple) and len(found) == 2 else (found, "")
     name, version = (
         value if isinstance(value, str) else "" if value is None and i else
@@ -3985,12 +3988,13 @@ class ItemWork:
                     self._do_singly(group, error)
                     return
         for rows, ending in self.new:
-            if ending is not None:
+            if ending is None:
+                self.passed += 1
+                self.rows = self.rows if rows is None else (self.rows or 0) + rows
+            elif ending.status == "done":  # by somebody else
+                self.elsewhere += 1
+            else:
                 self.endings.append(ending)
-                continue
-            self.passed += 1
-            if rows is not None:
-                self.rows = (self.rows or 0) + rows
         self.at_work = None
 
     def _begin(self, is_urgent: bool = False) -> None:
@@ -4033,12 +4037,9 @@ class ItemWork:
         ledger = self.ledger
         if item.is_seen is None:
             item, status, rows, problem = ledger.look(item)
-            if status == "done":
-                self.elsewhere += 1
-            elif status != "pending":
+            if status != "pending":
                 self.new.append((rows, None if status == "success" else
                                  Ending(item, status, item.attempts, problem or "")))
-            if status != "pending":
                 return
         self.at_work = item
         if self.slip_fd >= 0:
@@ -4052,7 +4053,7 @@ class ItemWork:
         try:
             rows = self.interrupts.call(self._call, item.name)
             self.step, self.is_own_fault = "in the ledger: ", False
-            ledger.record(item._replace(attempts=item.attempts + 1), "success", time.time(),
+            ledger.record(item, "success", item.attempts + 1, time.time(),
                           time.monotonic() - started_s, rows)
             if saves:
                 self._release()
@@ -4137,8 +4138,8 @@ class ItemWork:
 
     def _record(self, ending: Ending, duration_s: Optional[float]) -> None:
         self.step = "in the ledger: "
-        self.ledger.record(ending.item, ending.status, time.time(), duration_s,
-                           error=ending.error)
+        self.ledger.record(ending.item, ending.status, ending.item.attempts, time.time(),
+                           duration_s, error=ending.error)
         self.step = ""
 
     def _charge(self, item: Item, text: str, error: Optional[BaseException] = None,
@@ -5318,7 +5319,8 @@ def check_items_asked(callees: Mapping[str, Callee], plan: Plan, only_item: Opti
     for tool in retry_items:
         if tool not in having:
             raise UserError(f"--retry-items: {tool!r} is no tool with items in this plan.",
-                            format_nearest(tool, having))
+                            format_nearest(tool, having) if having else
+                            "Name such a tool as a target, too.")
 
 
 def make_item_orders(callees: Mapping[str, Callee], only_item: Optional[str],

@@ -2,6 +2,7 @@
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -57,8 +58,14 @@ def example(tmp_path):
 
 @pytest.fixture
 def copied(sandbox):
-    """The pipeline that the README tells to write, in an empty folder."""
-    sandbox.pipeline(blocks("python", "TOOL_MAP = {")[0])
+    """The pipeline that the README tells to write, with the tool with items, in an empty folder."""
+    tables = blocks("python", "TOOL_MAP = {")[0]
+    last = '"report": "sales.report",\n'
+    assert last in tables
+    sandbox.pipeline(tables.replace(last, last + '    "load_files": "sales.load_files",\n'))
+    sandbox.tool("sales.load_files", blocks("python", "def items(conn)")[0])
+    (sandbox.folder / "sales" / "inbox").mkdir()
+    (sandbox.folder / "sales" / "inbox" / "monday.csv").write_text("item,price\napple,0.5\n")
     sandbox.tool("sales.load", blocks("python", '"""Load')[0])
     sandbox.tool("sales.report", blocks("python", '"""Print')[0])
     return sandbox
@@ -91,7 +98,8 @@ def test_the_file_may_have_any_name(copied):
                                      for c in commands(body) if "orchestrator.py" in c])
 def test_a_command_of_the_readme_works_in_the_pipeline_that_it_tells_to_write(copied, command):
     (copied.folder / "sales.db").unlink(missing_ok=True)
-    assert run("python orchestrator.py", copied.folder).returncode == 0
+    for target in ("full", "load_files"):
+        assert run(f"python orchestrator.py {target}", copied.folder).returncode == 0
     ended = run(command, copied.folder)
     assert ended.returncode == 0, ended.stdout
 
@@ -137,3 +145,16 @@ def test_a_second_pipeline_runs_on_the_same_engine(copied):
         blocks("python", "TOOL_MAP = {")[0] + blocks("python", "from orchestrator import main")[0])
     assert "report" in run("python second.py --list", copied.folder).stdout
     assert run("python second.py", copied.folder).returncode == 0
+
+
+def test_the_tool_with_items_does_each_file_once_and_a_new_version_again(copied):
+    inbox = copied.folder / "sales" / "inbox"
+    for name, text, rows in [("tuesday.csv", "pear,1", 2), ("tuesday.csv", "pear,1\nfig,2", 3),
+                             ("tuesday.csv", None, 3), ("bad.csv", "apple,none", 3)]:
+        if text:
+            (inbox / name).write_text(f"item,price\n{text}\n")
+            os.utime(inbox / name, ns=(rows, rows))
+        ended = copied.run("load_files")
+        count = sqlite3.connect(copied.folder / "sales.db").execute("SELECT count(*) FROM orders")
+        assert (ended.code, count.fetchone()[0]) == (int(name == "bad.csv"), rows)
+    assert "could not convert string to float" in copied.run("--items", "load_files").out
