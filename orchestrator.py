@@ -285,7 +285,8 @@ class Tally(NamedTuple):
     """What came of some items: how many passed, with how many rows, and how others ended.
 
     `elsewhere` counts those that somebody else did meanwhile; `left` are those that were not
-    done, and `at_work` the one of these that was being done.
+    done, and `at_work` the one of these that was being done; `charged` is how many of the
+    charges in the order are recorded.
     """
     passed: int = 0
     rows: Optional[int] = None
@@ -293,6 +294,7 @@ class Tally(NamedTuple):
     elsewhere: int = 0
     left: Tuple[Item, ...] = ()
     at_work: Optional[Item] = None
+    charged: int = 0
 
 
 class Outcome(NamedTuple):
@@ -2627,6 +2629,17 @@ class Ledger:
         cursor.execute(bound, values)
         return cursor
 
+    def read(self, sql: str, values: Sequence[Any] = ()) -> List[Tuple[Any, ...]]:
+        """Return the rows of a SELECT of ours, as tuples whatever the connection makes of rows."""
+        if self.kind == "sqlite" and hasattr(self.conn, "row_factory"):
+            cursor = self.conn.cursor()
+            cursor.row_factory = None
+            cursor.execute(sql, values)
+        else:
+            cursor = self.do(sql, values)
+        return [tuple(row.values() if isinstance(row, Mapping) else row)
+                for row in cursor.fetchall()]
+
     def do_theirs(self, sql: str) -> Any:
         """Execute a statement that holds a SELECT of the user's, in which % and ? are letters."""
         if self._execute:
@@ -2640,7 +2653,7 @@ class Ledger:
     def is_there(self) -> bool:
         """Return whether the ledger's table exists; where not, the transaction may be over."""
         try:
-            self.do("SELECT 1 FROM orchestrator_items WHERE 1 = 0").fetchall()
+            self.read("SELECT 1 FROM orchestrator_items WHERE 1 = 0")
         except Exception:
             return False
         return True
@@ -2652,8 +2665,7 @@ class Ledger:
         self.do(re.sub(r"--.*", "", schema))
 
     def _find_dialect(self) -> Dialect:
-        if self.kind == "mysql" and "mariadb" in str(
-                self.do("SELECT version()").fetchone()[0]).lower():
+        if self.kind == "mysql" and "mariadb" in str(self.read("SELECT version()")).lower():
             self.kind = "mariadb"
         return _DIALECTS.get(self.kind, Dialect())
 
@@ -2736,14 +2748,14 @@ class Ledger:
         if only is not None:
             sql, values = sql + " AND l.item = ?", (*values, only)
         self.do(sql, values)
-        double = {row[0] for row in self.do(
+        double = {row[0] for row in self.read(
             "SELECT p.seq FROM orchestrator_listed e "
-            "JOIN orchestrator_pending p ON p.item = e.item AND e.seq < p.seq").fetchall()}
+            "JOIN orchestrator_pending p ON p.item = e.item AND e.seq < p.seq")}
         seq = 0
         while True:
-            rows = self.do("SELECT seq, item, version, is_seen, status, attempts, deaths "
-                           "FROM orchestrator_pending WHERE seq > ? ORDER BY seq LIMIT ?",
-                           (seq, _PAGE)).fetchall()
+            rows = self.read("SELECT seq, item, version, is_seen, status, attempts, deaths "
+                             "FROM orchestrator_pending WHERE seq > ? ORDER BY seq LIMIT ?",
+                             (seq, _PAGE))
             for seq, name, version, is_seen, status, attempts, deaths in rows:
                 if seq in double:
                     continue
@@ -2761,8 +2773,8 @@ class Ledger:
     def count_listed(self, only: Optional[str] = None) -> int:
         """Return how many items were listed, or how often one of them was."""
         sql = "SELECT count(*) FROM orchestrator_listed"
-        cursor = self.do(sql) if only is None else self.do(sql + " WHERE item = ?", (only,))
-        return cursor.fetchone()[0]
+        rows = self.read(sql) if only is None else self.read(sql + " WHERE item = ?", (only,))
+        return rows[0][0]
 
     # --- how one ended ---
 
@@ -2770,13 +2782,12 @@ class Ledger:
         """Return an item as its row tells, and how it ended, with rows and error: success, failed
         or quarantined in this run; done by somebody else; or pending.
         """
-        row = self.do("SELECT passed, version, source, run_id, status, attempts, deaths, "
-                      "row_count, error FROM orchestrator_items "
-                      "WHERE pipeline = ? AND tool = ? AND item = ?",
-                      (*self.key, item.name)).fetchone()
-        if row is None:
+        found = self.read("SELECT passed, version, source, run_id, status, attempts, deaths, "
+                          "row_count, error FROM orchestrator_items "
+                          "WHERE pipeline = ? AND tool = ? AND item = ?", (*self.key, item.name))
+        if not found:
             return item._replace(is_seen=False), "pending", None, None
-        passed, version, source, run_id, status, attempts, deaths, rows, error = row
+        passed, version, source, run_id, status, attempts, deaths, rows, error = found[0]
         item, is_ours = item._replace(is_seen=True), run_id == self.run_id
         if passed == item.version:
             return item, "success" if is_ours else "done", rows, None
@@ -2831,18 +2842,18 @@ class Ledger:
         """Return how many items have each status, and of how many the last try ended since a
         moment.
         """
-        return {status: (count, int(new)) for status, count, new in self.do(
+        return {status: (count, int(new)) for status, count, new in self.read(
             "SELECT status, count(*), sum(CASE WHEN ended_at >= ? THEN 1 ELSE 0 END) "
             "FROM orchestrator_items WHERE pipeline = ? AND tool = ? GROUP BY status",
-            (since, *self.key)).fetchall()}
+            (since, *self.key))}
 
     def load_items(self, statuses: Sequence[str], after: str) -> List[Dict[str, Any]]:
         """Return a page of the rows of the items with one of some statuses, by name."""
         marks = ", ".join("?" * len(statuses))
-        rows = self.do(f"SELECT {', '.join(LEDGER_COLUMNS)} "  # noqa: S608 - names of our own
-                       "FROM orchestrator_items "
-                       f"WHERE pipeline = ? AND tool = ? AND item > ? AND status IN ({marks}) "
-                       f"ORDER BY item LIMIT {_PAGE}", (*self.key, after, *statuses)).fetchall()
+        rows = self.read(f"SELECT {', '.join(LEDGER_COLUMNS)} "  # noqa: S608 - names of our own
+                         "FROM orchestrator_items "
+                         f"WHERE pipeline = ? AND tool = ? AND item > ? AND status IN ({marks}) "
+                         f"ORDER BY item LIMIT {_PAGE}", (*self.key, after, *statuses))
         return [dict(zip(LEDGER_COLUMNS, row)) for row in rows]
 
 
@@ -3799,6 +3810,7 @@ class EndedEarly(Exception):
 
 
 LOCKED_S = 60.0  # how long an item comes again because others are at the same rows
+_TAKEN_TRIES = 20  # and how often because somebody else wrote its row
 
 
 class ItemWork:
@@ -3806,8 +3818,9 @@ class ItemWork:
     ledger; with "batch", several in one transaction, each in a savepoint.
 
     State: `step`, what is being done, if it is not the tool itself; `is_own_fault`, whether an
-    error then is an item's; `at_work`, the item that is being done; `passed`, `rows`, `elsewhere`
-    and `endings`, what came of those that are committed; `new`, the same of those that are not.
+    error then is an item's; `was_taken`, whether to look at rows once more; `at_work`, the item
+    that is being done; `passed`, `rows`, `elsewhere` and `endings`, what came of those that are
+    committed; `new`, the same of those that are not.
     """
 
     def __init__(self, callee: Callee, database: Database, arguments: Mapping[str, Any],
@@ -3819,10 +3832,10 @@ class ItemWork:
         self.verbose, self.pid = verbose, os.getpid()
         self.ledger: Any = None
         self.slip_fd = -1
-        self.step, self.is_own_fault = "", False
+        self.step, self.is_own_fault, self.was_taken = "", False, False
         self.at_work: Optional[Item] = None
         self.started_s = 0.0
-        self.passed, self.elsewhere = 0, 0
+        self.passed, self.elsewhere, self.charged = 0, 0, 0
         self.rows: Optional[int] = None
         self.endings: List[Ending] = []
         self.new: List[Tuple[Optional[int], Optional[Ending]]] = []
@@ -3835,9 +3848,10 @@ class ItemWork:
         left = list(reversed(self.order.items))
         outcome = Outcome("success")
         try:
-            self._open()
+            self._insist(self._open)
             for charge in self.order.charges:
                 self._charge(charge.item, charge.error, is_death=charge.is_death)
+                self.charged += 1
             if self.order.is_listing:
                 outcome = self._list(take)
             self._open_slip()
@@ -3858,7 +3872,8 @@ class ItemWork:
             if self.ledger:
                 self.ledger.close()
         return outcome._replace(result=Tally(self.passed, self.rows, tuple(self.endings),
-                                             self.elsewhere, tuple(reversed(left)), self.at_work))
+                                             self.elsewhere, tuple(reversed(left)), self.at_work,
+                                             self.charged))
 
     def _fail(self, error: BaseException) -> Outcome:
         """Return the outcome of an order that could not be carried out to its end."""
@@ -3877,7 +3892,7 @@ class ItemWork:
         return Outcome("failed", find_hint(error), error=step + format_one_line(error),
                        traceback=format_traceback(error, self.verbose))
 
-    def _open(self) -> None:
+    def _open(self, _tries: int) -> None:
         """Open the connection and the ledger on it, and create that if it is not there."""
         database = self.database
         database.begin()
@@ -3925,7 +3940,9 @@ class ItemWork:
         pending, given_up = 0, 0
         names: List[str] = []  # of the first that were given up
         page: List[Item] = []
+        asked = {*(order.retry or ())}
         for item, is_given_up in ledger.find_pending(order.only, order.retry):
+            asked.discard(item.name)
             if is_given_up:
                 given_up += 1
                 names += [item.name] * (given_up <= 3)
@@ -3939,6 +3956,9 @@ class ItemWork:
         listed = ledger.count_listed()
         if order.only is not None and not ledger.count_listed(order.only):
             raise UserError(f"there is no item {order.only!r} among the {listed} that are listed")
+        if asked:
+            raise UserError(f"there is nothing to try again of {format_names([*asked], len(asked))}"
+                            ": it is done, or not listed")
         self.database.commit()
         self.step = ""
         return Outcome("success", given_up and f"{count_items(given_up)} given up before: "
@@ -3966,27 +3986,13 @@ class ItemWork:
 
         Raise ToolError for what is no item's fault, and KeyboardInterrupt.
         """
-        since_s, tries = time.monotonic(), 0
-        while True:
-            try:
-                self._begin(is_urgent=tries > 1)
-                for item in group:
-                    self._do_item(item, is_alone=len(group) == 1)
-                self.step, self.is_own_fault = "at the commit: ", True
-                self.database.commit()
-                break
-            except BaseException as error:
-                self._roll_back(error)
-                tries += 1
-                if isinstance(error, Taken):
-                    group = [item._replace(is_seen=None) for item in group]
-                elif is_locked(error) and time.monotonic() - since_s < LOCKED_S:
-                    self._wait(tries)
-                elif not self.is_own_fault:
-                    raise ToolError(self.step) from error
-                else:
-                    self._do_singly(group, error)
-                    return
+        try:
+            self._insist(self._attempt, group)
+        except ToolError as error:
+            if not self.is_own_fault or not self.database.is_open or is_locked(error.__cause__):
+                raise
+            self._do_singly(group, error.__cause__)
+            return
         for rows, ending in self.new:
             if ending is None:
                 self.passed += 1
@@ -3997,23 +4003,52 @@ class ItemWork:
                 self.endings.append(ending)
         self.at_work = None
 
-    def _begin(self, is_urgent: bool = False) -> None:
+    def _attempt(self, tries: int, group: Sequence[Item]) -> None:
+        """Do some items in one transaction."""
         self.step, self.is_own_fault, self.new = "", False, []
         if self.tool.commits:
             self.database.open()
         else:
-            self.database.begin(is_urgent)
+            self.database.begin(is_urgent=tries > 1)
+        for item in group:
+            self._do_item(item._replace(is_seen=None) if self.was_taken else item,
+                          is_alone=len(group) == 1)
+        self.step, self.is_own_fault = "at the commit: ", True
+        self.database.commit()
+
+    def _insist(self, step: Callable[..., None], *args: Any) -> None:
+        """Take a step in a transaction of its own, again and again while others are in the way.
+
+        It gets how often it was taken before. Raise ToolError from what else it raises, and
+        KeyboardInterrupt.
+        """
+        started_s, tries, self.was_taken = time.monotonic(), 0, False
+        while True:
+            try:
+                step(tries, *args)
+                return
+            except BaseException as error:
+                self._roll_back(error)
+                tries += 1
+                if isinstance(error, Taken) and tries < _TAKEN_TRIES:
+                    self.was_taken = True
+                elif is_locked(error) and time.monotonic() - started_s < LOCKED_S:
+                    self._wait(tries)
+                else:
+                    raise ToolError(self.step) from error
 
     def _roll_back(self, error: BaseException) -> None:
         """Undo a transaction. Raise ToolError if the connection is lost with it."""
         if os.getpid() != self.pid:  # a copy of us that the tool forked came back from it
             os._exit(EXIT_FAILED)
-        self.ledger.guard.is_up = False
-        self.database.rollback()
+        if self.ledger:
+            self.ledger.guard.is_up = False
+        if self.database.is_open:
+            self.database.rollback()
         if self.interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt from error
-        if not self.database.is_open:
-            raise ToolError("") from error
+        if not self.database.is_open and (self.ledger or not is_locked(error)):
+            raise ToolError("" if self.ledger else "in get_connection(): ") from error
 
     def _wait(self, tries: int) -> None:
         """Wait a little, and not as long as others do."""
@@ -4145,32 +4180,25 @@ class ItemWork:
     def _charge(self, item: Item, text: str, error: Optional[BaseException] = None,
                 duration_s: Optional[float] = None, is_death: bool = False) -> None:
         """Record a failed try of an item, of which nothing is left, in a transaction."""
-        since_s, tries = time.monotonic(), 0
-        while True:
-            try:
-                self.database.begin()
-                self.step = "in the ledger: "
-                status = "pending"
-                if item.is_seen is None:
-                    item, status, _, _ = self.ledger.look(item)
-                ending = self._make_ending(item, text, error, is_death)
-                if status == "pending":
-                    self._record(ending, duration_s)
-                self.step = "in the ledger: "
-                self.database.commit()
-                break
-            except BaseException as problem:
-                self._roll_back(problem)
-                tries += 1
-                if isinstance(problem, Taken):
-                    item = item._replace(is_seen=None)
-                elif is_locked(problem) and time.monotonic() - since_s < LOCKED_S:
-                    self._wait(tries)
-                else:
-                    raise ToolError(self.step) from problem
+        def record(_tries: int) -> None:
+            nonlocal item, status
+            self.database.begin()
+            self.step = "in the ledger: "
+            if item.is_seen is None or self.was_taken:
+                item, status, *_ = self.ledger.look(item)
+            if status == "pending":
+                self._record(self._make_ending(item, text, error, is_death), duration_s)
+            self.step = "in the ledger: "
+            self.database.commit()
+
+        status = "pending"
+        self.is_own_fault = False
+        self._insist(record)
         if status == "pending":
-            is_seen = ending.item._replace(is_seen=True)
-            self.endings.append(ending._replace(item=is_seen))
+            ending = self._make_ending(item, text, error, is_death)
+            self.endings.append(ending._replace(item=ending.item._replace(is_seen=True)))
+        elif status == "success" and not self.order.is_listing:  # it died after its commit
+            self.passed += 1
         self.step, self.at_work = "", None
 
 
@@ -5743,7 +5771,7 @@ class Run:
             tally = Tally(left=tuple(item._replace(is_seen=None) for item in order.items
                                      if died_at is None or item.name != died_at.name))
         else:
-            self.forget_slips(items, order)
+            self.forget_slips(items, order, tally.charged)
         items.note(tally)
         for ending in tally.endings:
             self.item_ended(tool, ending, is_new=not order.is_listing)
@@ -5756,12 +5784,13 @@ class Run:
         elif self.is_interrupted or outcome.status == "interrupted" and not job.verdict:
             self.is_interrupted = True
             items.problem = Outcome("interrupted", format_signal(self.interrupts.signal))
-        elif at_fault is not None:
-            charge = Ending(at_fault, "pending", 0, job.verdict or outcome.error,
-                            is_death=not job.verdict)
-            items.charges.append((order.slip, charge))
+        elif at_fault or job.verdict and tally.left:
+            if at_fault:
+                items.charges.append((order.slip, Ending(
+                    at_fault, "pending", 0, job.verdict or outcome.error,
+                    is_death=not job.verdict)))
             for item in tally.left:
-                if item.name != at_fault.name:
+                if not at_fault or item.name != at_fault.name:
                     items.come_again(0.0, item)
         else:
             items.problem = outcome._replace(
@@ -5771,10 +5800,11 @@ class Run:
                       total=items.counts["pending"])
 
     @staticmethod
-    def forget_slips(items: Items, order: ItemOrder) -> None:
+    def forget_slips(items: Items, order: ItemOrder, charged: int) -> None:
         """Remove the slips of an order that is over, and of the deaths that it has recorded."""
-        slips = [slip for slip, charge in items.charges if charge in order.charges]
-        items.charges = [each for each in items.charges if each[1] not in order.charges]
+        recorded = order.charges[:charged]
+        slips = [slip for slip, charge in items.charges if charge in recorded]
+        items.charges = [each for each in items.charges if each[1] not in recorded]
         for slip in [*slips, order.slip]:
             with contextlib.suppress(OSError):
                 os.unlink(slip)
