@@ -1357,7 +1357,7 @@ def decide_period(period: Period, run_id: Optional[int], status: str, reprocess:
         return period._replace(action=action, reason=f"{reason}done in run {run_id}", run_id=run_id)
     if status == "failed":
         action = {"all": "run", "failed": "resume"}.get(reprocess, "skip")
-        reason = f"failed in run {run_id}" + "; --reprocess failed" * (action == "skip")
+        reason = f"failed in run {run_id}" + "; see --reprocess" * (action == "skip")
     else:
         action = "run" if reprocess == "all" else "resume"
         reason = f"interrupted in run {run_id}"
@@ -6599,9 +6599,15 @@ def format_runs(runs: Sequence[Mapping[str, Any]], style: Style) -> str:
         done = sum(tool["status"] in DONE for tool in run["tools"])
         rows.append((run["run_id"], run["status"], format_local(run["started_at"]),
                      format_duration(run["duration_s"]), f"{done} of {run['planned']}",
-                     " ".join(run["targets"])))
+                     " ".join([*run["targets"], *format_period(run["arguments"])])))
     head, *lines = format_table(rows, right=(0, 3, 4), status=1, style=style)
     return "\n".join([style.bold(head), *lines])
+
+
+def format_period(arguments: Mapping[str, Any]) -> List[str]:
+    """Return the period of a run of a backfill, in words; nothing for another run."""
+    start, end = map(arguments.get, PERIOD_ARGUMENTS)
+    return [f"({start} to {end})"] if start and end else []
 
 
 def format_run(run: Mapping[str, Any], style: Style) -> str:
