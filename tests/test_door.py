@@ -273,6 +273,7 @@ def test_a_live_line_fits_the_terminal_also_one_that_does_not_tell_its_width(
     monkeypatch.setattr(os, "get_terminal_size", get_terminal_size)
     stream = Terminal()
     screen = Screen(stream, quiet=False, verbose=False)
+    screen.on_event(Event("tool_started", 0.0, "run", "t"))
     screen.on_event(Event("progress", 60.0, "run", "t", done=4, total=9))
     written, = stream.getvalue().split("\r")[1:]
     assert shown in written and len(written.replace("\x1b[K", "")) < (columns or 80)
