@@ -2480,6 +2480,7 @@ CREATE TABLE orchestrator_items (
 """
 LEDGER_COLUMNS = ("item", "version", "passed", "status", "attempts", "deaths", "run_id",
                   "ended_at", "duration_s", "row_count", "error")
+_COMMENTS = r"(?:\s|--[^\n]*|/\*[\s\S]*?\*/)*"  # what may stand before a SELECT
 _PAGE = 1000  # items that are in memory at a time
 NAME_LENGTH = 500  # letters; an index of PostgreSQL takes 2,700 bytes
 _LOCKED_STATES = ("40001", "40P01", "55P03")  # SQLSTATE: serialization, deadlock, lock not there
@@ -2549,7 +2550,9 @@ def make_ledger_key(name: str) -> str:
 
 def is_locked(error: Optional[BaseException]) -> bool:
     """Return whether an error only says that another was at the same rows at that moment."""
-    while error is not None:
+    seen: List[BaseException] = []
+    while error is not None and error not in seen:  # people can make a ring of such a chain
+        seen.append(error)
         state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
         number = error.args[0] if error.args else None
         kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -2683,26 +2686,29 @@ class Ledger:
                     "orchestrator_items WHERE pipeline = ? AND tool = ? AND passed IS NOT NULL "
                     "ORDER BY ended_at, item) q", (self.key[0], make_ledger_key(each)))
         elif isinstance(found, str):
-            self._insert_selected(found.strip().rstrip(";"), dialect)
+            self._insert_selected(re.sub(r"[\s;]+$", "", found), dialect)
         else:
             self._insert_all(found)
 
     def _create(self, name: str, dialect: Dialect, more: str) -> None:
-        """Create a temporary table of items, anew."""
-        self._drop(name)
-        self.do(f"CREATE TEMPORARY TABLE orchestrator_{name} (seq INTEGER PRIMARY KEY, "
-                f"item {dialect.text}, version {dialect.text}{more}){dialect.collate}")
+        """Create a temporary table of items, or empty it.
 
-    def _drop(self, name: str) -> None:
-        schema = "temp." if self.kind == "sqlite" else ""
-        word = "TEMPORARY " if self.kind in ("mysql", "mariadb") else ""
-        self.do(f"DROP {word}TABLE IF EXISTS {schema}orchestrator_{name}")
+        It is not dropped: SQLite refuses that while a query of the tool's is open.
+        """
+        self.do(f"CREATE TEMPORARY TABLE IF NOT EXISTS orchestrator_{name} "
+                f"(seq INTEGER PRIMARY KEY, item {dialect.text}, version {dialect.text}{more})"
+                + dialect.collate)
+        self._empty(name)
+
+    def _empty(self, name: str) -> None:
+        self.do(f"DELETE FROM orchestrator_{name}")  # noqa: S608 - a name of our own
 
     def _insert_selected(self, select: str, dialect: Dialect) -> None:
-        if not re.match(r"(select|with|values|table)\b", select, re.I):
+        if not re.match(_COMMENTS + r"(select|with|values|table)\b", select, re.I):
             raise TypeError(f"items() returned a text that is no SELECT: {select[:60]!r}; "
                             "for a single item, return a list of it")
-        probe = f"SELECT * FROM ({select}) q LIMIT 0"  # noqa: S608 - it is the user's own
+        # On lines of its own, since it may end in a comment.
+        probe = f"SELECT * FROM (\n{select}\n) q LIMIT 0"  # noqa: S608 - it is the user's own
         columns = self.do_theirs(probe).description
         if len(columns) > 2:
             raise TypeError(f"the SELECT of items() has {len(columns)} columns; it takes one, the "
@@ -2711,7 +2717,7 @@ class Ledger:
         version = f"CAST(version AS {dialect.cast})" if len(columns) == 2 else "''"
         self.do_theirs(
             "INSERT INTO orchestrator_listed (seq, item, version) "  # noqa: S608 - the same
-            f"WITH q ({names}) AS ({select}) SELECT {dialect.numbers}, "
+            f"WITH q ({names}) AS (\n{select}\n) SELECT {dialect.numbers}, "
             f"CAST(item AS {dialect.cast}), coalesce({version}, '') FROM q")
 
     def _insert_all(self, found: Iterable[Any]) -> None:
@@ -2768,7 +2774,7 @@ class Ledger:
                        was_given_up and not is_asked and only is None)
             if len(rows) < _PAGE:
                 break
-        self._drop("pending")
+        self._empty("pending")
 
     def count_listed(self, only: Optional[str] = None) -> int:
         """Return how many items were listed, or how often one of them was."""
@@ -2916,9 +2922,9 @@ def read_slip(path: str) -> Optional[Item]:
     try:
         with open(path, "rb") as file:
             name, version, attempts, deaths = file.read().decode("utf-8").split("\0")[:4]
+        return Item(name, version, None, int(attempts), int(deaths)) if name else None
     except (OSError, ValueError):
         return None
-    return Item(name, version, None, int(attempts), int(deaths)) if name else None
 
 
 def find_ledger_path(folder: str) -> str:
