@@ -20,7 +20,7 @@ Everything that you edit stands above the ENGINE mark. Nothing below it needs to
 
 TOOL_MAP = {  # a tool's name: its module
     "fetch":     "example.fetch",
-    "parse":     "example.parse",
+    "parse":     {"module": "example.parse", "each": "fetch"},
     "enrich":    "example.enrich",
     "summarize": "example.summarize",
     "render":    "example.render",

@@ -51,7 +51,9 @@ def run(conn, context, since=None):
 
 
 def check(conn, since=None):
-    """Raise if the joins lost or doubled a flight."""
+    """Raise if there are no flights, or if the joins lost or doubled one."""
     before, after = conn.execute(COUNT_BOTH, {"since": since or ""}).fetchone()
+    if not before:
+        raise ValueError(f"there are no flights{' since ' + since if since else ''}")
     if before != after:
         raise ValueError(f"{before} flights went into the joins, {after} came out")

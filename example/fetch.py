@@ -1,6 +1,7 @@
-"""Load the raw files, line by line and unchanged, from a folder or a web address.
+"""Load each raw file once, line by line and unchanged, from a folder or a web address.
 
-`index.txt` names the files, because a web address cannot be listed the way a folder can.
+`index.txt` names the files, because a web address cannot be listed the way a folder can. It gives
+the checksum of each as well, as `sha256sum *.csv` prints it: a corrected file is loaded again.
 """
 import re
 from pathlib import Path
@@ -18,38 +19,34 @@ CREATE_RAW = """
     )"""
 
 
-def run(conn, context, since=None, source=None):
-    """Replace the raw lines of all days from `since` on; return how many lines there are."""
-    source = str(source or BUNDLED)
-    wanted = [
-        (file, day)
-        for file, day in find_files(source)
-        if day is None or since is None or day >= since
-    ]
+def items(since=None, source=None):
+    """Return (file, checksum) of what the index names, but for files of days before `since`."""
+    index = [line.split() for line in read_text(source, "index.txt").splitlines()]
+    return [(file, checksum[:12]) for checksum, file in index
+            if find_day(file) is None or find_day(file) >= (since or "")]
+
+
+def run(conn, item, source=None):
+    """Replace the raw lines of one file; return how many lines there are."""
+    lines = read_text(source, item).splitlines()
     conn.execute(CREATE_RAW)
-    # The same rows go as will come, so a second run ends where the first one did.
-    conn.execute("DELETE FROM raw WHERE day IS NULL OR day >= ?", (since or "",))
-    rows = 0
-    for file, day in context.progress(wanted, total=len(wanted)):
-        lines = read_text(source, file).splitlines()
-        conn.executemany(
-            "INSERT INTO raw (file, line, day, text) VALUES (?, ?, ?, ?)",
-            [(file, number, day, text) for number, text in enumerate(lines, start=1)],
-        )
-        rows += len(lines)
-    context.log.info("%d files from %s", len(wanted), source)
-    return rows
+    conn.execute("DELETE FROM raw WHERE file = ?", (item,))
+    conn.executemany(
+        "INSERT INTO raw (file, line, day, text) VALUES (?, ?, ?, ?)",
+        [(item, number, find_day(item), text) for number, text in enumerate(lines, start=1)],
+    )
+    return len(lines)
 
 
-def find_files(source):
-    """Return (file, day) for every file that the index names; day is None if the name has none."""
-    files = read_text(source, "index.txt").split()
-    days = [re.search(r"\d{4}-\d\d-\d\d", file) for file in files]
-    return [(file, day.group() if day else None) for file, day in zip(files, days)]
+def find_day(file):
+    """Return the day in the name of a file, such as 2013-01-04; None if there is none."""
+    day = re.search(r"\d{4}-\d\d-\d\d", file)
+    return day and day.group()
 
 
 def read_text(source, file):
     """Return the text of one file of `source`, a folder or an http(s) address."""
+    source = str(source or BUNDLED)
     if source.startswith(("http://", "https://")):
         with urlopen(source.rstrip("/") + "/" + file, timeout=30) as response:
             return response.read().decode("utf-8")

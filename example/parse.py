@@ -1,6 +1,5 @@
-"""Turn raw lines into typed rows; keep what is refused, with the reason, in `rejects`."""
+"""Turn each raw file into typed rows; keep what is refused, with the reason, in `rejects`."""
 import csv
-from itertools import groupby
 
 CREATE_TABLES = (
     "CREATE TABLE IF NOT EXISTS airlines (carrier TEXT PRIMARY KEY, name TEXT NOT NULL)",
@@ -16,48 +15,49 @@ CREATE_TABLES = (
 )
 
 
-def run(conn, context, since=None):
-    """Replace the typed rows of all days from `since` on; return how many, and how many refused."""
+# All other files are the flights of a day.
+REPLACE_NAMES = {
+    "airlines.csv": ("DELETE FROM airlines", "INSERT INTO airlines VALUES (:carrier, :name)"),
+    "airports.csv": ("DELETE FROM airports", "INSERT INTO airports VALUES (:faa, :name)"),
+}
+
+
+def run(conn, item):
+    """Replace the typed rows of one file; return how many flights there are, if it has some."""
     for statement in CREATE_TABLES:
         conn.execute(statement)
-    conn.execute("DELETE FROM flights WHERE flight_date >= ?", (since or "",))
-    conn.execute("DELETE FROM rejects WHERE flight_date >= ?", (since or "",))
-    conn.execute("DELETE FROM airlines")
-    conn.execute("DELETE FROM airports")
+    if item in REPLACE_NAMES:
+        delete, insert = REPLACE_NAMES[item]
+        conn.execute(delete)
+        conn.executemany(insert, [row for _, row in read_rows(conn, item)])
+        return None
     flights, rejects = [], []
-    for place, row in read_rows(conn, "flights-*.csv", since):
+    for place, row in read_rows(conn, item):
         try:
             flights.append((*place, *parse_flight(row, day=place[2])))
         except ValueError as error:
             rejects.append((*place, str(error)))
+    conn.execute("DELETE FROM flights WHERE file = ?", (item,))
+    conn.execute("DELETE FROM rejects WHERE file = ?", (item,))
     conn.executemany("INSERT INTO flights VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", flights)
     conn.executemany("INSERT INTO rejects VALUES (?, ?, ?, ?)", rejects)
-    conn.executemany("INSERT INTO airlines VALUES (:carrier, :name)",
-                     [row for _, row in read_rows(conn, "airlines.csv")])
-    conn.executemany("INSERT INTO airports VALUES (:faa, :name)",
-                     [row for _, row in read_rows(conn, "airports.csv")])
-    context.log.info("refused %d of %d flights", len(rejects), len(flights) + len(rejects))
-    return {"rows": len(flights), "rejects": len(rejects)}
+    return len(flights)
 
 
-def check(conn, since=None):
-    """Raise if there are no flights, or if so many were refused that the format has changed."""
-    days = (since or "",)
-    kept = conn.execute("SELECT count(*) FROM flights WHERE flight_date >= ?", days).fetchone()[0]
-    lost = conn.execute("SELECT count(*) FROM rejects WHERE flight_date >= ?", days).fetchone()[0]
-    if kept == 0 or lost > 0.05 * (kept + lost):
-        raise ValueError(f"only {kept} of {kept + lost} flights could be read; see table rejects")
+def check(conn, item):
+    """Raise if so many flights of a file were refused that the format has changed."""
+    kept, = conn.execute("SELECT count(*) FROM flights WHERE file = ?", (item,)).fetchone()
+    lost, = conn.execute("SELECT count(*) FROM rejects WHERE file = ?", (item,)).fetchone()
+    if lost > 0.05 * (kept + lost):
+        raise ValueError(f"only {kept} of {kept + lost} flights could be read")
 
 
-def read_rows(conn, pattern, since=None):
-    """Yield ((file, line, day), row) for every data line of the files that match `pattern`."""
-    query = """SELECT file, day, text FROM raw
-        WHERE file GLOB ? AND (day IS NULL OR day >= ?) ORDER BY file, line"""
-    lines = conn.execute(query, (pattern, since or ""))
-    for (file, day), group in groupby(lines, key=lambda line: line[:2]):
-        reader = csv.DictReader(text for _, _, text in group)
-        for row in reader:
-            yield (file, reader.line_num, day), row
+def read_rows(conn, file):
+    """Yield ((file, line, day), row) for every data line of a file."""
+    raw = conn.execute("SELECT day, text FROM raw WHERE file = ? ORDER BY line", (file,)).fetchall()
+    reader = csv.DictReader(text for _, text in raw)
+    for row in reader:
+        yield (file, reader.line_num, raw[0][0]), row
 
 
 def parse_flight(row, day):

@@ -1,10 +1,12 @@
 """The example pipeline: real data, the same state however often it runs, a page to look at."""
 import functools
+import hashlib
 import http.server
 import shutil
 import sqlite3
 import threading
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from conftest import TOP, Sandbox
@@ -24,9 +26,8 @@ def example(tmp_path_factory):
 
 @pytest.fixture
 def again(example, tmp_path):
-    """A copy of that, to run again."""
-    shutil.copytree(example.folder, tmp_path / "copy")
-    return Sandbox(tmp_path / "copy")
+    """A copy of that, to run again; the folder's name is the pipeline's, and so the ledger's."""
+    return Sandbox(Path(shutil.copytree(example.folder, tmp_path / example.folder.name)))
 
 
 def dump(sandbox):
@@ -36,6 +37,24 @@ def dump(sandbox):
         return list(conn.iterdump())
     finally:
         conn.close()
+
+
+def dump_data(sandbox):
+    """Return the same without the ledger, which tells when what was done."""
+    return [line for line in dump(sandbox) if "orchestrator_items" not in line]
+
+
+def find_done(sandbox):
+    """Return {(tool, file): id of the run that did it}."""
+    return {(tool, file): run for tool, file, run in sandbox.query(
+        "SELECT tool, item, run_id FROM orchestrator_items WHERE status = 'success'")}
+
+
+def write_index(folder):
+    """Write the index as `sha256sum *.csv` prints it."""
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+             for path in sorted(folder.glob("*.csv"))]
+    (folder / "index.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def test_all_flights_of_the_week_are_loaded(example):
@@ -80,6 +99,52 @@ def test_since_narrows_the_run_and_leaves_earlier_days(again):
     assert again.query("SELECT min(flight_date) FROM flights") == [("2013-01-01",)]
 
 
+def test_days_before_since_are_fetched_by_a_later_run_that_wants_them(example, again):
+    (again.folder / "data.db").unlink()
+    assert again.run("--since", "2013-01-04").code == 0
+    assert again.query("SELECT min(day), min(flight_date) FROM raw, by_day_hour") \
+        == [("2013-01-04", "2013-01-04")]
+    assert again.query("SELECT count(DISTINCT file) FROM raw") == [(2 + 4,)]
+    assert again.run().code == 0
+    for table in ("raw", "flights", "rejects", "enriched_flights", "by_carrier"):
+        query = f"SELECT * FROM {table} ORDER BY 1, 2"
+        assert again.query(query) == example.query(query)
+
+
+def test_only_a_corrected_and_a_new_day_are_fetched_and_parsed(again):
+    data = again.folder / "example" / "data"
+    (typed,), = again.query("SELECT count(*) FROM flights WHERE flight_date = '2013-01-02'")
+    head, first, *rest = (data / "flights-2013-01-02.csv").read_text().splitlines(keepends=True)
+    (data / "flights-2013-01-02.csv").write_text("".join([head, *rest]))
+    (data / "flights-2013-01-08.csv").write_text(head + first.replace("2013,1,2,", "2013,1,8,"))
+    write_index(data)
+    before = find_done(again)
+    assert again.run().code == 0
+    after = find_done(again)
+    assert {key for key in after if after[key] != before.get(key)} == {
+        (tool, f"flights-2013-01-0{day}.csv") for tool in ("fetch", "parse") for day in (2, 8)}
+    assert again.query("""SELECT flight_date, count(*) FROM flights
+        WHERE flight_date IN ('2013-01-02', '2013-01-08') GROUP BY 1""") \
+        == [("2013-01-02", typed - 1), ("2013-01-08", 1)]
+
+
+def test_a_day_of_which_too_many_flights_are_refused_stops_no_other(example, again):
+    data = again.folder / "example" / "data"
+    (data / "flights-2013-01-08.csv").write_bytes((data / "flights-2013-01-07.csv").read_bytes())
+    write_index(data)
+    ended = again.run()
+    assert ended.code == 1 and "ValueError: only 0 of 933 flights could be read" in ended.err
+    assert again.query("SELECT count(*) FROM flights") \
+        == example.query("SELECT count(*) FROM flights")
+
+
+def test_the_index_is_that_of_the_files(again):
+    data = again.folder / "example" / "data"
+    shown = (data / "index.txt").read_text()
+    write_index(data)
+    assert (data / "index.txt").read_text() == shown
+
+
 @pytest.mark.parametrize("since", ["2013-13-01", "yesterday", "2013-01-01' OR '1'='1"])
 def test_since_must_be_a_day(again, since):
     ended = again.run("--since", since)
@@ -101,13 +166,14 @@ def test_the_raw_files_may_come_from_the_web(example, again):
     serve = functools.partial(Quiet, directory=str(TOP / "example" / "data"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    (again.folder / "data.db").unlink()
     try:
         ended = again.run("--source", f"http://127.0.0.1:{server.server_port}")
     finally:
         server.shutdown()
         server.server_close()
     assert ended.code == 0, ended
-    assert dump(again) == dump(example)
+    assert dump_data(again) == dump_data(example)
 
 
 def test_the_page_loads_nothing_from_elsewhere_and_is_well_formed(example):
