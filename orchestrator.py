@@ -4093,11 +4093,11 @@ class ItemWork:
         self.is_own_fault = True
         try:
             rows = self.interrupts.call(self._call, item.name)
+            if saves:  # before its row, which might be committed at once if nothing is open
+                self._release()
             self.step, self.is_own_fault = "in the ledger: ", False
             ledger.record(item, "success", item.attempts + 1, time.time(),
                           time.monotonic() - started_s, rows)
-            if saves:
-                self._release()
             self.step = ""
             self.new.append((rows, None))
         except Exception as error:
