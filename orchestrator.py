@@ -3526,10 +3526,11 @@ def load_callees(tools: Sequence[Tool], available: Iterable[str]) -> Dict[str, C
     check_modules_exist(tools)
     errors: List[UserError] = []
     known = {*available, "conn", "context"}
-    loaded: Dict[Tuple[str, str], Callee] = {}  # tools may share a function
+    loaded: Dict[Tuple[Any, ...], Callee] = {}  # tools may share a function
 
     def load(_: str, tool: Tool) -> Callee:
-        key = tool.module, tool.function
+        # and what it must be like depends on these options
+        key = tool.module, tool.function, tool.each is None, tool.batch, tool.cache_s
         if key in loaded:
             return loaded[key]._replace(tool=tool)
         loaded[key] = load_callee(tool, known)
@@ -3982,10 +3983,11 @@ class ItemWork:
             except SystemExit as error:  # None and 0 mean that there are none
                 if error.code not in (None, 0):
                     raise
-            if not isinstance(found, Iterable):
+            if not isinstance(found, Iterable) or isinstance(found, bytes):
                 raise TypeError(f"items() returned {format_type(found)}; it returns a list of "
                                 "names, or yields them, or returns the text of a SELECT")
-        self.ledger.list_items(found, self.tool.each)
+        self.ledger.list_items(found if isinstance(found, str) else until_exit(found),
+                               self.tool.each)
 
     def _do_group(self, group: Sequence[Item]) -> None:
         """Do some items in one transaction, again and again while others are in the way.
@@ -4006,8 +4008,13 @@ class ItemWork:
             elif ending.status == "done":  # by somebody else
                 self.elsewhere += 1
             else:
-                self.endings.append(ending)
+                self._note(ending)
         self.at_work = None
+
+    def _note(self, ending: Ending) -> None:
+        """Note how an item ended. There is a row of it now, but one in memory is soon forgotten."""
+        is_seen = None if self.ledger.is_apart else True
+        self.endings.append(ending._replace(item=ending.item._replace(is_seen=is_seen)))
 
     def _attempt(self, tries: int, group: Sequence[Item]) -> None:
         """Do some items in one transaction."""
@@ -4015,7 +4022,8 @@ class ItemWork:
         if self.tool.commits:
             self.database.open()
         else:
-            self.database.begin(is_urgent=tries > 1)
+            # A transaction that begins with a look at a row could not wait for the lock later.
+            self.database.begin(is_urgent=tries > 1 or group[0].is_seen is None)
         for item in group:
             self._do_item(item._replace(is_seen=None) if self.was_taken else item,
                           is_alone=len(group) == 1)
@@ -4103,8 +4111,7 @@ class ItemWork:
         except Exception as error:
             ledger.guard.is_up = False
             if saves and self.is_own_fault and not is_locked(error):
-                self._undo(error)
-                if not is_alone:
+                if self._undo(error) and not is_alone:
                     ending = self._make_ending(item, format_one_line(error), error)
                     self.is_own_fault = False
                     self._record(ending, time.monotonic() - started_s)
@@ -4121,12 +4128,17 @@ class ItemWork:
             self.is_own_fault, self.step = True, ""
             raise EndedEarly(_ENDED_EARLY) from error
 
-    def _undo(self, error: BaseException) -> None:
-        """Go back to the savepoint of an item. Raise EndedEarly if it is gone."""
+    def _undo(self, error: BaseException) -> bool:
+        """Go back to the savepoint of an item; return whether that was still to do. Raise
+        EndedEarly if it is gone and what it did may not be.
+        """
         try:
             self.ledger.undo_item()
         except Exception:
+            if self.ledger.kind == "sqlite":  # nobody else could: all of the group is undone
+                return False
             raise EndedEarly(f"{format_one_line(error)}; {_ENDED_EARLY}") from error
+        return True
 
     def _call(self, name: str) -> Optional[int]:
         """Return the rows of an item that run() has done and check() passed."""
@@ -4201,11 +4213,19 @@ class ItemWork:
         self.is_own_fault = False
         self._insist(record)
         if status == "pending":
-            ending = self._make_ending(item, text, error, is_death)
-            self.endings.append(ending._replace(item=ending.item._replace(is_seen=True)))
+            self._note(self._make_ending(item, text, error, is_death))
         elif status == "success" and not self.order.is_listing:  # it died after its commit
             self.passed += 1
         self.step, self.at_work = "", None
+
+
+def until_exit(found: Iterable[Any]) -> Iterator[Any]:
+    """Yield what items() yields; sys.exit() ends that, and is a failure as it is elsewhere."""
+    try:
+        yield from found
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            raise
 
 
 def count_items(count: int) -> str:
@@ -5474,7 +5494,7 @@ class Items:
 
     def take(self, now_s: float, jobs: int) -> Tuple[Item, ...]:
         """Return the next items to do together: not so many that other workers had none."""
-        while self.to_read and len(self.fresh) < _PAGE:
+        while self.to_read and len(self.fresh) < max(_PAGE, self.size + self.batch):
             self._read_page()
         size = self.size
         if jobs > 1 and not self.to_read:
