@@ -1,0 +1,883 @@
+"""Items: each is done exactly once, alone in its transaction, and its failures are its own."""
+import json
+import os
+import re
+import sqlite3
+import sys
+import textwrap
+from contextlib import closing
+
+import pytest
+
+from orchestrator import UserError, run_pipeline
+
+# A tool whose items are in the file `items`, of which those in the file `broken` fail.
+TOOL = """
+    import json, os, pathlib
+    HERE = pathlib.Path(__file__).parent
+
+    def items():
+        return [tuple(each) if isinstance(each, list) else each
+                for each in json.loads((HERE / "items").read_text())]
+
+    def run(conn, item, context):
+        conn.execute("INSERT INTO done VALUES (?, ?, ?, ?)",
+                     (context.tool, item, context.attempt, os.getpid()))
+        if item in json.loads((HERE / "broken").read_text()):
+            raise ValueError("broken " + item)
+        return 2
+"""
+both = pytest.mark.parametrize("jobs", [1, 3])
+batches = pytest.mark.parametrize("batch", [1, 4])
+MODERN = sys.version_info >= (3, 12)
+MODES = {"default": {}, "none": {"isolation_level": None},
+         "immediate": {"isolation_level": "IMMEDIATE"}}
+if MODERN:
+    MODES.update({"autocommit": {"autocommit": True}, "pep249": {"autocommit": False}})
+modes = pytest.mark.parametrize("mode", MODES)
+
+
+class World:
+    """A pipeline over data.db in a folder, run in this process; `events` are of the last run."""
+
+    def __init__(self, folder):
+        self.folder, self.events, self.mode = folder, [], {"timeout": 20}
+        self.has_database = True
+        self.home = str(folder / "home")
+        with closing(sqlite3.connect(folder / "data.db")) as conn:
+            conn.execute("PRAGMA journal_mode=WAL")
+            conn.execute("CREATE TABLE done (tool, item, attempt, pid)")
+        self.set("broken")
+        self.tool("t", TOOL)
+
+    def set(self, file, *names):
+        """Write the names of items into a file that tools read."""
+        (self.folder / file).write_text(json.dumps(names))
+
+    def tool(self, name, source):
+        """Write a module, which may be imported already."""
+        (self.folder / f"{name}.py").write_text(textwrap.dedent(source), encoding="utf-8")
+        sys.modules.pop(name, None)
+
+    def connect(self):
+        return sqlite3.connect(self.folder / "data.db", **self.mode) if self.has_database else None
+
+    def run(self, *items, tools=None, targets=(), **how):
+        """Run tools, by default `t` alone, with items where some are given."""
+        if items:
+            self.set("items", *items)
+        self.events = []
+        how.setdefault("home", self.home)
+        result = run_pipeline(targets, tools or {"t": "t"}, None, self.connect, name="p",
+                              on_event=self.events.append, **how)
+        return result
+
+    def query(self, sql, *values):
+        with closing(sqlite3.connect(self.folder / "data.db")) as conn:
+            return conn.execute(sql, values).fetchall()
+
+    def done(self, tool="t"):
+        """Return the items whose work is there, in the order in which they were done."""
+        return [item for item, in self.query("SELECT item FROM done WHERE tool = ? ORDER BY rowid",
+                                             tool)]
+
+    def ledger(self, tool="t"):
+        """Return how each item ended, by name: status and tries."""
+        return {item: (status, attempts) for item, status, attempts in self.query(
+            "SELECT item, status, attempts FROM orchestrator_items WHERE tool = ?", tool)}
+
+    def said(self):
+        """Return all that was logged in the last run."""
+        return "\n".join(event.text for event in self.events if event.kind == "log")
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    before = set(sys.modules)
+    yield World(tmp_path)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+# --- each once ---
+
+
+@both
+@batches
+def test_each_item_is_done_once_and_not_again(world, jobs, batch):
+    tools = {"t": {"module": "t", "batch": batch}}
+    names = [f"{i:02d}" for i in range(30)]
+    result = world.run(*names, tools=tools, jobs=jobs)
+    assert result.status == "success"
+    assert result.results["t"] == {"items": 30, "failed": 0, "rows": 60}
+    assert result.outcomes["t"].rows == 60
+    assert sorted(world.done()) == names
+    assert jobs > 1 or world.done() == names
+    for again in ({}, {"force": True}, {"resume": False}):
+        result = world.run(tools=tools, jobs=jobs, **again)
+        assert result.status == "success"
+        assert result.results["t"] == {"items": 0, "failed": 0, "rows": 0}
+        assert result.outcomes["t"].reason == "none of 30 items is pending"
+    assert len(world.done()) == 30
+    world.run(*names, "new", tools=tools, jobs=jobs)
+    assert world.done()[30:] == ["new"]
+
+
+def test_a_tool_without_any_items_succeeds_and_says_so(world):
+    world.set("items")
+    result = world.run()
+    assert (result.status, result.outcomes["t"].reason) == ("success", "no items")
+
+
+@pytest.mark.parametrize("body", [
+    "return ['a', 'b']", "yield 'a'\n    yield 'b'", "return iter(('a', 'b'))",
+    "return \"SELECT 'a' UNION ALL SELECT 'b'\"", "return [('a', 1), ('b', 2)]",
+    "return (row[0] for row in conn.execute(\"SELECT 'a' UNION ALL SELECT 'b'\"))",
+    "yield 'a'\n    yield 'b'\n    raise SystemExit", "yield 'a'\n    yield 'b'\n    exit(0)"])
+def test_items_may_be_found_in_many_ways(world, body):
+    world.tool("t", TOOL.replace("def items():", "def items(conn):\n        "
+                                 + body.replace("\n", "\n    ") + "\n    def unused():"))
+    assert world.run("-").status == "success"
+    assert world.done() == ["a", "b"]
+
+
+def test_items_may_be_awaited_and_run_and_check_too(world):
+    world.tool("t", """
+        import asyncio
+        async def items(conn):
+            await asyncio.sleep(0)
+            return ["a", "b"]
+        async def run(conn, item):
+            await asyncio.sleep(0)
+            conn.execute("INSERT INTO done VALUES ('t', ?, 0, 0)", (item,))
+        async def check(item):
+            await asyncio.sleep(0)
+            if item == "b":
+                raise ValueError("not good")
+    """)
+    assert world.run().partial == ["t"]
+    assert world.done() == ["a"]
+
+
+@pytest.mark.parametrize("body, problem", [
+    ("return None", "items() returned a NoneType; it returns a list of names, or yields them, or "),
+    ("return 3", "items() returned an int"),
+    ("return b'ab'", "items() returned a bytes"),
+    ("return 'a.csv'", "a text that is no SELECT: 'a.csv'; for a single item, return a list"),
+    ("return ['a', None]", "as its 2. item None"),
+    ("return [['a', 'v']]", "as its 1. item ['a', 'v']; an item is a name, or a tuple of name"),
+    ("return ['x' * 501]", "a name has 1 to 500 letters"),
+    ("yield 'a'\n    raise KeyError('k')", "KeyError: 'k'"),
+    ("raise SystemExit(3)", "sys.exit(3)"),
+    ("yield 'a'\n    raise SystemExit('so')", "sys.exit('so')"),
+    ("async def more():\n        yield 'a'\n    return more()", "an async_generator"),
+    ("return ['\\ud800']", "surrogates"),
+    ("return 'SELECT 1, 2, 3'", "3 columns"),
+])
+@both
+def test_what_can_not_be_listed_fails_the_tool_and_nothing_is_done(world, body, problem, jobs):
+    world.tool("t", f"""
+        def items(conn):
+            {textwrap.indent(body, " " * 8).strip()}
+        def run(conn, item):
+            conn.execute("INSERT INTO done VALUES ('t', ?, 0, 0)", (item,))
+    """)
+    result = world.run(jobs=jobs)
+    assert result.failed == ["t"]
+    assert problem in result.errors["t"]
+    assert world.done() == []
+    assert world.ledger() == {}
+
+
+def test_no_items_by_sys_exit_is_no_failure(world):
+    world.tool("t", "import sys\ndef items(): sys.exit()\ndef run(item): raise ValueError")
+    result = world.run()
+    assert (result.status, result.outcomes["t"].reason) == ("success", "no items")
+
+
+def test_what_items_wrote_stays(world):
+    world.tool("t", """
+        def items(conn):
+            conn.execute("INSERT INTO done VALUES ('items', 'listed', 0, 0)")
+            return ["a"]
+        def run(conn, item):
+            raise ValueError("no")
+    """)
+    world.run()
+    assert world.done("items") == ["listed"]
+
+
+def test_two_tools_may_each_yield_from_a_cursor_of_one_connection(world):
+    source = """
+        def items(conn):
+            return (row[0] for row in conn.execute("SELECT item FROM done WHERE tool = 'src'"))
+        def run(conn, item, context):
+            conn.execute("INSERT INTO done VALUES (?, ?, 0, 0)", (context.tool, item))
+    """
+    world.tool("t", source)
+    world.tool("first", """
+        def run(conn):
+            conn.executemany("INSERT INTO done VALUES ('src', ?, 0, 0)", [("a",), ("b",)])
+    """)
+    assert world.run(tools={"first": "first", "t": "t", "u": "t"}).status == "success"
+    assert world.done("t") == world.done("u") == ["a", "b"]
+
+
+@both
+def test_ten_thousand_items_are_all_done_and_in_order_by_one(world, jobs):
+    world.tool("t", """
+        import os
+        def items():
+            return [f"{i:05d}" for i in range(10_500)]
+        def run(conn, item):
+            conn.execute("INSERT INTO done VALUES ('t', ?, 0, ?)", (item, os.getpid()))
+    """)
+    tools = {"t": {"module": "t", "batch": 250}}
+    result = world.run(tools=tools, jobs=jobs)
+    names = [f"{i:05d}" for i in range(10_500)]
+    assert result.results["t"] == {"items": 10_500, "failed": 0, "rows": 0}
+    assert (world.done() if jobs == 1 else sorted(world.done())) == names
+    assert len(set(world.query("SELECT pid FROM done"))) == jobs
+
+
+# --- what run() is given, and what it does ---
+
+
+def test_the_context_tells_item_and_try(world):
+    world.tool("t", """
+        def items(context):
+            assert context.item is None
+            return ["a", "b"]
+        def run(conn, context, **others):
+            assert context.item == others["item"]
+            if context.attempt < 3:
+                raise ValueError(f"try {context.attempt}")
+            conn.execute("INSERT INTO done VALUES ('t', ?, ?, 0)", (context.item, context.attempt))
+    """)
+    result = world.run(tools={"t": {"module": "t", "retries": 2, "retry_delay": 0}})
+    assert result.status == "success"
+    assert world.query("SELECT item, attempt FROM done") == [("a", 3), ("b", 3)]
+
+
+@pytest.mark.parametrize("run, check, ended", [
+    ("sys.exit()", "pass", "success"), ("sys.exit(0)", "pass", "success"),
+    ("sys.exit(2)", "pass", "failed"), ("sys.exit('no')", "pass", "failed"),
+    ("pass", "sys.exit()", "failed"), ("pass", "sys.exit(2)", "failed"),
+    ("pass", "assert item != 'b', 'not good'", "failed"),
+    ("return [1 for row in ()]", "pass", "success"),
+    ("return (1 for row in ())", "pass", "success"),
+    ("raise BaseException('odd')", "pass", "failed"),
+    ("raise GeneratorExit", "pass", "failed")])
+@batches
+def test_an_item_that_exits_or_is_rejected_fails_alone(world, run, check, ended, batch):
+    world.tool("t", f"""
+        import sys
+        def items():
+            return ["a", "b", "c"]
+        def run(conn, item):
+            conn.execute("INSERT INTO done VALUES ('t', ?, 0, 0)", (item,))
+            if item == "b":
+                {run}
+        def check(conn, item):
+            if item == "b":
+                {check}
+    """)
+    result = world.run(tools={"t": {"module": "t", "batch": batch}})
+    assert result.status == ("success" if ended == "success" else "failed")
+    assert world.done() == (["a", "b", "c"] if ended == "success" else ["a", "c"])
+    assert world.ledger() == {"a": ("success", 1), "b": (ended, 1), "c": ("success", 1)}
+
+
+def test_a_run_that_yields_is_refused_for_each_item(world):
+    world.tool("t", "def items(): return ['a']\ndef run(item): yield 1")
+    assert "take the `yield` out" in world.run().errors["t"]
+
+
+# --- what ends a transaction is refused ---
+
+ENDINGS = {
+    "commit()": "conn.commit()", "rollback()": "conn.rollback()", "with": "with conn: pass",
+    "with and an error": "with conn: raise KeyError('k')",
+    "executescript": "conn.executescript('SELECT 1;')",
+    "a COMMIT in executescript": "conn.executescript('SELECT 1; COMMIT;')",
+    **{sql: f"conn.execute({sql!r})" for sql in ("COMMIT", "commit", "END", "ROLLBACK", "BEGIN",
+                                                 "BEGIN IMMEDIATE", "  Commit ;")},
+}
+HARMLESS = {  # in these modes nothing happens, or all stays in the transaction
+    "none": (), "default": (), "immediate": (), "pep249": ("executescript",),
+    "autocommit": ("commit()", "rollback()", "with", "executescript"),
+}
+REFUSING = """
+    HOW = {how!r}
+    def items(): return ["a", "b", "c"]
+    def end(conn, item, where):
+        if item == "b" and where == {where!r}:
+            try:
+                {ending}
+            except {caught}:
+                pass
+    def run(conn, item):
+        conn.execute("INSERT INTO done VALUES ('t', ?, 1, 0)", (item,))
+        end(conn, item, "run")
+        conn.execute("INSERT INTO done VALUES ('t', ?, 2, 0)", (item,))
+    def check(conn, item):
+        end(conn, item, "check")
+"""
+
+
+def refusing(how, where="run", is_swallowed=False):
+    return REFUSING.format(how=how, where=where, ending=ENDINGS[how],
+                           caught="Exception" if is_swallowed else "ZeroDivisionError")
+
+
+def check_refused(world, result, how, mode, is_swallowed=True):
+    """See that only what `b` did is missing, and why."""
+    if how in HARMLESS[mode]:
+        assert result.status == "success"
+        assert world.done() == ["a", "a", "b", "b", "c", "c"]
+        return
+    assert result.partial == ["t"]
+    if how == "with and an error" and mode == "autocommit":
+        assert "KeyError: 'k'" in result.errors["t"] or is_swallowed
+        return
+    assert re.search(r"b: PermissionError: (COMMIT|ROLLBACK|BEGIN) was refused inside an item, "
+                     r"which the engine commits: take conn.commit\(\), conn.rollback\(\), "
+                     r"`with conn:` and executescript\(\) out", result.errors["t"])
+    assert world.done() == ["a", "a", "c", "c"]
+    assert world.ledger() == {"a": ("success", 1), "b": ("failed", 1), "c": ("success", 1)}
+
+
+@modes
+@pytest.mark.parametrize("how", ENDINGS)
+def test_to_end_the_transaction_of_an_item_is_refused(world, how, mode):
+    world.mode = MODES[mode]
+    world.tool("t", refusing(how))
+    check_refused(world, world.run(), how, mode, is_swallowed=False)
+
+
+@modes
+@pytest.mark.parametrize("where, batch", [("run", 1), ("check", 4)])
+@pytest.mark.parametrize("how", ["commit()", "with", "executescript", "COMMIT", "ROLLBACK"])
+def test_an_item_fails_that_swallowed_the_refusal(world, how, where, batch, mode):
+    world.mode = MODES[mode]
+    world.tool("t", refusing(how, where, is_swallowed=True))
+    check_refused(world, world.run(tools={"t": {"module": "t", "batch": batch}}), how, mode)
+
+
+@modes
+@pytest.mark.parametrize("how", ["COMMIT", "END", "ROLLBACK", "commit"])
+def test_what_was_prepared_before_the_item_is_refused_too(world, how, mode, monkeypatch):
+    """In get_connection() and in an earlier tool of the same connection."""
+    world.mode = MODES[mode]
+    connect = world.connect
+
+    def connect_and_end():
+        conn = connect()
+        for _ in range(3):
+            if not conn.in_transaction:
+                conn.execute("BEGIN")
+            conn.execute(how)
+        if MODES[mode].get("autocommit") is False:
+            conn.execute("BEGIN")
+        return conn
+
+    world.connect = connect_and_end
+    world.tool("t", refusing(how, is_swallowed=True))
+    world.tool("plain", f"""
+        def run(conn):
+            for _ in range(3):
+                if not conn.in_transaction:
+                    conn.execute("BEGIN")
+                conn.execute({how!r})
+    """)
+    result = world.run(tools={"plain": "plain", "t": "t", "again": "plain", "u": "t"})
+    assert result.partial == ["t", "u"]
+    for tool in ("t", "u"):
+        assert "refused inside an item" in result.errors[tool]
+    assert world.done() == ["a", "a", "c", "c"] * 2
+
+
+@modes
+def test_a_plain_tool_may_commit_on_the_connection_of_items(world, mode):
+    world.mode = MODES[mode]
+    world.tool("plain", """
+        def run(conn):
+            conn.execute("INSERT INTO done VALUES ('plain', 'a', 1, 0)")
+            conn.commit()
+            if conn.in_transaction:
+                conn.execute("COMMIT")
+            conn.execute("BEGIN")
+            conn.execute("INSERT INTO done VALUES ('plain', 'b', 1, 0)")
+            conn.execute("ROLLBACK")
+            if getattr(conn, "autocommit", -1) is False:
+                conn.execute("BEGIN")
+            conn.executescript("INSERT INTO done VALUES ('plain', 'c', 1, 0);")
+            raise ValueError("no")
+    """)
+    world.run("x", tools={"t": "t", "plain": "plain"})
+    assert world.done() == ["x"]
+    assert "a" in world.done("plain") and "b" not in world.done("plain")
+
+
+@modes
+@batches
+def test_an_item_may_have_savepoints_of_its_own(world, mode, batch):
+    world.mode = MODES[mode]
+    world.tool("t", """
+        def items(): return ["a", "b", "c"]
+        def run(conn, item):
+            conn.execute("SAVEPOINT own")
+            conn.execute("INSERT INTO done VALUES ('t', ?, 1, 0)", ("not " + item,))
+            conn.execute("ROLLBACK TO own")
+            conn.execute("INSERT INTO done VALUES ('t', ?, 1, 0)", (item,))
+            if item != "c":
+                conn.execute("RELEASE own")
+            if item == "b":
+                raise ValueError
+    """)
+    assert world.run(tools={"t": {"module": "t", "batch": batch}}).partial == ["t"]
+    assert world.done() == ["a", "c"]
+
+
+@modes
+@batches
+@pytest.mark.parametrize("is_swallowed", [False, True])
+def test_an_item_fails_whose_transaction_sqlite_undid(world, mode, batch, is_swallowed):
+    world.mode = MODES[mode]
+    world.tool("t", f"""
+        import sqlite3
+        def items(): return ["a", "b", "c"]
+        def run(conn, item, context):
+            conn.execute("CREATE TABLE IF NOT EXISTS once (x UNIQUE)")
+            conn.execute("INSERT INTO done VALUES ('t', ?, 1, 0)", (item,))
+            try:
+                if item == "b" and context.attempt == 1:
+                    for _ in range(2):
+                        conn.execute("INSERT OR ROLLBACK INTO once VALUES (1)")
+            except {'sqlite3.IntegrityError' if is_swallowed else 'ZeroDivisionError'}:
+                pass
+    """)
+    options = {"module": "t", "batch": batch, "retries": 1, "retry_delay": 0}
+    result = world.run(tools={"t": options})
+    assert result.status == "success", result
+    assert sorted(world.done()) == ["a", "b", "c"]
+    assert world.ledger() == {"a": ("success", 1), "b": ("success", 2), "c": ("success", 1)}
+    assert "may have been done" not in world.said()
+
+
+@modes
+@batches
+def test_of_a_failed_item_nothing_stays_also_not_its_tables(world, mode, batch):
+    world.mode = MODES[mode]
+    world.tool("t", """
+        def items(): return ["a", "b", "c"]
+        def run(conn, item):
+            conn.execute(f"CREATE TABLE of_{item} AS SELECT 1 AS x")
+            conn.execute("INSERT INTO done VALUES ('t', ?, 1, 0)", (item,))
+            if item == "b":
+                raise ValueError
+    """)
+    assert world.run(tools={"t": {"module": "t", "batch": batch}}).partial == ["t"]
+    assert world.done() == ["a", "c"]
+    assert world.query("SELECT name FROM sqlite_master WHERE name LIKE 'of%'") == [("of_a",),
+                                                                                  ("of_c",)]
+
+
+@modes
+def test_a_tool_that_says_commits_may_end_its_transactions(world, mode):
+    world.mode = MODES[mode]
+    world.tool("t", """
+        def items(): return ["a", "b", "c"]
+        def run(conn, item):
+            conn.execute("INSERT INTO done VALUES ('t', ?, 1, 0)", (item,))
+            conn.commit()
+            conn.execute("INSERT INTO done VALUES ('t', ?, 2, 0)", (item,))
+            if item == "b":
+                raise ValueError("late")
+            with conn:
+                pass
+    """)
+    result = world.run(tools={"t": {"module": "t", "commits": True, "batch": 3}})
+    assert result.partial == ["t"]
+    assert world.ledger() == {"a": ("success", 1), "b": ("failed", 1), "c": ("success", 1)}
+    left = world.query("SELECT attempt FROM done WHERE item = 'b'")
+    assert left == ([(1,), (2,)] if mode in ("none", "autocommit") else [(1,)])
+
+
+def test_a_tool_that_says_commits_may_vacuum(world):
+    world.tool("t", "def items(): return ['a', 'b']\ndef run(conn, item): conn.execute('VACUUM')")
+    assert world.run(tools={"t": {"module": "t", "commits": True}}).status == "success"
+
+
+# --- what is refused before anything has run ---
+
+
+@pytest.mark.parametrize("source, options, problem", [
+    ("def items(): return []\ndef run(conn): pass", {},
+     "run() of m is called once per item, but does not take it"),
+    ("def run(conn): pass", {"batch": 5}, "'batch' is for tools with items, and m has no"),
+    ("def items(): return []\ndef run(item): pass", {"cache": True}, "'cache' is not for tools"),
+    ("def items(): return []\ndef run(item): pass", {"each": "first"},
+     "its items are those of 'first', but m has a function items() too"),
+    ("def run(item): pass", {"each": "plain"}, "'each' is 'plain', which has no items"),
+    ("def run(conn, item): pass", {}, "item"),
+    ("def items(item): return []\ndef run(item): pass", {}, "item"),
+    ("def items(): return []\ndef run(item): pass", {"batch": 0}, "batch"),
+    ("def run(item): pass", {"each": "m"}, "m"),
+    ("def run(item): pass", {"each": "nothing"}, "nothing"),
+])
+def test_misuse_is_refused_before_anything_has_run(world, source, options, problem):
+    world.tool("m", source)
+    world.tool("plain", "def run(conn):\n    conn.execute(\"INSERT INTO done VALUES (1,1,1,1)\")")
+    with pytest.raises(UserError) as caught:
+        world.run("a", tools={"plain": "plain", "first": "t", "m": {"module": "m", **options}})
+    assert problem in str(caught.value)
+    assert world.query("SELECT * FROM done") == []
+
+
+@pytest.mark.parametrize("options, problem", [
+    ({"cache": True}, "'cache' is not for tools"), ({"each": "a"}, "a function items() too")])
+def test_misuse_is_refused_also_if_another_tool_uses_the_module_well(world, options, problem):
+    with pytest.raises(UserError, match=re.escape(problem)):
+        world.run("x", tools={"a": "t", "b": {"module": "t", **options}})
+
+
+@pytest.mark.parametrize("how, problem", [
+    ({"item": "a", "tools": {"t": "t", "u": "t"}}, "--item is for a single tool with items"),
+    ({"item": "a", "tools": {"t": "plain"}}, "--item is for a single tool with items"),
+    ({"retry_items": {"u": ()}}, "'u' is no tool with items in this plan"),
+    ({"retry_items": {"t": ()}, "tools": {"t": "plain"}}, "'t' is no tool with items"),
+])
+def test_items_are_asked_for_only_of_tools_that_have_some(world, how, problem):
+    world.tool("plain", "def run(): pass")
+    with pytest.raises(UserError, match=re.escape(problem)):
+        world.run("a", **how)
+    assert world.done() == []
+
+
+# --- an item's life ---
+
+
+@both
+@batches
+def test_a_failing_item_fails_alone_and_its_tool_is_partial(world, jobs, batch):
+    world.set("broken", "b", "d")
+    world.tool("sees", "def run(context): return dict(context.results)")
+    tools = {"t": {"module": "t", "batch": batch, "needs": []},
+             "sees": {"module": "sees", "needs": ["t"]}}
+    result = world.run("a", "b", "c", "d", tools=tools, jobs=jobs)
+    assert (result.status, result.partial, result.failed) == ("failed", ["t"], [])
+    assert result.results["sees"] == {"t": {"items": 2, "failed": 2, "rows": 4}}
+    assert re.fullmatch("[bd]: ValueError: broken [bd]", result.errors["t"])
+    assert result.outcomes["t"].reason.startswith("2 of 4 items failed: ")
+    assert sorted(world.done()) == ["a", "c"]
+    assert world.ledger() == {"a": ("success", 1), "b": ("failed", 1), "c": ("success", 1),
+                              "d": ("failed", 1)}
+    assert "broken b" in world.said() and "broken d" in world.said()
+
+
+def test_items_given_up_before_change_no_status_but_are_named(world):
+    world.set("broken", "b")
+    world.run("a", "b")
+    result = world.run("a", "b", "c")
+    assert result.status == "success"
+    assert result.outcomes["t"].reason == "1 item given up before: b"
+    assert result.results["t"] == {"items": 1, "failed": 0, "rows": 2}
+    result = world.run()
+    assert result.outcomes["t"].reason == ("none of 3 items is pending; "
+                                           "1 item given up before: b")
+
+
+def test_a_tool_all_of_whose_items_fail_has_failed_and_its_needers_are_skipped(world):
+    world.set("broken", "a", "b")
+    world.tool("plain", "def run(): pass")
+    result = world.run("a", "b", tools={"t": "t", "plain": "plain"})
+    assert (result.failed, result.skipped, result.partial) == (["t"], ["plain"], [])
+    assert result.errors["t"] == "a: ValueError: broken a"
+
+
+@both
+@batches
+def test_tries_are_used_up_in_the_run_after_the_other_items(world, jobs, batch):
+    world.tool("t", """
+        import time
+        def items(): return ["a", "b", "c", "d"]
+        def run(conn, item, context):
+            with open("tries", "a") as file:
+                file.write(item + str(context.attempt) + " ")
+            conn.execute("INSERT INTO done VALUES ('t', ?, ?, 0)", (item, context.attempt))
+            if item == "b" and context.attempt < 3 or item == "d":
+                raise ValueError("no")
+    """)
+    options = {"module": "t", "batch": batch, "retries": 2, "retry_delay": 0}
+    os.chdir(world.folder)
+    result = world.run(tools={"t": options}, jobs=jobs)
+    tries = (world.folder / "tries").read_text().split()
+    assert sorted(tries) == ["a1", "b1", "b2", "b3", "c1", "d1", "d2", "d3"]
+    if jobs == 1:
+        assert tries == ["a1", "b1", "c1", "d1", "b2", "d2", "b3", "d3"]
+    assert result.partial == ["t"]
+    assert world.ledger() == {"a": ("success", 1), "b": ("success", 3), "c": ("success", 1),
+                              "d": ("failed", 3)}
+    assert sorted(world.query("SELECT item, attempt FROM done")) == [("a", 1), ("b", 3), ("c", 1)]
+
+
+@batches
+def test_an_interrupted_run_leaves_the_tries_that_are_left_to_the_next(world, batch):
+    world.tool("t", """
+        import signal
+        def items(): return ["a", "b", "c"]
+        def run(conn, item, context):
+            conn.execute("INSERT INTO done VALUES ('t', ?, ?, 0)", (item, context.attempt))
+            if item == "a":
+                raise ValueError("no")
+            if item == "c" and context.run_id == "1":
+                raise KeyboardInterrupt
+    """)
+    options = {"module": "t", "batch": batch, "retries": 1, "retry_delay": 0}
+    with pytest.raises(KeyboardInterrupt):
+        world.run(tools={"t": options})
+    assert world.ledger() == {} if batch > 1 else {"a": ("pending", 1), "b": ("success", 1)}
+    result = world.run(tools={"t": options})
+    assert result.partial == ["t"]
+    assert world.ledger() == {"a": ("failed", 2), "b": ("success", 1), "c": ("success", 1)}
+    assert world.query("SELECT count(*) FROM orchestrator_items WHERE deaths > 0") == [(0,)]
+    assert sorted(world.done()) == ["b", "c"]
+
+
+def test_a_delay_is_waited_for_while_other_tools_go_on(world):
+    """With a delay of an hour, the run would not end; Ctrl-C ends it, and no slip is left."""
+    world.set("broken", "a")
+    world.tool("plain", "def run():\n    raise KeyboardInterrupt")
+    tools = {"t": {"module": "t", "retries": 1, "retry_delay": "1h", "needs": []},
+             "plain": {"module": "plain", "needs": []}}
+    with pytest.raises(KeyboardInterrupt):
+        world.run("a", "b", tools=tools)
+    assert world.done() == ["b"]
+    assert world.ledger() == {"a": ("pending", 1), "b": ("success", 1)}
+    assert "again in 1h 00m" in world.said()
+
+
+def test_a_failed_item_gets_its_tries_back_by_a_new_version_or_source_or_when_asked_for(world):
+    world.set("broken", "b")
+    world.run("a", ["b", 1], "c")
+    world.set("broken")
+    world.run()
+    assert world.done() == ["a", "c"]
+    world.tool("t", TOOL + "    # a comment\n")
+    world.run()
+    assert world.done() == ["a", "c"]
+    world.run("a", ["b", 2])
+    assert world.done() == ["a", "c", "b"]
+
+    world.set("broken", "b")
+    world.run(["b", 3])
+    world.set("broken")
+    world.tool("t", TOOL + "    CHANGED = 1\n")
+    world.run()
+    assert world.done() == ["a", "c", "b", "b"]
+
+    world.set("broken", "x", "y", "z")
+    world.run("x", "y", "z")
+    world.set("broken")
+    assert world.run(retry_items={"t": ["y"]}).results["t"]["items"] == 1
+    assert world.done()[4:] == ["y"]
+    assert world.run(retry_items={"t": []}).results["t"]["items"] == 2
+    assert world.done()[5:] == ["x", "z"]
+
+
+def test_what_is_asked_for_again_but_never_was_given_up_is_told(world):
+    world.set("broken", "b")
+    world.run("a", "b")
+    result = world.run(retry_items={"t": ["nosuch"]})
+    assert result.failed == ["t"] and "nosuch" in result.errors["t"]
+    result = world.run(retry_items={"t": ["a"]})
+    assert result.failed == ["t"] and "a: it is done" in result.errors["t"]
+
+
+def test_a_version_is_done_once_and_a_former_one_again(world):
+    for version, expected in [(1, 1), (1, 1), (2, 2), (2, 2), (1, 3), (1, 3)]:
+        world.run(["a", version])
+        assert len(world.done()) == expected
+
+
+def test_only_the_items_that_failed_with_the_new_version_are_not_those_that_passed_before(world):
+    world.run(["a", 1])
+    world.set("broken", "a")
+    assert world.run(["a", 2]).failed == ["t"]
+    result = world.run(["a", 1])
+    assert result.status == "success" and world.done() == ["a"]
+
+
+def test_one_item_alone_is_done_when_asked_for_by_name(world):
+    result = world.run("a", "b", "c", item="b")
+    assert (result.status, world.done()) == ("success", ["b"])
+    result = world.run(item="b")
+    assert (result.status, world.done()) == ("success", ["b"])
+    result = world.run(item="nosuch")
+    assert result.failed == ["t"]
+    assert "there is no item 'nosuch' among the 3 that are listed" in result.errors["t"]
+    world.set("broken", "c")
+    world.run(item="c")
+    world.set("broken")
+    assert world.run(item="c").status == "success"  # to ask for it by name is to ask for it
+    assert world.done() == ["b", "c"]
+
+
+def test_each_takes_what_passed_with_its_version(world):
+    tools = {"t": {"module": "t"}, "load": {"module": "load", "each": "t"}}
+    world.tool("load", """
+        def run(conn, item, context):
+            conn.execute("INSERT INTO done VALUES ('load', ?, 0, 0)", (item,))
+    """)
+    world.set("broken", "b")
+    result = world.run(["a", 1], ["b", 1], ["c", 1], tools=tools)
+    assert (result.partial, result.succeeded) == (["t"], ["load"])
+    assert world.done("load") == ["a", "c"]
+    world.set("broken")
+    world.run(["a", 2], ["b", 2], tools=tools)
+    assert world.done("load") == ["a", "c", "a", "b"]
+    assert world.run(tools=tools).results["load"]["items"] == 0
+
+
+def test_a_resumed_run_does_what_needs_the_items_that_pass_now(world):
+    tools = {"t": {"module": "t"}, "load": {"module": "load", "each": "t"}}
+    world.tool("load", """
+        def run(conn, item, context):
+            conn.execute("INSERT INTO done VALUES ('load', ?, 0, 0)", (item,))
+    """)
+    world.set("broken", "b")
+    world.run("a", "b", tools=tools)
+    world.set("broken")
+    result = world.run(tools=tools, resume=True, retry_items={"t": ()})
+    assert result.status == "success"
+    assert world.done("load") == ["a", "b"]
+
+
+def test_a_stop_after_a_partial_tool_is_a_stop(world):
+    world.set("broken", "b")
+    world.tool("plain", "def run(): pass")
+    tools = {"t": {"module": "t", "needs": [], "on_failure": "stop"},
+             "plain": {"module": "plain", "needs": ["t"]}}
+    assert world.run("a", "b", tools=tools).skipped == ["plain"]
+
+
+# --- batches ---
+
+
+DEFERRED = """
+    def items(): return ["a", "b", "c", "d", "e"]
+    def run(conn, item):
+        conn.execute("CREATE TABLE IF NOT EXISTS parent (x PRIMARY KEY)")
+        conn.execute("CREATE TABLE IF NOT EXISTS child "
+                     "(x REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
+        conn.execute("INSERT INTO done VALUES ('t', ?, 0, 0)", (item,))
+        if item in "bd":
+            conn.execute("INSERT INTO child VALUES (1)")
+"""
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 100])
+def test_a_commit_that_fails_is_charged_to_those_whose_fault_it_is(world, batch):
+    world.tool("t", DEFERRED)
+    connect = world.connect
+
+    def with_keys():
+        conn = connect()
+        conn.execute("PRAGMA foreign_keys = ON")
+        return conn
+
+    world.connect = with_keys
+    result = world.run(tools={"t": {"module": "t", "batch": batch}})
+    assert result.partial == ["t"]
+    assert result.results["t"] == {"items": 3, "failed": 2, "rows": 0}
+    assert "at the commit: IntegrityError: FOREIGN KEY" in result.errors["t"]
+    assert world.done() == ["a", "c", "e"]
+    assert world.ledger()["b"] == world.ledger()["d"] == ("failed", 1)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 2500])
+def test_a_batch_is_one_transaction(world, batch):
+    world.tool("t", f"""
+        def items(): return [str(i) for i in range({2 * batch + 1})]
+        def run(conn, item): conn.execute("INSERT INTO done VALUES ('t', ?, 0, 0)", (item,))
+    """)
+    counts = []
+
+    class Counted(sqlite3.Connection):
+        def commit(self):
+            counts.append(self.execute("SELECT count(*) FROM done").fetchone()[0])
+            super().commit()
+
+    world.mode = {"factory": Counted}
+    world.run(tools={"t": {"module": "t", "batch": batch}})
+    assert sorted({*counts} - {0}) == [batch, 2 * batch, 2 * batch + 1]
+
+
+@both
+def test_an_item_of_a_batch_that_comes_again_is_called_once_per_try(world, jobs):
+    world.tool("t", """
+        def items(): return ["a", "b", "c"]
+        def run(conn, item, context):
+            with open("calls", "a") as file:
+                file.write(item + str(context.attempt) + " ")
+            if item == "b" and context.attempt == 1:
+                raise ValueError
+    """)
+    os.chdir(world.folder)
+    options = {"module": "t", "batch": 3, "retries": 1, "retry_delay": 0}
+    world.run(tools={"t": options}, jobs=jobs)
+    calls = (world.folder / "calls").read_text().split()
+    assert sorted(calls) == ["a1", "b1", "b2", "c1"]
+
+
+# --- without a database ---
+
+
+@both
+def test_without_a_database_the_ledger_is_in_the_history(world, jobs):
+    world.has_database = False
+    world.tool("t", """
+        def items(): return ["a", "b"]
+        def run(item, conn, context):
+            assert conn is None
+            with open("calls", "a") as file:
+                file.write(item + str(context.attempt) + " ")
+            if item == "b" and context.attempt == 1:
+                raise ValueError("no")
+    """)
+    os.chdir(world.folder)
+    tools = {"t": {"module": "t", "retries": 1, "retry_delay": 0, "batch": 2}}
+    for _ in range(2):
+        assert world.run(tools=tools, jobs=jobs).status == "success"
+        calls = sorted((world.folder / "calls").read_text().split())
+        assert calls == ["a1", "b1", "b2"]
+
+
+@both
+def test_without_history_and_database_all_is_done_each_time(world, jobs):
+    world.has_database = False
+    world.tool("t", """
+        def items(): return ["a", "b"]
+        def run(item, context):
+            with open("calls", "a") as file:
+                file.write(item + str(context.attempt) + " ")
+            if item == "b" and context.attempt == 1:
+                raise ValueError("no")
+    """)
+    os.chdir(world.folder)
+    tools = {"t": {"module": "t", "retries": 1, "retry_delay": 0}}
+    for times in (1, 2):
+        assert world.run(tools=tools, home=None, jobs=jobs).status == "success"
+        calls = sorted((world.folder / "calls").read_text().split())
+        assert calls == sorted(["a1", "b1", "b2"] * times)
+
+
+@both
+def test_without_history_the_ledger_of_the_database_counts(world, jobs):
+    world.run("a", "b", home=None, jobs=jobs)
+    world.run("a", "b", "c", home=None, jobs=jobs)
+    assert sorted(world.done()) == ["a", "b", "c"]
