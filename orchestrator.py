@@ -2368,7 +2368,11 @@ class Database:
         try:
             had_ended = self._end("rollback")
             is_broken = getattr(self.conn, "closed", False) \
-                or getattr(self.conn, "open", True) is False
+                or getattr(self.conn, "open", True) is False \
+                or getattr(self.conn, "invalidated", False)  # what SQLAlchemy says of a lost one
+            raw = self.conn if is_broken else find_raw(self.conn)
+            if raw is not self.conn and is_sqlite(raw) and raw.in_transaction:
+                raw.rollback()  # SQLAlchemy holds a transaction for over whose COMMIT was refused
         except Exception:
             is_broken = True
         if is_broken:
@@ -2413,16 +2417,26 @@ def is_sqlite(conn: Any) -> bool:
     return isinstance(getattr(conn, "in_transaction", None), bool) and hasattr(conn, "execute")
 
 
+def was_closed(conn: Any) -> bool:
+    """Return whether somebody here has closed a connection, and the server has not."""
+    return getattr(conn, "closed", 0) == 1 and not getattr(conn, "broken", False)  # psycopg2, 3
+
+
+def find_raw(conn: Any) -> Any:
+    """Return the connection of the driver, which SQLAlchemy keeps inside its own."""
+    conn = getattr(conn, "connection", conn)
+    return getattr(conn, "dbapi_connection", conn)
+
+
 def is_aborted(conn: Any) -> bool:
     """Return whether an error has aborted the transaction, so that a COMMIT would roll it back.
 
     PostgreSQL and DuckDB then do so without a word. The drivers of the one tell; another is asked
-    for something harmless. SQLAlchemy keeps the driver's connection inside its own.
+    for something harmless.
     """
     if conn is None or is_sqlite(conn) or not hasattr(conn, "commit"):
         return False
-    conn = getattr(conn, "connection", conn)
-    conn = getattr(conn, "dbapi_connection", conn)
+    conn = find_raw(conn)
     status = getattr(getattr(conn, "info", None), "transaction_status", None)
     if status is not None:
         return status == _POSTGRES_INERROR
@@ -2484,7 +2498,7 @@ _COMMENTS = r"(?:\s|--[^\n]*|/\*[\s\S]*?\*/)*"  # what may stand before a SELECT
 _PAGE = 1000  # items that are in memory at a time
 NAME_LENGTH = 500  # letters; an index of PostgreSQL takes 2,700 bytes
 _LOCKED_STATES = ("40001", "40P01", "55P03")  # SQLSTATE: serialization, deadlock, lock not there
-_LOCKED_NUMBERS = (1205, 1213)  # the same of MySQL and MariaDB
+_LOCKED_NUMBERS = (1020, 1205, 1213)  # the same of MySQL and MariaDB
 
 
 class Dialect(NamedTuple):
@@ -2492,19 +2506,25 @@ class Dialect(NamedTuple):
     text: str = "TEXT"  # type of a text of any length
     cast: str = "VARCHAR(1000)"  # what a value is cast to, to be a text
     numbers: str = "row_number() OVER ()"  # of the rows of a SELECT, in their order
+    seq: str = "INTEGER PRIMARY KEY"  # the type of what takes these numbers, and further keys
     collate: str = ""  # behind the columns of a table
     more: str = ""  # and behind those of the ledger
 
 
+# MariaDB joins what has no key by comparing all with all. Not utf8mb4_bin, to which 'a' and 'a ' are
+# the same.
+_MYSQL_SEQ = "INTEGER PRIMARY KEY AUTO_INCREMENT, KEY (item(100))"
 _DIALECTS = {
     "sqlite": Dialect(cast="TEXT", numbers="NULL", more=" WITHOUT ROWID"),
     "postgresql": Dialect(cast="TEXT"),
-    # Not utf8mb4_bin, to which 'a' and 'a ' are the same.
-    "mysql": Dialect(text="LONGTEXT", cast="CHAR", collate=" COLLATE utf8mb4_0900_bin"),
-    "mariadb": Dialect(text="LONGTEXT", cast="CHAR", collate=" COLLATE utf8mb4_nopad_bin"),
+    "mysql": Dialect("LONGTEXT", "CHAR", "NULL", _MYSQL_SEQ, " COLLATE utf8mb4_0900_bin",
+                     " ENGINE=InnoDB"),
+    "mariadb": Dialect("LONGTEXT", "CHAR", "NULL", _MYSQL_SEQ, " COLLATE utf8mb4_nopad_bin",
+                       " ENGINE=InnoDB"),
 }
 _DRIVERS = {"psycopg": "postgresql", "psycopg2": "postgresql", "pg8000": "postgresql",
-            "pymysql": "mysql", "MySQLdb": "mysql", "mysql": "mysql", "mariadb": "mysql"}
+            "pymysql": "mysql", "MySQLdb": "mysql", "mysql": "mysql", "mariadb": "mysql",
+            "_duckdb": "duckdb"}
 
 
 def find_driver(conn: Any) -> Tuple[str, str]:
@@ -2551,7 +2571,8 @@ def make_ledger_key(name: str) -> str:
 def is_locked(error: Optional[BaseException]) -> bool:
     """Return whether an error only says that another was at the same rows at that moment."""
     seen: List[BaseException] = []
-    while error is not None and error not in seen:  # people can make a ring of such a chain
+    # People can make a ring of such a chain.
+    while error is not None and error not in seen and not isinstance(error, EndedEarly):
         seen.append(error)
         state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
         number = error.args[0] if error.args else None
@@ -2566,6 +2587,10 @@ def is_locked(error: Optional[BaseException]) -> bool:
 
 class Taken(Exception):
     """Somebody else wrote the row of an item after it was looked at."""
+
+
+class EndedEarly(Exception):
+    """An item ended its transaction itself, so that it may have been done."""
 
 
 class Guard:
@@ -2595,7 +2620,8 @@ class Ledger:
     """The items of one tool, over one connection, within whatever transaction is open on it.
 
     Without a database behind `conn` it is in a file of SQLite's, `path`, or in memory, and what
-    it does is durable at once. State: `guard`; `has_savepoints`, whether the database knows them.
+    it does is durable at once. State: `guard`; `has_savepoints`, whether the database knows them;
+    `transaction`, the number of that of an item, on DuckDB, which does not.
     """
 
     def __init__(self, conn: Any, path: str, pipeline: str, tool: str, run_id: str,
@@ -2610,11 +2636,13 @@ class Ledger:
         self.kind, self.style = find_driver(conn)
         self.guard = Guard()
         self.has_savepoints = self.kind != "duckdb"
+        self.transaction: Any = None
         self._sql: Dict[str, str] = {}
         self._execute = getattr(conn, "exec_driver_sql", None) or (
-            conn.execute if self.kind == "sqlite" else None)
+            # A cursor of DuckDB's is another connection, with a transaction of its own.
+            conn.execute if self.kind in ("sqlite", "duckdb") else None)
         if self.kind == "sqlite":
-            self.guard.install(conn)
+            self.guard.install(find_raw(conn))
 
     def close(self) -> None:
         """Close what is open beside the tool's own connection."""
@@ -2645,6 +2673,8 @@ class Ledger:
 
     def do_theirs(self, sql: str) -> Any:
         """Execute a statement that holds a SELECT of the user's, in which % and ? are letters."""
+        if hasattr(self.conn, "exec_driver_sql"):  # it hands on an empty tuple, and % is a mark
+            return self.conn.exec_driver_sql(sql, execution_options={"no_parameters": True})
         if self._execute:
             return self._execute(sql)
         cursor = self.conn.cursor()
@@ -2682,9 +2712,10 @@ class Ledger:
         self._create("listed", dialect, "")
         if each is not None:
             self.do("INSERT INTO orchestrator_listed (seq, item, version) "  # noqa: S608 - ours
-                    f"SELECT {dialect.numbers}, item, passed FROM (SELECT item, passed FROM "
-                    "orchestrator_items WHERE pipeline = ? AND tool = ? AND passed IS NOT NULL "
-                    "ORDER BY ended_at, item) q", (self.key[0], make_ledger_key(each)))
+                    f"SELECT {dialect.numbers}, item, passed FROM (SELECT item, passed, ended_at "
+                    "FROM orchestrator_items WHERE pipeline = ? AND tool = ? AND passed IS NOT "
+                    "NULL ORDER BY ended_at, item) q ORDER BY ended_at, item",
+                    (self.key[0], make_ledger_key(each)))
         elif isinstance(found, str):
             self._insert_selected(re.sub(r"[\s;]+$", "", found), dialect)
         else:
@@ -2695,9 +2726,8 @@ class Ledger:
 
         It is not dropped: SQLite refuses that while a query of the tool's is open.
         """
-        self.do(f"CREATE TEMPORARY TABLE IF NOT EXISTS orchestrator_{name} "
-                f"(seq INTEGER PRIMARY KEY, item {dialect.text}, version {dialect.text}{more})"
-                + dialect.collate)
+        self.do(f"CREATE TEMPORARY TABLE IF NOT EXISTS orchestrator_{name} (seq {dialect.seq}, "
+                f"item {dialect.text}, version {dialect.text}{more}){dialect.collate}")
         self._empty(name)
 
     def _empty(self, name: str) -> None:
@@ -2709,11 +2739,16 @@ class Ledger:
                             "for a single item, return a list of it")
         # On lines of its own, since it may end in a comment.
         probe = f"SELECT * FROM (\n{select}\n) q LIMIT 0"  # noqa: S608 - it is the user's own
-        columns = self.do_theirs(probe).description
+        probed = self.do_theirs(probe)
+        columns = probed.keys() if hasattr(probed, "keys") else probed.description  # SQLAlchemy
         if len(columns) > 2:
             raise TypeError(f"the SELECT of items() has {len(columns)} columns; it takes one, the "
                             "name, or two, the name and the version")
         names = "item, version"[:4 if len(columns) == 1 else None]
+        if self.kind in ("mysql", "mariadb"):  # in a subquery they would drop its ORDER BY
+            self.do_theirs(f"INSERT INTO orchestrator_listed ({names}) {select}")
+            self.do("UPDATE orchestrator_listed SET version = '' WHERE version IS NULL")
+            return
         version = f"CAST(version AS {dialect.cast})" if len(columns) == 2 else "''"
         self.do_theirs(
             "INSERT INTO orchestrator_listed (seq, item, version) "  # noqa: S608 - the same
@@ -2721,9 +2756,12 @@ class Ledger:
             f"CAST(item AS {dialect.cast}), coalesce({version}, '') FROM q")
 
     def _insert_all(self, found: Iterable[Any]) -> None:
+        if self.kind == "duckdb":
+            found = list(found)  # it may yield from a query, of which there is one at a time
         rows = ((i, *read_item(i, each)) for i, each in enumerate(found, 1))
         if self.kind == "sqlite":
-            self.conn.executemany("INSERT INTO orchestrator_listed VALUES (?, ?, ?)", rows)
+            raw = find_raw(self.conn)
+            raw.executemany("INSERT INTO orchestrator_listed VALUES (?, ?, ?)", rows)
             return
         from itertools import islice
         while True:
@@ -2830,17 +2868,40 @@ class Ledger:
         if (cursor.fetchone()[0] if count < 0 else count) != 1:  # DuckDB gives it as a row
             raise Taken
 
+    def begin(self, is_urgent: bool) -> None:
+        """Begin a transaction of SQLite's inside SQLAlchemy's, which leaves that to the driver, and
+        so to the first INSERT of an item.
+        """
+        raw = find_raw(self.conn)
+        if self.kind == "sqlite" and raw is not self.conn:
+            if not self.conn.in_transaction():
+                self.conn.begin()
+            if not raw.in_transaction:
+                raw.execute("BEGIN IMMEDIATE" if is_urgent else "BEGIN")
+
     def begin_item(self) -> None:
-        """Begin the part of a transaction that is an item's."""
-        self.do("SAVEPOINT orchestrator_item")
+        """Begin the part of a transaction that is an item's; without savepoints, the whole."""
+        if self.has_savepoints:
+            self.do("SAVEPOINT orchestrator_item")
+        else:
+            self.transaction = self._find_transaction()
 
     def leave_item(self) -> None:
         """End the part of a transaction that is an item's; it fails if that is no more."""
-        self.do("RELEASE SAVEPOINT orchestrator_item")
+        if self.has_savepoints:
+            self.do("RELEASE SAVEPOINT orchestrator_item")
+        elif self._find_transaction() != self.transaction:
+            raise RuntimeError("the transaction is another")
 
     def undo_item(self) -> None:
         """Undo the part of a transaction that is an item's; it fails if that is no more."""
-        self.do("ROLLBACK TO SAVEPOINT orchestrator_item")
+        if self.has_savepoints:
+            self.do("ROLLBACK TO SAVEPOINT orchestrator_item")
+        elif not is_aborted(self.conn):  # only what is still open can be aborted
+            self.leave_item()
+
+    def _find_transaction(self) -> Any:
+        return self.read("SELECT txid_current()")[0]
 
     # --- what views ask ---
 
@@ -3812,10 +3873,6 @@ class ToolError(Exception):
         self.step = step
 
 
-class EndedEarly(Exception):
-    """An item ended its transaction itself, so that it may have been done."""
-
-
 LOCKED_S = 60.0  # how long an item comes again because others are at the same rows
 _TAKEN_TRIES = 20  # and how often because somebody else wrote its row
 
@@ -3825,9 +3882,9 @@ class ItemWork:
     ledger; with "batch", several in one transaction, each in a savepoint.
 
     State: `step`, what is being done, if it is not the tool itself; `is_own_fault`, whether an
-    error then is an item's; `was_taken`, whether to look at rows once more; `at_work`, the item
-    that is being done; `passed`, `rows`, `elsewhere` and `endings`, what came of those that are
-    committed; `new`, the same of those that are not.
+    error then is an item's; `is_watched`, whether an item may not commit; `was_taken`, whether to
+    look at rows once more; `at_work`, the item that is being done; `passed`, `rows`, `elsewhere`
+    and `endings`, what came of those that are committed; `new`, the same of those that are not.
     """
 
     def __init__(self, callee: Callee, database: Database, arguments: Mapping[str, Any],
@@ -3839,7 +3896,7 @@ class ItemWork:
         self.verbose, self.pid = verbose, os.getpid()
         self.ledger: Any = None
         self.slip_fd = -1
-        self.step, self.is_own_fault, self.was_taken = "", False, False
+        self.step, self.is_own_fault, self.was_taken, self.is_watched = "", False, False, True
         self.at_work: Optional[Item] = None
         self.started_s = 0.0
         self.passed, self.elsewhere, self.charged = 0, 0, 0
@@ -3862,10 +3919,9 @@ class ItemWork:
             if self.order.is_listing:
                 outcome = self._list(take)
             self._open_slip()
+            self.is_watched = not (self.ledger.is_apart or self.tool.commits)
             # What is done is not undone without a savepoint, and so is committed one by one.
-            self.has_savepoints = self.ledger.has_savepoints and not (
-                self.ledger.is_apart or self.tool.commits)
-            size = self.tool.batch if self.has_savepoints else 1
+            size = self.tool.batch if self.is_watched and self.ledger.has_savepoints else 1
             while left:
                 if self.interrupts.signal is not None:
                     raise KeyboardInterrupt(self.interrupts.signal)
@@ -3899,7 +3955,7 @@ class ItemWork:
         return Outcome("failed", find_hint(error), error=step + format_one_line(error),
                        traceback=format_traceback(error, self.verbose))
 
-    def _open(self, _tries: int) -> None:
+    def _open(self, _tries: int = 0) -> None:
         """Open the connection and the ledger on it, and create that if it is not there."""
         database = self.database
         database.begin()
@@ -4023,7 +4079,9 @@ class ItemWork:
             self.database.open()
         else:
             # A transaction that begins with a look at a row could not wait for the lock later.
-            self.database.begin(is_urgent=tries > 1 or group[0].is_seen is None)
+            is_urgent = tries > 1 or group[0].is_seen is None
+            self.database.begin(is_urgent)
+            self.ledger.begin(is_urgent)
         for item in group:
             self._do_item(item._replace(is_seen=None) if self.was_taken else item,
                           is_alone=len(group) == 1)
@@ -4057,12 +4115,18 @@ class ItemWork:
             os._exit(EXIT_FAILED)
         if self.ledger:
             self.ledger.guard.is_up = False
+        is_closed = was_closed(self.database.conn)
         if self.database.is_open:
             self.database.rollback()
         if self.interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt from error
-        if not self.database.is_open and (self.ledger or not is_locked(error)):
+        if self.database.is_open or self.ledger is None and is_locked(error):
+            return
+        if not isinstance(error, EndedEarly):
             raise ToolError("" if self.ledger else "in get_connection(): ") from error
+        if not is_closed:
+            raise ToolError("the connection is gone: ") from error.__cause__
+        self._open()  # `with conn:` of psycopg 3 commits and closes
 
     def _wait(self, tries: int) -> None:
         """Wait a little, and not as long as others do."""
@@ -4093,7 +4157,7 @@ class ItemWork:
         self.at_work = item
         if self.slip_fd >= 0:
             write_slip(self.slip_fd, item)
-        saves = self.has_savepoints and not (is_alone and ledger.kind == "sqlite")
+        saves = self.is_watched and not (is_alone and ledger.kind == "sqlite")
         if saves:
             ledger.begin_item()
         started_s = self.started_s = time.monotonic()
@@ -4110,8 +4174,8 @@ class ItemWork:
             self.new.append((rows, None))
         except Exception as error:
             ledger.guard.is_up = False
-            if saves and self.is_own_fault and not is_locked(error):
-                if self._undo(error) and not is_alone:
+            if saves and self.is_own_fault and not isinstance(error, EndedEarly):
+                if self._undo(error) and not is_alone and not is_locked(error):
                     ending = self._make_ending(item, format_one_line(error), error)
                     self.is_own_fault = False
                     self._record(ending, time.monotonic() - started_s)
@@ -4137,6 +4201,8 @@ class ItemWork:
         except Exception:
             if self.ledger.kind == "sqlite":  # nobody else could: all of the group is undone
                 return False
+            if is_locked(error) and self.ledger.kind in ("mysql", "mariadb"):
+                return False  # a deadlock undoes all of the transaction there, and its savepoints
             raise EndedEarly(f"{format_one_line(error)}; {_ENDED_EARLY}") from error
         return True
 
@@ -4169,8 +4235,8 @@ class ItemWork:
 
     def _check_transaction(self) -> None:
         """Raise RuntimeError if the transaction of an item is over or can not be committed."""
-        conn, kind = self.database.conn, self.ledger.kind
-        if self.ledger.is_apart or self.tool.commits:
+        conn, kind = find_raw(self.database.conn), self.ledger.kind
+        if not self.is_watched:
             return
         if kind == "sqlite":
             if getattr(conn, "in_transaction", True) is False:

@@ -1,4 +1,4 @@
-"""A throw-away PostgreSQL cluster, and a way to run tools given by their source."""
+"""Throw-away servers of PostgreSQL and MariaDB, and ways to run tools given by their source."""
 import glob
 import os
 import shutil
@@ -86,6 +86,77 @@ def cluster():
         try:
             if os.path.exists(f"{folder}/data/postmaster.pid"):
                 cluster.stop()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Maria:
+    """A MariaDB server on a folder. It listens on a Unix socket in that folder only."""
+
+    def __init__(self, folder):
+        self.folder, self.socket, self.process = folder, f"{folder}/socket", None
+        # As root it refuses to run, but knows how to become another.
+        self.user = ["--user=mysql"] if os.geteuid() == 0 else []
+        if self.user:
+            shutil.chown(folder, "mysql")
+
+    def start(self):
+        with open(f"{self.folder}/log", "w", encoding="utf-8") as log:
+            subprocess.run(
+                ["mariadb-install-db", "--no-defaults", f"--datadir={self.folder}/data",
+                 "--skip-test-db", "--auth-root-authentication-method=normal", *self.user],
+                check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                [find_mariadbd(), "--no-defaults", f"--datadir={self.folder}/data",
+                 f"--socket={self.socket}", f"--pid-file={self.folder}/pid", "--skip-networking",
+                 "--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=32M",
+                 "--character-set-server=utf8mb4", *self.user],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.call("CREATE DATABASE test")
+
+    def call(self, sql):
+        """Execute a statement once the server answers; fail if it ends before."""
+        import pymysql
+        from conftest import wait_until
+
+        def is_done():
+            assert self.process.poll() is None, Path(self.folder, "log").read_text()
+            try:
+                conn = pymysql.connect(unix_socket=self.socket, user="root")
+            except pymysql.OperationalError:
+                return False
+            with conn:
+                conn.cursor().execute(sql)
+            return True
+        wait_until(is_done)
+
+    def stop(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+
+def find_mariadbd():
+    """Return MariaDB's server, or None."""
+    return shutil.which("mariadbd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/libexec")
+
+
+@pytest.fixture(scope="session")
+def maria():
+    """Start a MariaDB server for the tests of this session; stop it whatever happens."""
+    pytest.importorskip("pymysql")
+    if os.name != "posix" or not find_mariadbd() or not shutil.which("mariadb-install-db"):
+        pytest.skip("MariaDB's programs (mariadbd, mariadb-install-db) are not installed")
+    folder = tempfile.mkdtemp(prefix="orchestrator-maria-", dir="/tmp")
+    server = None
+    try:
+        server = Maria(folder)
+        server.start()
+        yield server
+    finally:
+        try:
+            if server:
+                server.stop()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
