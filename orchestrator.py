@@ -197,7 +197,7 @@ class Pipeline(NamedTuple):
 
 
 class Success(NamedTuple):
-    """A tool's last success, as history knows it.
+    """A tool's last success, as history knows it, or what passed of its items.
 
     `work` is the id of the attempt that did it, which stays the same while the tool is cached.
     `needed` gives the work that each tool it needs had done by then; `source` and `inputs` what
@@ -1432,8 +1432,8 @@ CREATE TABLE attempts (
     started_at    REAL NOT NULL,     -- seconds since 1970, UTC
     duration_s    REAL,              -- by a clock that is never set; NULL if it never ended
     pid           INTEGER,           -- of the process that ran it
-    work          INTEGER,           -- success: its own attempt_id; cached: that of the success
-                                     -- that still stands; else NULL
+    work          INTEGER,           -- success, partial: its own attempt_id; cached: that of the
+                                     -- success that still stands; else NULL
     rows          INTEGER,           -- NULL if the tool did not say
     result        TEXT,              -- JSON of what it returned; NULL if JSON can not say that
     kind          TEXT,              -- type of such a result: 'a DataFrame'; else NULL
@@ -1863,7 +1863,7 @@ class History(NoHistory):
         if outcome.items is not None:
             self.note_items(tool, outcome.items)
         attempt_id = self.open.pop(tool)
-        is_success = outcome.status == "success"
+        is_success = outcome.status in ("success", "partial")
         result, kind = outcome.kept or keep_result(outcome.result) if is_success else (None, None)
         self.change(
             "UPDATE attempts SET status = ?, reason = ?, duration_s = ?, work = ?, rows = ?, "
@@ -1932,10 +1932,16 @@ class History(NoHistory):
     def find_success(self, tool: str) -> Optional[Success]:
         """Return the last success of a tool."""
         if tool not in self.successes:
-            row = self.do(_SUCCESS + "WHERE a.tool = ? AND a.status IN ('success', 'cached') "
-                          "ORDER BY a.attempt_id DESC LIMIT 1", (tool,)).fetchone()
+            row = self.do(_SUCCESS + "WHERE a.tool = ? AND a.status IN ('success', 'partial', "
+                          "'cached') ORDER BY a.attempt_id DESC LIMIT 1", (tool,)).fetchone()
             self.successes[tool] = make_success(row) if row and row[2] else None
         return self.successes[tool]
+
+    def find_last_success_at(self, tool: str) -> Optional[float]:
+        """Return when the last successful attempt of a tool began."""
+        row = self.do("SELECT started_at FROM attempts WHERE tool = ? AND status = 'success' "
+                      "ORDER BY attempt_id DESC LIMIT 1", (tool,)).fetchone()
+        return row[0] if row else None
 
     def find_expected_s(self, tool: str) -> Optional[float]:
         """Return the median of the seconds that a tool's last successes took."""
@@ -2511,8 +2517,8 @@ class Dialect(NamedTuple):
     more: str = ""  # and behind those of the ledger
 
 
-# MariaDB joins what has no key by comparing all with all. Not utf8mb4_bin, to which 'a' and 'a ' are
-# the same.
+# MariaDB joins what has no key by comparing all with all. Not utf8mb4_bin, to which 'a' and 'a '
+# are the same.
 _MYSQL_SEQ = "INTEGER PRIMARY KEY AUTO_INCREMENT, KEY (item(100))"
 _DIALECTS = {
     "sqlite": Dialect(cast="TEXT", numbers="NULL", more=" WITHOUT ROWID"),
@@ -2772,12 +2778,29 @@ class Ledger:
             self.do(f"INSERT INTO orchestrator_listed VALUES {marks}",  # noqa: S608 - ?, ?
                     tuple(value for row in some for value in row))
 
-    def find_pending(self, only: Optional[str] = None,
-                     retry: Optional[Sequence[str]] = None) -> Iterator[Tuple[Item, bool]]:
+    def give_back(self, names: Sequence[str]) -> List[str]:
+        """Let items that were given up have all their tries again: these, or all if there are no
+        names. Return those of the names that were not given up.
+        """
+        sql = ("UPDATE orchestrator_items SET status = 'pending', attempts = 0, deaths = 0 "
+               "WHERE pipeline = ? AND tool = ? AND status IN ('failed', 'quarantined')")
+        if not names:
+            self.do(sql, self.key)
+        return [name for name in names
+                if not count_changed(self.do(sql + " AND item = ?", (*self.key, name)))]
+
+    def find_others(self) -> List[str]:
+        """Return the pipelines that have items of this tool in the ledger, if this one has none."""
+        if self.read("SELECT 1 FROM orchestrator_items WHERE pipeline = ? AND tool = ? LIMIT 1",
+                     self.key):
+            return []
+        return [row[0] for row in self.read(
+            "SELECT DISTINCT pipeline FROM orchestrator_items WHERE tool = ?", self.key[1:])]
+
+    def find_pending(self, only: Optional[str] = None) -> Iterator[Tuple[Item, bool]]:
         """Yield the items that are not done, in order, each with whether it was given up.
 
-        The database finds them. `only`: none but this one. `retry`: of those that were given up,
-        the ones that are not given up any more; all of them if it is empty.
+        The database finds them. `only`: none but this one.
         """
         self._create("pending", self._find_dialect(), ", is_seen INTEGER, status VARCHAR(20), "
                      "attempts INTEGER, deaths INTEGER")
@@ -2804,12 +2827,10 @@ class Ledger:
                 if seq in double:
                     continue
                 check_item(name, version)
-                was_given_up = status in ("failed", "quarantined")
-                is_asked = was_given_up and retry is not None and (not retry or name in retry)
-                if status is None or is_asked or only is not None and was_given_up:
+                if status is None:  # there is no row of this version and source
                     attempts = deaths = 0
                 yield (Item(name, version, bool(is_seen), attempts, deaths),
-                       was_given_up and not is_asked and only is None)
+                       status in ("failed", "quarantined"))
             if len(rows) < _PAGE:
                 break
         self._empty("pending")
@@ -2824,7 +2845,7 @@ class Ledger:
 
     def look(self, item: Item) -> Tuple[Item, str, Optional[int], Optional[str]]:
         """Return an item as its row tells, and how it ended, with rows and error: success, failed
-        or quarantined in this run; done by somebody else; or pending.
+        or quarantined in this run; done, well or not, by somebody else; or pending.
         """
         found = self.read("SELECT passed, version, source, run_id, status, attempts, deaths, "
                           "row_count, error FROM orchestrator_items "
@@ -2835,11 +2856,10 @@ class Ledger:
         item, is_ours = item._replace(is_seen=True), run_id == self.run_id
         if passed == item.version:
             return item, "success" if is_ours else "done", rows, None
-        if (version, source) == (item.version, self.source) and (is_ours or status == "pending"):
-            item = item._replace(attempts=max(attempts, item.attempts),
-                                 deaths=max(deaths, item.deaths))
-            return item, status, rows, error
-        return item, "pending", None, None
+        if (version, source) != (item.version, self.source):
+            return item, "pending", None, None
+        return (item._replace(attempts=attempts, deaths=deaths),
+                status if is_ours or status == "pending" else "done", rows, error)
 
     def record(self, item: Item, status: str, attempts: int, at: float,
                duration_s: Optional[float], rows: Optional[int] = None,
@@ -2864,8 +2884,7 @@ class Ledger:
         cursor = self.do(_UPDATE, (item.version, passed, status, attempts, item.deaths, self.source,
                                    self.run_id, at, duration_s, rows, error, *self.key, item.name,
                                    item.version))
-        count = cursor.rowcount
-        if (cursor.fetchone()[0] if count < 0 else count) != 1:  # DuckDB gives it as a row
+        if count_changed(cursor) != 1:
             raise Taken
 
     def begin(self, is_urgent: bool) -> None:
@@ -2935,6 +2954,11 @@ _UPDATE = """
         run_id = ?, ended_at = ?, duration_s = ?, row_count = ?, error = ?
     WHERE pipeline = ? AND tool = ? AND item = ? AND (passed IS NULL OR passed <> ?)
 """
+
+
+def count_changed(cursor: Any) -> int:
+    """Return how many rows an UPDATE changed, which DuckDB gives as a row."""
+    return cursor.fetchone()[0] if cursor.rowcount < 0 else cursor.rowcount
 
 
 def read_item(number: int, found: Any) -> Tuple[str, str]:
@@ -3111,8 +3135,8 @@ class Part(Mapping[str, Any]):
 class Context:
     """What a tool may know of its run: `context` among its arguments.
 
-    run_id: text. tool: its name. item: the one that is done, or None. attempt: which try of the
-    tool, or else of the item, it is: 1, 2, ... results: what the tools that it waits for
+    run_id: text. tool: its name. item, version: of the item that is done, or None. attempt: which
+    try of the item, or else of the tool, it is: 1, 2, ... results: what the tools that it waits for
     returned, by name, to read only. last_success: the moment in UTC, a `datetime`, at which the
     last successful attempt of this tool began, so that what came later has not been seen; None
     if there was none, or no history is kept.
@@ -3123,6 +3147,7 @@ class Context:
                  find_last_success_at: Callable[[str], Optional[float]]) -> None:
         self.run_id, self.tool, self.attempt, self.results = run_id, tool, attempt, results
         self.item: Optional[str] = None
+        self.version: Optional[str] = None
         self._find_last_success_at = find_last_success_at
         self._tell = tell  # tell(kind, tool, ...) reaches the listener of the run
         self._log: Any = None
@@ -3854,7 +3879,8 @@ class ItemOrder(NamedTuple):
     """What to do of a tool's items: to list them all, or to do some.
 
     `charges` are tries to record first, which failed with the process that they were in. `slip`
-    is the file that tells which item is at work, or "". `only` and `retry`: see find_pending().
+    is the file that tells which item is at work, or "". `only`: none but this item. `retry`: the
+    items to try again that were given up; all if it is empty, none if it is None.
     """
     is_listing: bool
     source: str
@@ -4000,12 +4026,16 @@ class ItemWork:
         self.database.begin()
         self.interrupts.call(self._find_items)
         self.step = "in the ledger: "
+        wanted = order.retry if order.only is None else (order.only,)
+        missing = [] if wanted is None else ledger.give_back(wanted)
+        if missing and order.only is None:
+            raise UserError(f"{format_names(missing, len(missing))} can not be tried again: not "
+                            "given up")
+        others = ledger.find_others()
         pending, given_up = 0, 0
         names: List[str] = []  # of the first that were given up
         page: List[Item] = []
-        asked = {*(order.retry or ())}
-        for item, is_given_up in ledger.find_pending(order.only, order.retry):
-            asked.discard(item.name)
+        for item, is_given_up in ledger.find_pending(order.only):
             if is_given_up:
                 given_up += 1
                 names += [item.name] * (given_up <= 3)
@@ -4019,14 +4049,15 @@ class ItemWork:
         listed = ledger.count_listed()
         if order.only is not None and not ledger.count_listed(order.only):
             raise UserError(f"there is no item {order.only!r} among the {listed} that are listed")
-        if asked:
-            raise UserError(f"there is nothing to try again of {format_names([*asked], len(asked))}"
-                            ": it is done, or not listed")
         self.database.commit()
         self.step = ""
-        return Outcome("success", given_up and f"{count_items(given_up)} given up before: "
-                       + format_names(names, given_up) or "",
-                       items={"listed": listed, "pending": pending, "given_up": given_up})
+        reason = f"{count_items(given_up)} given up before: " + format_names(names, given_up) \
+            if given_up else ""
+        if others and pending:
+            reason = (f"the ledger has items of this tool in pipeline {others[0]!r}, not in "
+                      f"{self.pipeline!r}: its NAME says which it is")
+        return Outcome("success", reason, items={"listed": listed, "pending": pending,
+                                                 "given_up": given_up})
 
     def _find_items(self) -> None:
         """Call items(), and bring what it gives into the database."""
@@ -4161,7 +4192,8 @@ class ItemWork:
         if saves:
             ledger.begin_item()
         started_s = self.started_s = time.monotonic()
-        self.context.item, self.context.attempt = item.name, item.attempts + 1
+        context = self.context
+        context.item, context.version, context.attempt = item.name, item.version, item.attempts + 1
         self.is_own_fault = True
         try:
             rows = self.interrupts.call(self._call, item.name)
@@ -4265,24 +4297,40 @@ class ItemWork:
                 duration_s: Optional[float] = None, is_death: bool = False) -> None:
         """Record a failed try of an item, of which nothing is left, in a transaction."""
         def record(_tries: int) -> None:
-            nonlocal item, status
+            nonlocal found, status
             self.database.begin()
             self.step = "in the ledger: "
+            found, status = item, "pending"
             if item.is_seen is None or self.was_taken:
-                item, status, *_ = self.ledger.look(item)
+                found, status, *_ = self.ledger.look(item)
+            # It may have been recorded before: its process ended then, or a former charge did.
+            if status == "pending" and count_tries(found) > count_tries(item):
+                status = "recorded"
             if status == "pending":
-                self._record(self._make_ending(item, text, error, is_death), duration_s)
+                self._record(self._make_ending(found, text, error, is_death), duration_s)
             self.step = "in the ledger: "
             self.database.commit()
 
-        status = "pending"
+        found, status = item, ""
         self.is_own_fault = False
         self._insist(record)
         if status == "pending":
-            self._note(self._make_ending(item, text, error, is_death))
-        elif status == "success" and not self.order.is_listing:  # it died after its commit
+            self._note(self._make_ending(found, text, error, is_death))
+        elif self.order.is_listing:
+            pass  # what comes of it is listed
+        elif status == "success":
             self.passed += 1
+        elif status == "done":
+            self.elsewhere += 1
+        else:
+            self._note(Ending(found, "pending" if status == "recorded" else status,
+                              count_tries(found), text, "", is_death))
         self.step, self.at_work = "", None
+
+
+def count_tries(item: Item) -> int:
+    """Return how often an item was tried, as far as it is recorded."""
+    return item.attempts + item.deaths
 
 
 def until_exit(found: Iterable[Any]) -> Iterator[Any]:
@@ -5605,6 +5653,8 @@ class Items:
         reasons = [f"{self.failed:,} of {count_items(tried)} failed{names}"] * bool(self.failed)
         if self.elsewhere:
             reasons.append(f"{count_items(self.elsewhere)} done by another run meanwhile")
+        if self.passed and not self.failed:
+            reasons.append(f"{count_items(self.passed)} done")
         if not tried and not self.elsewhere:
             reasons.append(f"none of {count_items(self.counts['listed'])} is pending"
                            if self.counts["listed"] else "no items")
@@ -5635,7 +5685,7 @@ class Run:
     def __init__(self, pipeline: Pipeline, plan: Plan, interrupts: Interrupts,
                  on_event: Callable[[Event], None], clock: Clock, fail_fast: bool,
                  keep_results: bool, grace_s: float, history: NoHistory,
-                 item_orders: Mapping[str, ItemOrder]) -> None:
+                 item_orders: Dict[str, ItemOrder]) -> None:
         self.pipeline, self.plan, self.interrupts = pipeline, plan, interrupts
         self.history = history
         self.on_event, self.clock, self.grace_s = on_event, clock, grace_s
@@ -5872,6 +5922,7 @@ class Run:
             if order.is_listing:
                 items.counts, items.reason = outcome.items, outcome.reason
                 self.history.note_items(tool, outcome.items)
+                self.item_orders[tool] = items.first._replace(retry=None)  # that is given
             items.note_speed(len(order.items), now_s - job.started_s)
         elif self.is_interrupted or outcome.status == "interrupted" and not job.verdict:
             self.is_interrupted = True

@@ -584,7 +584,7 @@ def test_items_given_up_before_change_no_status_but_are_named(world):
     world.run("a", "b")
     result = world.run("a", "b", "c")
     assert result.status == "success"
-    assert result.outcomes["t"].reason == "1 item given up before: b"
+    assert result.outcomes["t"].reason == "1 item done; 1 item given up before: b"
     assert result.results["t"] == {"items": 1, "failed": 0, "rows": 2}
     result = world.run()
     assert result.outcomes["t"].reason == ("none of 3 items is pending; "
@@ -695,7 +695,7 @@ def test_what_is_asked_for_again_but_never_was_given_up_is_told(world):
     result = world.run(retry_items={"t": ["nosuch"]})
     assert result.failed == ["t"] and "nosuch" in result.errors["t"]
     result = world.run(retry_items={"t": ["a"]})
-    assert result.failed == ["t"] and "a: it is done" in result.errors["t"]
+    assert result.errors["t"] == "a can not be tried again: not given up"
 
 
 def test_a_version_is_done_once_and_a_former_one_again(world):
@@ -881,3 +881,15 @@ def test_without_history_the_ledger_of_the_database_counts(world, jobs):
     world.run("a", "b", home=None, jobs=jobs)
     world.run("a", "b", "c", home=None, jobs=jobs)
     assert sorted(world.done()) == ["a", "b", "c"]
+
+
+def test_an_item_that_is_tried_again_on_demand_stays_pending_if_that_is_cut_off(world):
+    world.set("broken", "b")
+    world.run("a", "b")
+    world.tool("t", """
+        def items(): return ["a", "b"]
+        def run(item): raise KeyboardInterrupt
+    """)
+    with pytest.raises(KeyboardInterrupt):
+        world.run(retry_items={"t": ["b"]})
+    assert world.ledger()["b"] == ("pending", 0)
