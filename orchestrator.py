@@ -4033,9 +4033,13 @@ class ItemWork:
                             "given up")
         others = ledger.find_others()
         pending, given_up = 0, 0
+        news = {ending.item.name for ending in self.endings if ending.status == "quarantined"}
         names: List[str] = []  # of the first that were given up
         page: List[Item] = []
         for item, is_given_up in ledger.find_pending(order.only):
+            if is_given_up and item.name in news:
+                pending += 1  # until this very start
+                continue
             if is_given_up:
                 given_up += 1
                 names += [item.name] * (given_up <= 3)
@@ -5927,6 +5931,8 @@ class Run:
         elif self.is_interrupted or outcome.status == "interrupted" and not job.verdict:
             self.is_interrupted = True
             items.problem = Outcome("interrupted", format_signal(self.interrupts.signal))
+            if job.verdict:  # if it had to be killed, that was our doing
+                self.forget_slips(items, order, charged=0)
         elif at_fault or job.verdict and tally.left:
             if at_fault:
                 items.charges.append((order.slip, Ending(
@@ -5966,8 +5972,9 @@ class Run:
             items.come_again(self.clock.monotonic() + delay_s, ending.item)
             text += "; again" + (f" in {format_duration(delay_s)}" if delay_s else "")
         elif ending.status != "pending":
-            text += "; quarantined" if ending.status == "quarantined" else ""
-            if is_new:
+            is_quarantined = ending.status == "quarantined"
+            text += "; quarantined" * is_quarantined
+            if is_new or is_quarantined:  # no run has told of that: the last was cut off
                 items.note_failed(ending)
         items.told += 1
         if items.told == _TOLD_ITEMS:

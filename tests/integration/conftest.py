@@ -47,6 +47,9 @@ class Cluster:
     def start(self):
         self.call("initdb", "-D", f"{self.folder}/data", "-U", "postgres", "-A", "trust",
                   "--no-sync", "-E", "UTF8", "--locale", "C")
+        self.start_again()
+
+    def start_again(self):
         self.call("pg_ctl", "start", "-w", "-D", f"{self.folder}/data", "-l",
                   f"{self.folder}/log", "-o",
                   f"-k {self.folder} -c listen_addresses='' -c fsync=off")
@@ -95,10 +98,11 @@ class Maria:
 
     def __init__(self, folder):
         self.folder, self.socket, self.process = folder, f"{folder}/socket", None
-        # As root it refuses to run, but knows how to become another.
-        self.user = ["--user=mysql"] if os.geteuid() == 0 else []
-        if self.user:
-            shutil.chown(folder, "mysql")
+        self.user = []
+        if os.geteuid() == 0:  # as root it refuses to run, but knows how to become another
+            user = "mysql" if has_user("mysql") else "nobody"
+            shutil.chown(folder, user)
+            self.user = [f"--user={user}"]
 
     def start(self):
         with open(f"{self.folder}/log", "w", encoding="utf-8") as log:
@@ -134,6 +138,11 @@ class Maria:
         if self.process:
             self.process.kill()
             self.process.wait()
+
+
+def has_user(name):
+    import pwd
+    return any(each.pw_name == name for each in pwd.getpwall())
 
 
 def find_mariadbd():

@@ -1,0 +1,250 @@
+"""Items on PostgreSQL: two coordinators, kills, lost backends, serialization failures."""
+import os
+import random
+import signal
+
+import pytest
+from conftest import wait_until
+from stores import MEET, MUTANTS, Pipeline, Two, contend, make_alchemy, make_psycopg, patch
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="the cluster needs a Unix socket")
+
+
+@pytest.fixture(params=["psycopg", "psycopg2"])
+def store(request, cluster):
+    pytest.importorskip(request.param)
+    store = make_psycopg(request.param, False, cluster.dsn)
+    store.clear()
+    return store
+
+
+@pytest.fixture
+def psycopg_store(cluster):
+    pytest.importorskip("psycopg")
+    store = make_psycopg("psycopg", False, cluster.dsn)
+    store.clear()
+    return store
+
+
+# --- exactly once --------------------------------------------------------------------------------
+
+def test_two_coordinators_do_each_item_once(sandbox, store):
+    lost, twice, ended = contend(Two(sandbox, store, retries=3, retry_delay=0.001))
+    assert (lost, twice) == ([], []), ended
+    assert [code for code, _, _ in ended] == [0, 0], ended
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_two_coordinators_of_a_naive_ledger_lose_an_item_or_do_it_twice(
+        sandbox, psycopg_store, mutant):
+    two = Two(sandbox, psycopg_store, retries=3, retry_delay=0.001)
+    two.pipeline.write(engine=MUTANTS[mutant])
+    lost, twice, ended = contend(two)
+    assert lost or twice, ended
+
+
+def test_two_first_starts_create_one_ledger(sandbox, store):
+    two = Two(sandbox, store)
+    two.pipeline.write(engine=patch((
+        "            self.ledger.create()\n",
+        "            import meeting; meeting.meet('create')\n            self.ledger.create()\n")))
+    two.pipeline.tool("note(conn, item)")
+    ended = two.run()
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert sorted(store.work()) == list("abcde")
+
+
+@pytest.mark.parametrize("words, batch", [((), 1), (("--jobs", "2"), 1), (("--jobs", "2"), 20)])
+def test_whoever_is_killed_each_item_is_done_once_and_whole(
+        sandbox, psycopg_store, words, batch):
+    store, count = psycopg_store, 200
+    pipeline = Pipeline(sandbox, store, batch=batch)
+    pipeline.tool("note(conn, item, os.getpid())\nnote(conn, item, os.getpid())",
+                  f"return [f'{{i:03}}' for i in range({count})]", top="import os")
+    chance = random.Random(f"{words} {batch}")
+
+    def done():
+        return store.query("SELECT count(*) FROM work")[0][0]
+
+    kills = 0
+    while kills < 6:
+        goal = min(done() + chance.randrange(2, 50), 2 * count)
+        process = sandbox.start(*words)
+        try:
+            wait_until(lambda goal=goal, process=process:
+                       done() >= goal or process.poll() is not None)
+            if process.poll() is None:
+                kills += 1
+                worker = store.query("SELECT note FROM work ORDER BY seq DESC LIMIT 1")[0][0]
+                os.kill(int(worker) if chance.random() < 0.5 else process.pid, signal.SIGKILL)
+            process.communicate(timeout=30)
+        finally:
+            process.kill()
+        if process.returncode == 0:
+            break
+    sandbox.run(*words)
+    assert kills
+    assert store.query("SELECT item, count(*) FROM work GROUP BY item HAVING count(*) <> 2") == []
+    assert done() == 2 * count
+    assert store.query("SELECT DISTINCT status FROM orchestrator_items") == [("success",)]
+
+
+# --- lost backends -------------------------------------------------------------------------------
+
+LOSE = """
+    import os, {driver}
+    from pathlib import Path
+
+    def lose(conn):
+        flag = Path(__file__).with_name("lost")
+        if not flag.exists():
+            flag.touch()
+            pid = do(conn, "SELECT pg_backend_pid()")[0][0]
+            other = {driver}.connect({dsn!r})
+            do(other, f"SELECT pg_terminate_backend({{pid}}, 5000)")
+            other.close()
+"""
+
+
+@pytest.mark.parametrize("driver, batch", [("psycopg", 1), ("psycopg2", 500), ("alchemy", 1)])
+@pytest.mark.parametrize("end", [
+    pytest.param("do(conn, 'SELECT 1')", id="seen"),
+    pytest.param("raise ValueError('mine')", id="not-seen"),
+    pytest.param("pass", id="first-seen-at-the-end"),
+    pytest.param("try: do(conn, 'SELECT 1')\n    except Exception: pass", id="swallowed"),
+])
+def test_a_lost_backend_is_charged_to_no_item(quick, cluster, driver, batch, end):
+    module = pytest.importorskip({"alchemy": "psycopg"}.get(driver, driver)).__name__
+    if driver == "alchemy":
+        pytest.importorskip("sqlalchemy")
+        store = make_alchemy(cluster.url, "postgresql")
+    else:
+        store = make_psycopg(driver, False, cluster.dsn)
+    store.clear()
+    pipeline = Pipeline(quick, store, batch=batch)
+    pipeline.tool(f'note(conn, item)\nif item == "c" and not Path(__file__).with_name("lost")'
+                  f'.exists():\n    lose(conn)\n    {end}', "",
+                  LOSE.format(driver=module, dsn=cluster.dsn))
+    first = pipeline.run(code=1)
+    assert "may have been done" not in first.err
+    done = store.work()
+    assert done == (["a", "b"] if batch == 1 else []), first
+    pipeline.run()
+    assert store.work() == list("abcde")
+    assert store.ledger("item, status, attempts") == [
+        (item, "success", 1) for item in "abcde"]
+
+
+def test_a_tool_with_retries_goes_on_after_its_backend_was_lost(quick, cluster, psycopg_store):
+    pipeline = Pipeline(quick, psycopg_store, retries=1, retry_delay=0.001)
+    pipeline.tool("note(conn, item)\nif item == 'c': lose(conn)", "",
+                  LOSE.format(driver="psycopg", dsn=cluster.dsn))
+    pipeline.run()
+    assert psycopg_store.work() == list("abcde")
+    assert psycopg_store.ledger("item, attempts") == [(item, 1) for item in "abcde"]
+
+
+@pytest.mark.parametrize("blow", ["terminate", "restart"])
+def test_a_server_that_goes_away_again_and_again_costs_nothing(
+        sandbox, cluster, psycopg_store, blow):
+    store, count = psycopg_store, 200
+    pipeline = Pipeline(sandbox, store)
+    pipeline.tool("note(conn, item)\nnote(conn, item)",
+                  f"return [f'{{i:03}}' for i in range({count})]")
+
+    def done():
+        return store.query("SELECT count(*) FROM work")[0][0]
+
+    for _ in range(4 if blow == "terminate" else 2):
+        goal = min(done() + 40, 2 * count)
+        process = sandbox.start("--jobs", "2")
+        try:
+            wait_until(lambda goal=goal, process=process:
+                       done() >= goal or process.poll() is not None)
+            if blow == "terminate":
+                store.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> "
+                            "pg_backend_pid() AND backend_type = 'client backend'")
+            else:
+                cluster.stop()
+                cluster.start_again()
+            process.communicate(timeout=30)
+        finally:
+            process.kill()
+    ended = sandbox.run("--jobs", "2")
+    assert ended.code == 0, ended
+    assert store.query("SELECT item FROM work GROUP BY item HAVING count(*) <> 2") == []
+    assert done() == 2 * count
+    assert store.query("SELECT DISTINCT status, attempts, deaths FROM orchestrator_items") == [
+        ("success", 1, 0)]
+
+
+# --- others at the same rows ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_serialization_failure_brings_the_item_again_uncounted(
+        sandbox, store, level, batch):
+    store.query("CREATE TABLE counter (n integer)")
+    store.query("INSERT INTO counter VALUES (0)")
+    pipeline = Pipeline(sandbox, store, batch=batch)
+    sandbox.pipeline(sandbox.read("orchestrator.py").partition("# === ENGINE")[0].replace(
+        "    return conn",
+        f"    conn.cursor().execute(\"SET default_transaction_isolation TO '{level}'\")\n"
+        "    conn.commit()\n    return conn"))
+    sandbox.tool("meeting", MEET)
+    # The first two items read before either writes, so that one of them fails for sure.
+    pipeline.tool("""
+        n = do(conn, "SELECT n FROM counter")[0][0]
+        if item in ("00", "20"):
+            say(item)
+            wait_for("00", "20")
+        do(conn, "UPDATE counter SET n = ?", n + 1)
+        with open(__file__ + ".tries", "a") as file:
+            file.write("x")
+        note(conn, item)
+    """, "return [f'{i:02}' for i in range(40)]", top="from meeting import say, wait_for")
+    ended = sandbox.run("--jobs", "2")
+    assert ended.code == 0, ended
+    assert store.query("SELECT n FROM counter") == [(40,)]
+    assert sorted(store.work()) == [f"{i:02}" for i in range(40)]
+    assert store.query("SELECT DISTINCT status, attempts FROM orchestrator_items") == [
+        ("success", 1)]
+
+
+@pytest.mark.parametrize("batch", [1, 500])
+def test_an_item_that_commits_and_then_meets_a_serialization_failure_is_not_run_again(
+        quick, store, batch):
+    pipeline = Pipeline(quick, store, batch=batch, retries=3)
+    pipeline.tool("""
+        note(conn, item)
+        if item == "c":
+            conn.commit()
+            do(conn, "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
+    """)
+    pipeline.run(code=1)
+    assert sorted(store.work()) == list("abcde")
+    assert dict(store.ledger())["c"] == "failed"
+
+
+def test_a_constraint_that_fails_at_commit_fails_the_one_item_of_a_batch(quick, store):
+    store.query("CREATE TABLE one (x text UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+    pipeline = Pipeline(quick, store, batch=500)
+    pipeline.tool("note(conn, item)\ndo(conn, 'INSERT INTO one VALUES (?)', item.lower())",
+                  "return ['a', 'A', 'b']")
+    pipeline.run(code=1)
+    assert store.work() == ["a", "b"]
+    assert dict(store.ledger()) == {"a": "success", "A": "failed", "b": "success"}
+
+
+@pytest.mark.parametrize("batch", [1, 500])
+@pytest.mark.parametrize("end", ["with conn: note(conn, 'more')",
+                                 "conn.commit()\n    conn.close()\n    raise ValueError"])
+def test_an_item_that_commits_and_closes_fails_for_good_and_the_others_are_done_once(
+        quick, store, end, batch):
+    pipeline = Pipeline(quick, store, batch=batch, retries=3)
+    pipeline.tool(f"note(conn, item)\nif item == 'c':\n    {end}")
+    ended = pipeline.run(code=1)
+    assert sorted(set(store.work()) - {"more"}) == list("abcde"), ended
+    assert dict(store.ledger()) == {**dict.fromkeys("abde", "success"), "c": "failed"}
+    pipeline.run()
+    assert len(set(store.work())) == len(store.work())
