@@ -236,20 +236,19 @@ DELETES = patch((
     "        cursor = self.do(_UPDATE,",
     "        self.do('DELETE FROM orchestrator_items WHERE pipeline = ? AND tool = ? '\n"
     "                'AND item = ?', (*self.key, item.name))\n"
-    "        return self.record(item._replace(is_seen=False), status, at, duration_s, rows,\n"
-    "                           error)\n"
+    "        return self.record(item._replace(is_seen=False), status, attempts, at,\n"
+    "                           duration_s, rows, error)\n"
     "        cursor = self.do(_UPDATE,"))
 AFTER = patch((
-    '            ledger.record(item._replace(attempts=item.attempts + 1), "success"',
+    '            ledger.record(item, "success"',
     "            self.database.commit(), self.database.begin()\n"
-    '            ledger.record(item._replace(attempts=item.attempts + 1), "success"'))
+    '            ledger.record(item, "success"'))
 BEFORE = patch(
     ("            rows = self.interrupts.call(self._call, item.name)\n            if saves:",
-     '            ledger.record(item._replace(attempts=item.attempts + 1), "success",'
-     " time.time(), 0.0)\n"
+     '            ledger.record(item, "success", item.attempts + 1, time.time(), 0.0)\n'
      "            self.database.commit(), self.database.begin()\n"
      "            rows, saves = self.interrupts.call(self._call, item.name), False\n"
      "            if saves:"),
-    ('            ledger.record(item._replace(attempts=item.attempts + 1), "success", '
-     "time.time(),\n                          time.monotonic() - started_s, rows)\n", ""))
+    ('            ledger.record(item, "success", item.attempts + 1, time.time(),\n'
+     "                          time.monotonic() - started_s, rows)\n", ""))
 MUTANTS = {"DELETE and INSERT": DELETES, "ledger after": AFTER, "ledger before": BEFORE}

@@ -1,4 +1,5 @@
 """Items on PostgreSQL: two coordinators, kills, lost backends, serialization failures."""
+import contextlib
 import os
 import random
 import signal
@@ -76,7 +77,8 @@ def test_whoever_is_killed_each_item_is_done_once_and_whole(
             if process.poll() is None:
                 kills += 1
                 worker = store.query("SELECT note FROM work ORDER BY seq DESC LIMIT 1")[0][0]
-                os.kill(int(worker) if chance.random() < 0.5 else process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(int(worker) if chance.random() < 0.5 else process.pid, signal.SIGKILL)
             process.communicate(timeout=30)
         finally:
             process.kill()
