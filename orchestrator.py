@@ -2797,17 +2797,17 @@ class Ledger:
         return [row[0] for row in self.read(
             "SELECT DISTINCT pipeline FROM orchestrator_items WHERE tool = ?", self.key[1:])]
 
-    def find_pending(self, only: Optional[str] = None) -> Iterator[Tuple[Item, bool]]:
-        """Yield the items that are not done, in order, each with whether it was given up.
+    def find_pending(self, only: Optional[str] = None) -> Iterator[Tuple[Item, Optional[str]]]:
+        """Yield the items that are not done, in order, each with the run that gave it up, or None.
 
         The database finds them. `only`: none but this one.
         """
         self._create("pending", self._find_dialect(), ", is_seen INTEGER, status VARCHAR(20), "
-                     "attempts INTEGER, deaths INTEGER")
+                     "attempts INTEGER, deaths INTEGER, run_id VARCHAR(40)")
         sql = ("INSERT INTO orchestrator_pending "
                "SELECT l.seq, l.item, l.version, CASE WHEN d.item IS NULL THEN 0 ELSE 1 END, "
                "CASE WHEN d.version = l.version AND d.source = ? THEN d.status END, "
-               "d.attempts, d.deaths "
+               "d.attempts, d.deaths, d.run_id "
                "FROM orchestrator_listed l LEFT JOIN orchestrator_items d "
                "ON d.pipeline = ? AND d.tool = ? AND d.item = l.item "
                "WHERE (d.passed IS NULL OR d.passed <> l.version)")
@@ -2820,17 +2820,17 @@ class Ledger:
             "JOIN orchestrator_pending p ON p.item = e.item AND e.seq < p.seq")}
         seq = 0
         while True:
-            rows = self.read("SELECT seq, item, version, is_seen, status, attempts, deaths "
+            rows = self.read("SELECT seq, item, version, is_seen, status, attempts, deaths, run_id "
                              "FROM orchestrator_pending WHERE seq > ? ORDER BY seq LIMIT ?",
                              (seq, _PAGE))
-            for seq, name, version, is_seen, status, attempts, deaths in rows:
+            for seq, name, version, is_seen, status, attempts, deaths, run_id in rows:
                 if seq in double:
                     continue
                 check_item(name, version)
                 if status is None:  # there is no row of this version and source
                     attempts = deaths = 0
                 yield (Item(name, version, bool(is_seen), attempts, deaths),
-                       status in ("failed", "quarantined"))
+                       run_id if status in ("failed", "quarantined") else None)
             if len(rows) < _PAGE:
                 break
         self._empty("pending")
@@ -4036,11 +4036,11 @@ class ItemWork:
         news = {ending.item.name for ending in self.endings if ending.status == "quarantined"}
         names: List[str] = []  # of the first that were given up
         page: List[Item] = []
-        for item, is_given_up in ledger.find_pending(order.only):
-            if is_given_up and item.name in news:
-                pending += 1  # until this very start
+        for item, given_up_in in ledger.find_pending(order.only):
+            if given_up_in == self.context.run_id:  # it is counted already
+                pending += item.name in news  # until this very start
                 continue
-            if is_given_up:
+            if given_up_in is not None:
                 given_up += 1
                 names += [item.name] * (given_up <= 3)
                 continue
@@ -5553,10 +5553,11 @@ class Items:
     number, item) that failed and come again; `charges`, tries that failed with their process and
     are to be recorded, and the slips that tell of them; `size`, how many items to do at a time;
     `numbers`, how many jobs there were; `jobs`, those that go on; `problem`, the outcome of one
-    that ended the attempt; the rest is what came of the items.
+    that ended the attempt; the rest is what came of the items, in a former attempt too: `before`
+    is what that left.
     """
 
-    def __init__(self, first: ItemOrder, batch: int) -> None:
+    def __init__(self, first: ItemOrder, batch: int, before: Optional["Items"]) -> None:
         from collections import deque
         self.first, self.batch, self.size = first, batch, batch
         self.counts: Optional[Mapping[str, int]] = None
@@ -5571,6 +5572,12 @@ class Items:
         self.rows: Optional[int] = None
         self.reason = self.error = ""  # of those given up before; of the first that failed now
         self.failed_names: List[str] = []
+        if before:
+            self.passed, self.failed, self.elsewhere = \
+                before.passed, before.failed, before.elsewhere
+            self.rows, self.told, self.error = before.rows, before.told, before.error
+            self.failed_names = before.failed_names
+        self.ended_before = self.count_ended()
 
     def add(self, items: Sequence[Item]) -> None:
         """Take some that are pending."""
@@ -5644,6 +5651,10 @@ class Items:
         if len(self.failed_names) < 3:
             self.failed_names.append(ending.item.name)
 
+    def count_ended(self) -> int:
+        """Return how many ended in this run."""
+        return self.passed + self.failed + self.elsewhere
+
     def count(self) -> Optional[Dict[str, int]]:
         """Return the counts that history keeps."""
         if self.counts is None:
@@ -5681,9 +5692,10 @@ class Run:
     often each was tried; `causes`, for each tool that those who need it can not have, the tool
     that failed first; `first_cause`, the position of the first of these; `open`, the attempts
     that are not over, by tool; `jobs`, what is being executed of them; `retries`, a heap of
-    (moment, tool) that failed and come again, and `tried`, how they failed; `stopped_by`, the
-    tool whose failure keeps anything more from starting; `is_interrupted`; `told`, the events
-    that the listener hears at the next publish().
+    (moment, tool) that failed and come again, and `tried`, how they failed; `items`, those of the
+    last attempt of each tool that has some; `stopped_by`, the tool whose failure keeps anything
+    more from starting; `is_interrupted`; `told`, the events that the listener hears at the next
+    publish().
     """
 
     def __init__(self, pipeline: Pipeline, plan: Plan, interrupts: Interrupts,
@@ -5709,6 +5721,7 @@ class Run:
         self.jobs: Dict[str, Job] = {}
         self.retries: List[Tuple[float, str]] = []
         self.tried: Dict[str, Outcome] = {}
+        self.items: Dict[str, Items] = {}
         self.stopped_by: Optional[str] = None
         self.is_interrupted = False
         # how many still wait for a result: those that need it and, of those that wait for all
@@ -5837,7 +5850,10 @@ class Run:
         self.history.begin_attempt(tool, attempt, self.clock.wall(), executor.reserve(tool))
         log = find_log(self.logs, tool, attempt) if self.logs else ""
         first = self.item_orders.get(tool)
-        items = Items(first, self.pipeline.tools[tool].batch) if first else None
+        items = Items(first, self.pipeline.tools[tool].batch, self.items.get(tool)) \
+            if first else None
+        if items:
+            self.items[tool] = items
         in_worker = isinstance(executor, Workers)
         self.open[tool] = Attempt(self.clock.monotonic(), log, self.find_facts(tool), items,
                                   in_worker)
@@ -5858,7 +5874,7 @@ class Run:
             folder = self.history.folder or self.logs
             if folder:
                 order = order._replace(slip=os.path.join(
-                    find_slips(folder, tool), str(attempt.items.numbers)))
+                    find_slips(folder, tool), f"{attempt.items.numbers}-{order.source}"))
         self.jobs[name] = Job(tool, executor, now_s,
                               float("inf") if timeout_s is None else now_s + timeout_s, order)
         executor.start(Order(
@@ -5867,12 +5883,14 @@ class Run:
             bool(self.history.folder), order))
 
     def find_deaths(self, tool: str) -> Tuple[Ending, ...]:
-        """Return the items that were at work when a former run was cut off."""
+        """Return the items that were at work when a former run was cut off, in a tool whose source
+        has not been changed since: that mended it, perhaps.
+        """
         slips = find_slips(self.history.folder, tool) if self.history.folder else ""
         charges = []
         for name in sorted(os.listdir(slips)) if os.path.isdir(slips) else ():
             item = read_slip(os.path.join(slips, name))
-            if item is not None:
+            if item is not None and name.endswith("-" + self.item_orders[tool].source):
                 charges.append((os.path.join(slips, name), Ending(
                     item, "pending", 0, "its process ended while it was at work", is_death=True)))
             else:
@@ -5945,8 +5963,8 @@ class Run:
             items.problem = outcome._replace(
                 status="failed", result=None, error=job.verdict or outcome.error)
         if items.counts:
-            self.tell("progress", tool, done=items.passed + items.failed + items.elsewhere,
-                      total=items.counts["pending"])
+            self.tell("progress", tool, done=items.count_ended(),
+                      total=items.ended_before + items.counts["pending"])
 
     @staticmethod
     def forget_slips(items: Items, order: ItemOrder, charged: int) -> None:
