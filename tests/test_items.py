@@ -91,15 +91,21 @@ class World:
         return "\n".join(event.text for event in self.events if event.kind == "log")
 
 
-@pytest.fixture
-def world(tmp_path, monkeypatch):
+def open_world(tmp_path, monkeypatch):
+    """Yield a World whose folder is on the path and the working directory."""
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before = set(sys.modules)
     yield World(tmp_path)
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
             del sys.modules[name]
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    yield from open_world(tmp_path, monkeypatch)
 
 
 # --- each once ---
@@ -613,7 +619,6 @@ def test_tries_are_used_up_in_the_run_after_the_other_items(world, jobs, batch):
                 raise ValueError("no")
     """)
     options = {"module": "t", "batch": batch, "retries": 2, "retry_delay": 0}
-    os.chdir(world.folder)
     result = world.run(tools={"t": options}, jobs=jobs)
     tries = (world.folder / "tries").read_text().split()
     assert sorted(tries) == ["a1", "b1", "b2", "b3", "c1", "d1", "d2", "d3"]
@@ -827,7 +832,6 @@ def test_an_item_of_a_batch_that_comes_again_is_called_once_per_try(world, jobs)
             if item == "b" and context.attempt == 1:
                 raise ValueError
     """)
-    os.chdir(world.folder)
     options = {"module": "t", "batch": 3, "retries": 1, "retry_delay": 0}
     world.run(tools={"t": options}, jobs=jobs)
     calls = (world.folder / "calls").read_text().split()
@@ -849,7 +853,6 @@ def test_without_a_database_the_ledger_is_in_the_history(world, jobs):
             if item == "b" and context.attempt == 1:
                 raise ValueError("no")
     """)
-    os.chdir(world.folder)
     tools = {"t": {"module": "t", "retries": 1, "retry_delay": 0, "batch": 2}}
     for _ in range(2):
         assert world.run(tools=tools, jobs=jobs).status == "success"
@@ -868,7 +871,6 @@ def test_without_history_and_database_all_is_done_each_time(world, jobs):
             if item == "b" and context.attempt == 1:
                 raise ValueError("no")
     """)
-    os.chdir(world.folder)
     tools = {"t": {"module": "t", "retries": 1, "retry_delay": 0}}
     for times in (1, 2):
         assert world.run(tools=tools, home=None, jobs=jobs).status == "success"
