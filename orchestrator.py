@@ -2797,10 +2797,10 @@ class Ledger:
         return [row[0] for row in self.read(
             "SELECT DISTINCT pipeline FROM orchestrator_items WHERE tool = ?", self.key[1:])]
 
-    def find_pending(self, only: Optional[str] = None) -> Iterator[Tuple[Item, Optional[str]]]:
+    def find_pending(self) -> Iterator[Tuple[Item, Optional[str]]]:
         """Yield the items that are not done, in order, each with the run that gave it up, or None.
 
-        The database finds them. `only`: none but this one.
+        The database finds them.
         """
         self._create("pending", self._find_dialect(), ", is_seen INTEGER, status VARCHAR(20), "
                      "attempts INTEGER, deaths INTEGER, run_id VARCHAR(40)")
@@ -2811,10 +2811,7 @@ class Ledger:
                "FROM orchestrator_listed l LEFT JOIN orchestrator_items d "
                "ON d.pipeline = ? AND d.tool = ? AND d.item = l.item "
                "WHERE (d.passed IS NULL OR d.passed <> l.version)")
-        values: Tuple[str, ...] = (self.source, *self.key)
-        if only is not None:
-            sql, values = sql + " AND l.item = ?", (*values, only)
-        self.do(sql, values)
+        self.do(sql, (self.source, *self.key))
         double = {row[0] for row in self.read(
             "SELECT p.seq FROM orchestrator_listed e "
             "JOIN orchestrator_pending p ON p.item = e.item AND e.seq < p.seq")}
@@ -3719,11 +3716,17 @@ def has_items(tool: Tool) -> bool:
     return node is not None and not any(True for _ in find_plain_values(tree, node))
 
 
+def find_wrong_each(pipeline: Pipeline, tools: Iterable[Tool]) -> List[UserError]:
+    """Return an error for each tool whose items are to be those of one that has none."""
+    return [UserError(f"TOOL_MAP[{tool.name!r}]: 'each' is {tool.each!r}, which has no items.",
+                      f"Write `def items(conn):` in {pipeline.tools[tool.each].module}.")
+            for tool in tools if tool.each in pipeline.tools
+            and not has_items(pipeline.tools[tool.each])]
+
+
 def check_each(pipeline: Pipeline, tools: Iterable[Tool]) -> None:
-    """Raise UserError for a tool whose items are to be those of one that has none."""
-    errors = [UserError(f"TOOL_MAP[{tool.name!r}]: 'each' is {tool.each!r}, which has no items.",
-                        f"Write `def items(conn):` in {pipeline.tools[tool.each].module}.")
-              for tool in tools if tool.each and not has_items(pipeline.tools[tool.each])]
+    """Raise UserError for tools whose items are to be those of one that has none."""
+    errors = find_wrong_each(pipeline, tools)
     if errors:
         raise merge_errors(errors)
 
@@ -3780,6 +3783,9 @@ def check_parameters(tool: Tool, function: str, takes: Parameters,
         raise UserError(f"{where} takes {takes.positional_only[0]!r} by position only.",
                         "Take the `/` out of its parameters: arguments are passed by name.")
     missing = [name for name in takes.required if name not in available]
+    if function == "items" and "item" in missing:
+        raise UserError(f"{where} asks for 'item', but it is what tells which there are.",
+                        "Take that out of its parameters.")
     if missing:
         near = format_nearest(missing[0], available)
         if missing[0] in PERIOD_ARGUMENTS:
@@ -4036,16 +4042,17 @@ class ItemWork:
         news = {ending.item.name for ending in self.endings if ending.status == "quarantined"}
         names: List[str] = []  # of the first that were given up
         page: List[Item] = []
-        for item, given_up_in in ledger.find_pending(order.only):
-            if given_up_in == self.context.run_id:  # it is counted already
+        for item, given_up_in in ledger.find_pending():
+            if item.name in news or (given_up_in == self.context.run_id
+                                     and self.context.attempt > 1):  # it is counted already
                 pending += item.name in news  # until this very start
                 continue
             if given_up_in is not None:
                 given_up += 1
                 names += [item.name] * (given_up <= 3)
                 continue
-            page.append(item)
             pending += 1
+            page += [item] * (order.only in (None, item.name))
             if len(page) == _PAGE:
                 take(page)
                 page = []
@@ -7227,7 +7234,7 @@ def command_check(call: Call) -> int:
     if not pipeline.mistakes:
         for target in call.options.targets:
             expand_target(pipeline, target)
-    mistakes = [*pipeline.mistakes,
+    mistakes = [*pipeline.mistakes, *find_wrong_each(pipeline, pipeline.tools.values()),
                 *find_mistakes(pipeline.tools.values(),
                                {*call.arguments, *PERIOD_ARGUMENTS, "conn", "context"})]
     for mistake in mistakes:

@@ -1,6 +1,5 @@
 """Items: each is done exactly once, alone in its transaction, and its failures are its own."""
 import json
-import os
 import re
 import sqlite3
 import sys
@@ -8,6 +7,7 @@ import textwrap
 from contextlib import closing
 
 import pytest
+from conftest import SQLITE, summary
 
 from orchestrator import UserError, run_pipeline
 
@@ -895,3 +895,201 @@ def test_an_item_that_is_tried_again_on_demand_stays_pending_if_that_is_cut_off(
     with pytest.raises(KeyboardInterrupt):
         world.run(retry_items={"t": ["b"]})
     assert world.ledger()["b"] == ("pending", 0)
+
+
+# --- on the command line ---
+
+CLI_TOOL = """
+    import json, pathlib
+    HERE = pathlib.Path(__file__).parent
+    def items():
+        return json.loads((HERE / "items").read_text())
+    def run(conn, item, context):
+        conn.execute("CREATE TABLE IF NOT EXISTS done (tool, item)")
+        conn.execute("INSERT INTO done VALUES (?, ?)", (context.tool, item))
+        if item in json.loads((HERE / "broken").read_text()):
+            raise ValueError("broken " + item)
+        return 2
+"""
+
+
+@pytest.fixture
+def line(quick):
+    """A sandbox with a tool `t` that has items, and `after`, which needs it."""
+    quick.pipeline('TOOL_MAP = {"t": {"module": "t"}, "after": "after"}\nSTAGES = {}\n' + SQLITE)
+    quick.tool("t", CLI_TOOL).tool("after", "def run(context): print(context.results['t'])")
+
+    def set_items(*names, broken=()):
+        (quick.folder / "items").write_text(json.dumps(names))
+        (quick.folder / "broken").write_text(json.dumps(broken))
+
+    quick.set = set_items
+    set_items("a", "b c", "d", broken=["b c"])
+    return quick
+
+
+def done_of(line):
+    return [item for item, in line.query("SELECT item FROM done ORDER BY rowid")]
+
+
+def words_of(line):
+    """Return the words behind the file in the command that is proposed."""
+    ended = line.run()
+    command = re.search(r"^Next: \S+ \S+orchestrator.py (.*)$", ended.err, re.M)
+    return ended, command and command[1].split()
+
+
+def test_a_partial_run_says_so_and_what_to_type_next(line):
+    ended, words = words_of(line)
+    assert ended.code == 1
+    assert re.search(r"^t +partial +4 .*'b c': ValueError: broken b c, 1 of 3 items failed$",
+                     ended.err, re.M)
+    assert summary(ended.err)["after"].split()[:2] == ["after", "success"]
+    assert "'items': 2, 'failed': 1, 'rows': 4" in ended.out
+    assert "failed: 1 of 2 tools done" in ended.err
+    assert words == ["--resume", "--retry-items", "t"]
+    assert 'raise ValueError("broken " + item)' in ended.err
+
+    line.set("a", "b c", "d")
+    ended = line.run(*words)
+    assert ended.code == 0, ended
+    assert sorted(done_of(line)) == ["a", "b c", "d"]
+    assert "Next:" not in ended.err
+
+
+def test_a_resume_without_that_leaves_what_was_given_up(line):
+    line.run()
+    line.set("a", "b c", "d")
+    ended = line.run("--resume")
+    assert ended.code == 0
+    assert "1 item given up before: 'b c'" in ended.err
+    assert done_of(line) == ["a", "d"]
+
+
+def test_items_are_tried_again_by_name_or_all_of_a_tool(line):
+    line.set("a", "b", "c", broken=["a", "b", "c"])
+    assert line.run().code == 1
+    line.set("a", "b", "c")
+    assert line.run("t", "--retry-items", "t", "b").code == 0
+    assert done_of(line) == ["b"]
+    ended = line.run("t", "--retry-items", "t", "b", "nosuch")
+    assert ended.code == 1 and "b, nosuch can not be tried again: not given up" in ended.err
+    assert line.run("t", "--retry-items", "t").code == 0
+    assert done_of(line) == ["b", "a", "c"]
+    ended = line.run("--retry-items", "after")
+    assert ended.code == 2 and "'after' is no tool with items" in ended.err
+
+
+def test_one_item_is_run_by_its_name(line):
+    assert line.run("t", "--item", "d").code == 0
+    assert done_of(line) == ["d"]
+    assert line.run("t", "--item", "b c").code == 1
+    ended = line.run("t", "--item", "nosuch")
+    assert ended.code == 1 and "there is no item 'nosuch' among the 3" in ended.err
+    ended = line.run("--item", "d")
+    assert ended.code == 2 and "--item is for a single tool with items" in ended.err
+
+
+def statuses(line):
+    return {row["tool"]: row["items"] for row in
+            json.loads(line.run("--status", "--json").out)["tools"]}
+
+
+def test_the_status_counts_the_items(line):
+    line.run()
+    counts = {"success": 2, "failed": 1, "quarantined": 0, "pending": 0}
+    assert statuses(line) == {"t": counts, "after": None}
+    assert "2 done, 1 failed" in line.run("--status").out
+    line.set("a", "b c", "d", "e")
+    line.run()
+    assert statuses(line)["t"] == {**counts, "success": 3}
+
+
+def test_the_status_does_not_forget_what_is_pending_beside_one_item(line):
+    line.run("t", "--item", "d")
+    assert statuses(line)["t"] == {"success": 1, "failed": 0, "quarantined": 0, "pending": 2}
+
+
+def test_items_are_listed_with_how_they_ended(line):
+    assert line.run("--items", "t").err == "No item of t has been tried.\n"
+    line.set("a", "b\nc", "d" * 500, "é😀", broken=["b\nc"])
+    line.run("t")
+    shown = json.loads(line.run("--items", "t", "--json").out)["items"]
+    assert [each["item"] for each in shown] == ["a", "b\nc", "d" * 500, "é😀"]
+    assert {key: shown[1][key] for key in ("version", "status", "attempts", "deaths", "run_id",
+                                           "rows", "error")} == {
+        "version": "", "status": "failed", "attempts": 1, "deaths": 0, "run_id": "1",
+        "rows": None, "error": "ValueError: broken b c"}
+    assert (shown[0]["status"], shown[0]["rows"], shown[0]["error"]) == ("success", 2, None)
+    out = line.run("--items", "t").out
+    assert len(out.splitlines()) == 5 and "b\\nc" in out
+    out = line.run("--items", "t", "--failed").out
+    assert len(out.splitlines()) == 2 and "broken b c" in out
+    assert len(json.loads(line.run("--items", "t", "--failed", "--json").out)["items"]) == 1
+    line.run("t", "--retry-items", "t")
+    line.set("a", "b\nc")
+    line.run("t", "--retry-items", "t")
+    assert line.run("--items", "t", "--failed").err == "No item of t has failed.\n"
+
+
+@pytest.mark.parametrize("words, problem", [
+    (("--items", "after"), "after has no items"), (("--items", "nosuch"), "no tool 'nosuch'"),
+    (("--failed",), "--failed goes with --items"), (("--items",), "expected 1 argument"),
+    (("--retry-items",), "expected at least one argument")])
+def test_a_question_for_items_that_has_no_answer_is_refused(line, words, problem):
+    ended = line.run(*words)
+    assert (ended.code, ended.out) == (2, "")
+    assert problem in ended.err
+
+
+def test_the_history_tells_how_the_items_went(line):
+    line.run()
+    run, = json.loads(line.run("--history", "1", "--json").out)["runs"]
+    tool = run["tools"][0]
+    assert (run["status"], tool["status"], tool["rows"]) == ("failed", "partial", 4)
+    assert "1 of 3 items failed" in tool["reason"]
+    assert "'b c': ValueError: broken b c" in tool["error"]
+    assert "partial" in line.run("--history", "1").out
+
+
+@pytest.mark.parametrize("options, words", [({}, "each item exactly once"),
+                                            ({"commits": True}, "each item at least once")])
+def test_the_plan_says_how_often_an_item_is_done(line, options, words):
+    tools = {"t": {"module": "t", **options}, "u": {"module": "u", "each": "t"}}
+    line.pipeline(f"TOOL_MAP = {tools}\nSTAGES = {{}}\n" + SQLITE)
+    line.tool("u", "def run(item): pass")
+    out = line.run("--plan").out
+    assert words in out and "each item of t exactly once" in out
+    assert not (line.folder / "data.db").exists()
+
+
+@pytest.mark.parametrize("t, u, options, problem", [
+    ("def items(): return []\ndef run(conn): pass", "def run(): pass", {}, "t.py:2: TOOL_MAP['t']"),
+    ("def run(): pass", "def run(item): pass", {"each": "t"}, "'each' is 't', which has no items"),
+    ("def run(): pass", "def run(): pass", {"batch": 3}, "'batch' is for tools with items"),
+    ("def run(): pass", "def run(item): pass", {}, "u.py:1"),
+    ("def items(): return []\ndef run(item): pass", "def items(): pass\ndef run(item): pass",
+     {"each": "t"}, "a function items() too"),
+    ("def items(item): return []\ndef run(item): pass", "def run(): pass", {},
+     "t.py:1: TOOL_MAP['t']: items() of t asks for 'item', but it is what tells which there are"),
+    ("def items(): return []\ndef run(item): pass", "def run(item): pass", {"each": "t"}, ""),
+    ("def items(conn, **kwargs): return []\nasync def run(**kwargs): pass\ndef check(item): pass",
+     "def run(): pass", {}, ""),
+])
+def test_a_check_knows_items(line, t, u, options, problem):
+    tools = {"t": "t", "u": {"module": "u", **options}}
+    line.pipeline(f"TOOL_MAP = {tools}\nSTAGES = {{}}\n" + SQLITE)
+    line.tool("t", t).tool("u", u)
+    ended = line.run("--check")
+    assert ended.code == (2 if problem else 0), ended
+    assert problem in ended.out
+
+
+def test_of_many_failures_only_some_are_told(line):
+    names = [f"{i:03d}" for i in range(50)]
+    line.set(*names, broken=names[1:])
+    ended = line.run("t")
+    assert ended.err.count("ValueError: broken") < 25
+    assert "more items fail; --items t --failed will list them" in ended.err
+    assert re.search("49 of 50 items failed: 001, 002, 003, ...", ended.err)
+    assert ended.err.count("Traceback") == 1
