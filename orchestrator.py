@@ -3915,8 +3915,9 @@ class ItemWork:
 
     State: `step`, what is being done, if it is not the tool itself; `is_own_fault`, whether an
     error then is an item's; `is_watched`, whether an item may not commit; `was_taken`, whether to
-    look at rows once more; `at_work`, the item that is being done; `passed`, `rows`, `elsewhere`
-    and `endings`, what came of those that are committed; `new`, the same of those that are not.
+    look at rows once more; `left`, the items that are not done, the next one last; `at_work`, the
+    one that is being done; `passed`, `rows`, `elsewhere` and `endings`, what came of those that
+    are committed; `new`, the same of those that are not.
     """
 
     def __init__(self, callee: Callee, database: Database, arguments: Mapping[str, Any],
@@ -3929,6 +3930,7 @@ class ItemWork:
         self.ledger: Any = None
         self.slip_fd = -1
         self.step, self.is_own_fault, self.was_taken, self.is_watched = "", False, False, True
+        self.left = list(reversed(order.items))
         self.at_work: Optional[Item] = None
         self.started_s = 0.0
         self.passed, self.elsewhere, self.charged = 0, 0, 0
@@ -3941,7 +3943,6 @@ class ItemWork:
 
         `take` gets the pending items, page by page, when they are listed. Never raises.
         """
-        left = list(reversed(self.order.items))
         outcome = Outcome("success")
         try:
             self._insist(self._open)
@@ -3954,12 +3955,10 @@ class ItemWork:
             self.is_watched = not (self.ledger.is_apart or self.tool.commits)
             # What is done is not undone without a savepoint, and so is committed one by one.
             size = self.tool.batch if self.is_watched and self.ledger.has_savepoints else 1
-            while left:
+            while self.left:
                 if self.interrupts.signal is not None:
                     raise KeyboardInterrupt(self.interrupts.signal)
-                group = left[:-1 - size:-1]
-                self._do_group(group)
-                del left[-len(group):]
+                self._do_group(self.left[:-1 - size:-1])
         except BaseException as error:
             outcome = self._fail(error)
         finally:
@@ -3967,8 +3966,8 @@ class ItemWork:
             if self.ledger:
                 self.ledger.close()
         return outcome._replace(result=Tally(self.passed, self.rows, tuple(self.endings),
-                                             self.elsewhere, tuple(reversed(left)), self.at_work,
-                                             self.charged))
+                                             self.elsewhere, tuple(reversed(self.left)),
+                                             self.at_work, self.charged))
 
     def _fail(self, error: BaseException) -> Outcome:
         """Return the outcome of an order that could not be carried out to its end."""
@@ -4107,6 +4106,7 @@ class ItemWork:
                 self.elsewhere += 1
             else:
                 self._note(ending)
+        del self.left[-len(group):]
         self.at_work = None
 
     def _note(self, ending: Ending) -> None:
@@ -4184,6 +4184,7 @@ class ItemWork:
             if at_fault is not None and item.name == at_fault.name:
                 self._charge(at_fault, self.step + format_one_line(error), error,
                              time.monotonic() - self.started_s)
+                self.left.pop()
             else:
                 self._do_group([item._replace(is_seen=None)])
 

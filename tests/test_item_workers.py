@@ -438,3 +438,31 @@ if item == "d" and not os.path.exists("lost"):
     assert result.partial == ["t"], result
     assert result.results["t"] == {"items": 7, "failed": 1, "rows": 0}
     assert result.errors["t"] == "b: ValueError: no"
+
+
+@linux
+def test_what_a_batch_has_committed_one_by_one_is_not_done_again_after_a_timeout(world):
+    """The commit of all fails, so each is done alone; then one of them takes too long."""
+    connect = world.connect
+
+    def connect_with_keys():
+        conn = connect()
+        conn.execute("PRAGMA foreign_keys = ON")
+        return conn
+
+    world.connect = connect_with_keys
+    tool(world, """
+pathlib.Path("calls").open("a").write(item)
+conn.execute("CREATE TABLE IF NOT EXISTS parent (x PRIMARY KEY)")
+conn.execute("CREATE TABLE IF NOT EXISTS child "
+             "(x REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
+if item == "b":
+    conn.execute("INSERT INTO child VALUES (1)")
+if item == "c" and pathlib.Path("calls").read_text().count("c") == 2:
+    time.sleep(60)
+""", ["a", "b", "c", "d"])
+    result = world.run(tools={"t": {"module": "t", "batch": 4, "timeout": 0.5}})
+    assert result.partial == ["t"]
+    assert result.results["t"] == {"items": 2, "failed": 2, "rows": 0}
+    assert world.done() == ["a", "d"]
+    assert (world.folder / "calls").read_text() == "abcdabcd"
