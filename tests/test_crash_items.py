@@ -68,7 +68,15 @@ def stepping(function):
     return wrapped
 
 
-class Connection(sqlite3.Connection):
+class Unsynced(sqlite3.Connection):
+    """Leaves what it writes to the system, which lives on when a process is killed."""
+
+    def execute(self, sql, *values):
+        return super().execute(re.sub("^PRAGMA synchronous.*", "PRAGMA synchronous = OFF", sql),
+                               *values)
+
+
+class Connection(Unsynced):
     """Makes a step before everything that writes, and another after what ends a transaction."""
 
     def execute(self, sql, *values):
@@ -118,7 +126,7 @@ def get_connection():
     return conn
 
 
-def begin(die_at_step):
+def begin(die_at_step, words=WORDS):
     """Return the exit code of a run in a fork, one of whose processes is killed at a step."""
     global die_at, main_pid
     shared[:] = bytes(16)
@@ -132,12 +140,12 @@ def begin(die_at_step):
         said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1), os.dup2(said, 2)
         os.environ["FOLDER"] = str(folder)
+        sqlite3.connect = lambda *args, **options: connect(
+            *args, **{**options, "factory": Connection if die_at else Unsynced})
         if die_at:
-            sqlite3.connect = lambda *args, **options: connect(
-                *args, **{**options, "factory": Connection})
             orchestrator.write_slip = write_and_note
             os.unlink = stepping(unlink)
-        code = orchestrator.main(TOOLS, {}, get_connection, argv=["-q", *WORDS], name="crash",
+        code = orchestrator.main(TOOLS, {}, get_connection, argv=["-q", *words], name="crash",
                                  home=str(folder / "home"))
     finally:
         os._exit(code)
@@ -167,8 +175,9 @@ def kill_and_go_on(at):
             complaints.append(f"{at}: {text}")
 
     conn = connect(folder / "data.db")
-    conn.executescript(f"PRAGMA journal_mode = {OPTIONS['journal']}; CREATE TABLE work "
-                       "(tool, item); CREATE TABLE more (tool, item)")
+    conn.executescript("PRAGMA synchronous = OFF; "
+                       f"PRAGMA journal_mode = {OPTIONS['journal']}; "
+                       "CREATE TABLE work (tool, item); CREATE TABLE more (tool, item)")
     conn.close()
     if FIRST:  # the last run was killed, too
         os.environ["SUICIDE"] = FIRST
@@ -186,7 +195,7 @@ def kill_and_go_on(at):
     for _ in range(4):
         if code == 0:
             break
-        code = begin(0)
+        code = begin(0, WORDS if at % 4 == 0 else ())  # which is quicker without workers
     check(code == 0, f"it does not come to its end: {(folder / 'said').read_text()}")
     for table in ("work", "more"):
         rows = sorted(look(f"SELECT tool, item FROM {table}"))
@@ -247,7 +256,9 @@ LOAD = """
     def work(conn, item, context):
         note("began", context)
         conn.execute("INSERT INTO work VALUES (?, ?)", (context.tool, item))
-        if os.environ.get("SUICIDE") == item:
+        flag = os.path.join(os.environ["FOLDER"], "died")
+        if os.environ.get("SUICIDE") == item and not os.path.exists(flag):
+            open(flag, "w").close()
             note("dies", context)
             os.kill(os.getpid(), signal.SIGKILL)
         conn.execute("INSERT INTO more VALUES (?, ?)", (context.tool, item))
@@ -292,7 +303,7 @@ def kill_at_every_step(sandbox, words=(), batch=1, journal="DELETE", first="", e
 
 
 @pytest.mark.parametrize("words, batch, first, journal, every", [
-    ((), 1, "", "DELETE", 1), ((), 3, "", "WAL", 1), ((), 1, "flaky", "DELETE", 1),
+    ((), 1, "", "DELETE", 1), ((), 3, "", "WAL", 1), ((), 1, "flaky", "DELETE", 2),
     (("--jobs", "2"), 1, "", "WAL", 1), (("--jobs", "2"), 3, "", "DELETE", 3),
 ], ids=["one", "batch", "killed before", "workers", "batches in workers"])
 def test_items_of_a_run_killed_at_any_step_are_done_exactly_once(sandbox, words, batch, first,
@@ -410,7 +421,6 @@ def kill_at_random(sandbox, kills, seed, mutant=(), journal="DELETE"):
     at, left, is_over = sandbox.folder / "at", kills, False
     while left > 0 or not is_over:
         if is_over:  # once more from the beginning
-            assert find_wrong(sandbox, MANY) == []
             for name in ("work", "more", "orchestrator_items"):
                 with contextlib.closing(sqlite3.connect(sandbox.folder / "data.db")) as conn, conn:
                     conn.execute(f"DELETE FROM {name}")
@@ -430,7 +440,7 @@ def kill_at_random(sandbox, kills, seed, mutant=(), journal="DELETE"):
         assert "Traceback" not in err, err
         is_over = process.returncode == 0
         assert sandbox.query("PRAGMA integrity_check") == [("ok",)]
-        if mutant and find_wrong(sandbox, MANY)[1:]:
+        if is_over and find_wrong(sandbox, MANY):
             break
     return find_wrong(sandbox, MANY)
 
@@ -439,6 +449,34 @@ def kill_at_random(sandbox, kills, seed, mutant=(), journal="DELETE"):
 def test_items_killed_at_random_are_done_exactly_once(sandbox, journal):
     assert kill_at_random(sandbox, 15, seed=1, journal=journal) == []
     assert not find_slips(sandbox)
+
+
+def test_an_engine_that_records_items_before_their_work_is_caught_by_random_kills(sandbox):
+    assert kill_at_random(sandbox, 40, seed=1, mutant=LEDGER_BEFORE)
+
+
+HASTY = """
+    import os, signal
+    def items():
+        return ["a"]
+    def run(conn, item):
+        conn.execute("INSERT INTO work VALUES (?, 1)", (item,))
+        conn.commit()
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_an_item_can_not_commit_the_first_half_of_its_work_and_be_killed_then(sandbox):
+    ended = write_pipeline(sandbox, HASTY).run()
+    assert ended.code == 1 and "COMMIT was refused inside an item" in ended.err, ended
+    assert sandbox.query("SELECT * FROM work") == []
+
+
+def test_an_engine_that_refuses_no_commit_is_left_with_half_of_an_item(sandbox):
+    write_pipeline(sandbox, HASTY, mutant=[("guard.is_up, guard.tried = not self.tool.commits, ",
+                                            "guard.is_up, guard.tried = False, ")])
+    assert sandbox.run().code == -signal.SIGKILL
+    assert find_wrong(sandbox, []) == ["torn: [('a',)]"]
 
 
 # --- an item that takes its process down ---
