@@ -301,7 +301,8 @@ class Outcome(NamedTuple):
     """How a tool ended. `error` is one line, `traceback` the tool's own part of it, as text;
     `log` the file that holds what it printed, or ""; `kept` what keep_result() made of its
     result, where that is in another process; `items` how many items of a tool that has some
-    were `listed`, and of these `passed`, `failed` and were `given_up` or done before.
+    were `listed`, were `given_up` before or `pending`, and of these `passed`, `failed`, or were
+    done `elsewhere`.
     """
     status: str
     reason: str = ""
@@ -5667,7 +5668,8 @@ class Items:
         """Return the counts that history keeps."""
         if self.counts is None:
             return None
-        return {**self.counts, "passed": self.passed, "failed": self.failed}
+        return {**self.counts, "pending": self.counts["pending"] + self.ended_before,
+                "passed": self.passed, "failed": self.failed, "elsewhere": self.elsewhere}
 
     def make_outcome(self) -> Outcome:
         """Return the outcome of a tool whose items have all been tried."""
@@ -6688,10 +6690,12 @@ def format_status(shown: Mapping[str, Any], style: Style) -> str:
 def count_statuses(listed: Mapping[str, int],
                    counts: Mapping[str, Tuple[int, int]]) -> Dict[str, int]:
     """Return how many items have each status, from the ledger and from what was listed last:
-    `counts` tells how many rows of each status there are, and are newer than that.
+    `counts` tells how many rows of each status there are, and how many are newer than that, which
+    matters while the tool runs, and after a kill.
     """
     shown = {status: counts.get(status, (0, 0))[0] for status in ITEM_STATUSES}
-    ended = sum(new for status, (_, new) in counts.items() if status != "pending")
+    ended = sum(new for status, (_, new) in counts.items() if status != "pending") \
+        if "passed" not in listed else sum(listed[key] for key in ("passed", "failed", "elsewhere"))
     shown["pending"] = max(0, listed.get("pending", 0) - ended)
     return shown
 
