@@ -1332,8 +1332,9 @@ def make_periods(span: str, step: str) -> List[Period]:
     """
     from datetime import date, timedelta
     try:
-        first, last = map(date.fromisoformat, span.split(".."))
-    except ValueError as error:
+        first, last = map(date.fromisoformat, span.partition("..")[::2])
+        last + timedelta(31)  # the calendar ends with the year 9999
+    except (ValueError, OverflowError) as error:
         raise UserError(f"--backfill: {span!r} is no span of days ({error}).",
                         "Write it like 2024-01-01..2024-03-31.") from None
     if last < first:
