@@ -4771,6 +4771,7 @@ class Worker:
         self.job = ""  # what it executes, if anything
         self.results: Mapping[str, Any] = {}  # what that may see
         self.is_leaving = False  # whether it was told, or said, that it goes
+        self.was_signalled = False  # whether a signal was sent to it, of which it may not know yet
 
 
 class Workers:
@@ -4846,7 +4847,10 @@ class Workers:
         said.append((kind, worker.job, Outcome(*what) if kind == "ended" else what))
         if kind == "ended":
             worker.job, worker.results = "", {}
-            if not worker.is_leaving:
+            if worker.was_signalled:  # it would take the signal for one that ends the next
+                worker.channel.close()
+                worker.channel = None
+            elif not worker.is_leaving:
                 self.idle.append(worker)
 
     def _bury(self, worker: Worker) -> None:
@@ -4868,6 +4872,7 @@ class Workers:
         for worker in self.workers:
             if worker.job == job:
                 self.starter.settle()  # every pid is known after that
+                worker.was_signalled = True
                 signal_group(worker.pid, name)
 
     def close(self, grace_s: float = 10.0) -> None:

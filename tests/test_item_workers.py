@@ -467,3 +467,23 @@ if item == "c" and pathlib.Path("calls").read_text().count("c") == 2:
     assert result.results["t"] == {"items": 2, "failed": 2, "rows": 0}
     assert world.done() == ["a", "d"]
     assert (world.folder / "calls").read_text() == "abcdabcd"
+
+
+@linux
+def test_a_worker_that_is_ended_when_it_just_had_is_given_nothing_more(world, monkeypatch):
+    """Its time was up while it said that it is done: what comes next is not interrupted."""
+    hear, ended = orchestrator.Workers._hear, []
+
+    def end_and_hear(workers, worker, said):
+        if not ended and worker.job.startswith("a"):
+            ended.append(worker.job)
+            workers.terminate(worker.job)
+        hear(workers, worker, said)
+
+    monkeypatch.setattr(orchestrator.Workers, "_hear", end_and_hear)
+    world.tool("a", "def run(): pass")
+    tool(world, "pass")
+    result = world.run(tools={"a": {"module": "a", "isolate": True},
+                              "t": {"module": "t", "isolate": True}})
+    assert (ended, result.status, result.succeeded) == (["a"], "success", ["a", "t"])
+    assert world.done() == LETTERS
