@@ -3230,6 +3230,7 @@ class Interrupts:
         self.signal: Optional[int] = None
         self.in_tool = False  # whether foreign code is being called
         self.before: Dict[int, Any] = {}
+        self.before_exit: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "Interrupts":
         import signal
@@ -3265,6 +3266,7 @@ class Interrupts:
             if self.in_tool:
                 raise KeyboardInterrupt(number)
         elif number != getattr(signal, "SIGHUP", None):
+            self.before_exit()
             os._exit(EXIT_SIGNAL + number)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -5748,6 +5750,7 @@ class Run:
                       for i, tool in enumerate(self.steps)}
         self.logs = ""  # the folder for what tools print
         self.told: List[Event] = []
+        interrupts.before_exit = self.forget_work
 
     def begin(self, request: Request, arguments: Mapping[str, Any], versions: Versions) -> None:
         """Record that the run begins."""
@@ -5991,6 +5994,15 @@ class Run:
         for slip in [*slips, order.slip]:
             with contextlib.suppress(OSError):
                 os.unlink(slip)
+
+    def forget_work(self) -> None:
+        """Let no item be charged with the end of this process, which is somebody's wish. Runs in
+        the handler of a signal.
+        """
+        for job in [*self.jobs.values()]:
+            if job.order:
+                with contextlib.suppress(OSError):
+                    os.unlink(job.order.slip)
 
     def item_ended(self, tool: str, ending: Ending, is_new: bool) -> None:
         """Take how an item ended that did not pass: it comes again, or has failed."""
