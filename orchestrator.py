@@ -2492,7 +2492,8 @@ CREATE TABLE orchestrator_items (
     attempts   INTEGER NOT NULL,          -- tries of this version by this source
     deaths     INTEGER NOT NULL,          -- and those of them that took their process down
     source     VARCHAR(20) NOT NULL,      -- fingerprint of the tool's module
-    run_id     VARCHAR(40) NOT NULL,      -- the run of the last try
+    run_id     VARCHAR(40) NOT NULL,      -- the run of the last try: 7.3f2a for run 7, with a
+                                          -- random part, since each history counts its own
     ended_at   DOUBLE PRECISION NOT NULL, -- of the last try, in seconds since 1970, UTC
     duration_s DOUBLE PRECISION,          -- of the last try; NULL if its process was ended
     row_count  BIGINT,                    -- rows of the last try; NULL if the tool did not say
@@ -2967,7 +2968,8 @@ def read_item(number: int, found: Any) -> Tuple[str, str]:
     """
     if type(found) is str:
         return found, ""
-    pair = found if isinstance(found, tuple) and len(found) == 2 else (found, "")
+    is_row = isinstance(found, tuple) or type(found).__name__ == "Row"  # of a cursor
+    pair = (*found, "")[:2] if is_row and len(found) in (1, 2) else (found, "")
     name, version = (
         value if isinstance(value, str) else "" if value is None and i else
         str(value) if hasattr(value, "isoformat") or hasattr(value, "__fspath__")
@@ -3889,11 +3891,13 @@ class ItemOrder(NamedTuple):
     """What to do of a tool's items: to list them all, or to do some.
 
     `charges` are tries to record first, which failed with the process that they were in. `slip`
-    is the file that tells which item is at work, or "". `only`: none but this item. `retry`: the
-    items to try again that were given up; all if it is empty, none if it is None.
+    is the file that tells which item is at work, or ""; `run_id` that of the ledger. `only`: none
+    but this item. `retry`: the items to try again that were given up; all if it is empty, none if
+    it is None.
     """
     is_listing: bool
     source: str
+    run_id: str = ""
     items: Tuple[Item, ...] = ()
     charges: Tuple[Ending, ...] = ()
     slip: str = ""
@@ -3995,7 +3999,7 @@ class ItemWork:
         database = self.database
         database.begin()
         self.ledger = Ledger(database.conn, self.ledger_path, self.pipeline, self.tool.name,
-                             self.context.run_id, self.order.source)
+                             self.order.run_id, self.order.source)
         self.available = {**self.arguments, "conn": database.conn, "context": self.context}
         if self.ledger.is_there():
             database.commit()
@@ -4046,7 +4050,7 @@ class ItemWork:
         names: List[str] = []  # of the first that were given up
         page: List[Item] = []
         for item, given_up_in in ledger.find_pending():
-            if item.name in news or (given_up_in == self.context.run_id
+            if item.name in news or (given_up_in == self.order.run_id
                                      and self.context.attempt > 1):  # it is counted already
                 pending += item.name in news  # until this very start
                 continue
@@ -5727,7 +5731,7 @@ class Run:
         self.item_orders = item_orders
         self.steps = {step.tool: step for step in plan.steps}
         self.schedule = Schedule(plan.steps, pipeline, plan.jobs)
-        self.run_id = ""
+        self.run_id = self.ledger_run_id = ""
         self.started_s = clock.monotonic()
         self.statuses = dict.fromkeys(self.steps, "pending")
         self.outcomes: Dict[str, Outcome] = {}
@@ -5756,6 +5760,7 @@ class Run:
         """Record that the run begins."""
         self.run_id = self.history.begin_run(self.plan, request, arguments, versions,
                                              self.clock.wall())
+        self.ledger_run_id = f"{self.run_id}.{os.urandom(2).hex()}"
         if self.history.folder:
             self.logs = find_logs(self.history.folder, self.run_id)
             try:
@@ -5879,7 +5884,8 @@ class Run:
         self.tell("tool_started", tool, output=log if in_worker else "")
         self.publish()
         self.start_job(tool, executor,
-                       first._replace(charges=self.find_deaths(tool)) if first else None)
+                       first._replace(run_id=self.ledger_run_id, charges=self.find_deaths(tool))
+                       if first else None)
 
     def start_job(self, tool: str, executor: Any, order: Optional[ItemOrder]) -> None:
         """Have an attempt executed, or a part of it."""
@@ -5928,8 +5934,8 @@ class Run:
                     and items.find_due_s() <= now_s and not (is_first and items.jobs) \
                     and self.schedule.take(tool):
                 charges = () if items.jobs else tuple(ending for _, ending in items.charges)
-                order = ItemOrder(False, items.first.source, items.take(now_s, self.plan.jobs),
-                                  charges)
+                order = ItemOrder(False, items.first.source, self.ledger_run_id,
+                                  items.take(now_s, self.plan.jobs), charges)
                 if not order.items and not charges:
                     self.schedule.release(tool)
                     break
@@ -6730,8 +6736,9 @@ def format_counts(items: Optional[Mapping[str, int]]) -> str:
 def make_item_view(row: Row) -> Dict[str, Any]:
     """Return a row of the ledger as --items shows it, as data."""
     shown = {key: row[key] for key in ("item", "version", "status", "attempts", "deaths",
-                                       "run_id", "duration_s", "error")}
-    return {**shown, "ended_at": format_moment(row["ended_at"]), "rows": row["row_count"]}
+                                       "duration_s", "error")}
+    return {**shown, "run_id": row["run_id"].partition(".")[0],
+            "ended_at": format_moment(row["ended_at"]), "rows": row["row_count"]}
 
 
 def format_items(shown: Sequence[Mapping[str, Any]], style: Style) -> str:

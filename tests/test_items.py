@@ -1093,3 +1093,40 @@ def test_of_many_failures_only_some_are_told(line):
     assert "more items fail; --items t --failed will list them" in ended.err
     assert re.search("49 of 50 items failed: 001, 002, 003, ...", ended.err)
     assert ended.err.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("factory", [None, sqlite3.Row])
+@pytest.mark.parametrize("columns", ["name", "name, version"])
+def test_items_may_be_the_rows_of_a_cursor(world, factory, columns):
+    world.tool("t", f"""
+        def items(conn):
+            conn.row_factory = {"None" if factory is None else "__import__('sqlite3').Row"}
+            conn.execute("CREATE TABLE IF NOT EXISTS files (name, version)")
+            conn.execute("INSERT INTO files VALUES ('a', 1), ('b', 2)")
+            return conn.execute("SELECT {columns} FROM files")
+        def run(conn, item, context):
+            conn.execute("INSERT INTO done VALUES (?, ?, ?, 0)", ("t", item, context.version))
+    """)
+    assert world.run().status == "success"
+    assert world.query("SELECT item, attempt FROM done") == (
+        [("a", ""), ("b", "")] if columns == "name" else [("a", "1"), ("b", "2")])
+
+
+def test_what_another_machine_did_in_a_run_of_the_same_number_is_not_ours(world):
+    world.tool("t", """
+        import sqlite3, pathlib
+        def items(): return ["a", "b"]
+        def run(conn, item):
+            if item == "a":
+                conn.execute("INSERT INTO orchestrator_items SELECT pipeline, tool, 'b', version, "
+                             "passed, status, attempts, deaths, source, '1.ffff', ended_at, "
+                             "duration_s, row_count, error FROM orchestrator_items")
+    """)
+    world.tool("u", "def items(): return ['b']\ndef run(item): pass")
+    world.run(tools={"u": "u"})
+    with closing(world.connect()) as conn:
+        conn.execute("UPDATE orchestrator_items SET tool = 't', item = 'z'")
+        conn.commit()
+    result = world.run(home=str(world.folder / "another"))
+    assert (result.run_id, result.results["t"]["items"]) == ("1", 1)
+    assert "1 item done by another run meanwhile" in result.outcomes["t"].reason

@@ -78,7 +78,7 @@ def test_what_items_gives_is_listed_in_its_order_as_text(ledger, found, names):
 
 
 @pytest.mark.parametrize("wrong", [
-    None, True, 2.5, b"a", ["a", "v1"], ("a",), ("a", "b", "c"), ("a", b"v"), (None, "v"),
+    None, True, 2.5, b"a", ["a", "v1"], (), ("a", "b", "c"), ("a", b"v"), (None, "v"),
     ("a", True), {"a": 1}, object])
 def test_what_is_no_item_is_refused_by_its_place(ledger, wrong):
     with pytest.raises(TypeError, match="2. item .*; an item is a name"):
