@@ -739,7 +739,8 @@ def needs_of(tool: Tool) -> Tuple[str, ...]:
 
 def find_unknown_needs(tools: Mapping[str, Tool], names: Iterable[Any]) -> List[UserError]:
     """Return an error for each need that is not among the names of all tools."""
-    return [UserError(f"TOOL_MAP[{tool.name!r}]: no tool {need!r} to need.",
+    return [UserError(f"TOOL_MAP[{tool.name!r}]: no tool {need!r} to "
+                      + ("take items of." if need == tool.each else "need."),
                       format_nearest(need, map(str, names)))
             for tool in tools.values() for need in needs_of(tool) if need not in names]
 
@@ -2646,6 +2647,7 @@ class Ledger:
         self.guard = Guard()
         self.has_savepoints = self.kind != "duckdb"
         self.transaction: Any = None
+        self.doubles: List[str] = []  # names that find_pending() has found a second time
         self._sql: Dict[str, str] = {}
         self._execute = getattr(conn, "exec_driver_sql", None) or (
             # A cursor of DuckDB's is another connection, with a transaction of its own.
@@ -2782,11 +2784,12 @@ class Ledger:
                     tuple(value for row in some for value in row))
 
     def give_back(self, names: Sequence[str]) -> List[str]:
-        """Let items that were given up have all their tries again: these, or all if there are no
-        names. Return those of the names that were not given up.
+        """Let items that are listed and were given up have all their tries again: these, or all
+        if there are no names. Return those of the names that are none of them.
         """
         sql = ("UPDATE orchestrator_items SET status = 'pending', attempts = 0, deaths = 0 "
-               "WHERE pipeline = ? AND tool = ? AND status IN ('failed', 'quarantined')")
+               "WHERE pipeline = ? AND tool = ? AND status IN ('failed', 'quarantined') "
+               "AND item IN (SELECT item FROM orchestrator_listed)")
         if not names:
             self.do(sql, self.key)
         return [name for name in names
@@ -2815,9 +2818,10 @@ class Ledger:
                "ON d.pipeline = ? AND d.tool = ? AND d.item = l.item "
                "WHERE (d.passed IS NULL OR d.passed <> l.version)")
         self.do(sql, (self.source, *self.key))
-        double = {row[0] for row in self.read(
-            "SELECT p.seq FROM orchestrator_listed e "
-            "JOIN orchestrator_pending p ON p.item = e.item AND e.seq < p.seq")}
+        double = dict(self.read(
+            "SELECT p.seq, p.item FROM orchestrator_listed e "
+            "JOIN orchestrator_pending p ON p.item = e.item AND e.seq < p.seq"))
+        self.doubles = [*double.values()]
         seq = 0
         while True:
             rows = self.read("SELECT seq, item, version, is_seen, status, attempts, deaths, run_id "
@@ -2985,8 +2989,10 @@ def check_item(name: Optional[str], version: str) -> None:
     """Raise ValueError if a database could not keep this name or version of an item."""
     for text in (name, version):
         if text is None or len(text) > NAME_LENGTH or "\0" in text or text is name and not text:
-            raise ValueError(f"items() gave {str(text)[:60]!r}; a name has 1 to {NAME_LENGTH} "
-                             "letters, a version up to as many, and neither holds NUL")
+            which = "the name" if text is name else f"as version of {str(name)[:60]!r}"
+            raise ValueError(f"items() gave {which} {str(text)[:60]!r}; a name has 1 to "
+                             f"{NAME_LENGTH} letters, a version up to as many, and neither holds "
+                             "NUL")
     name.encode(), version.encode()  # raises UnicodeEncodeError, a ValueError
 
 
@@ -3656,6 +3662,10 @@ def load_callee(tool: Tool, available: Iterable[str]) -> Callee:
     callee = Callee(tool, run, find_parameters(run),
                     check, find_parameters(check) if check else Parameters(),
                     items, find_parameters(items) if items else Parameters())
+    if not callee.has_items and "item" in callee.run_takes.required and hasattr(module, "items"):
+        raise UserError(f"TOOL_MAP[{tool.name!r}]: items of {tool.module} is "
+                        f"{format_type(module.items)}, not a function.",
+                        "Write `def items(conn):` and return it there.")
     check_item_options(tool, items is not None, callee.run_takes)
     check_parameters(tool, "items", callee.items_takes, available)
     available = {*available, "item"} if callee.has_items else available
@@ -3702,12 +3712,13 @@ def takes_any(tool: Tool, names: Iterable[str]) -> bool:
     return any(each.takes_all or {*names} & {*each.names} for each in takes) or tree is None
 
 
-def describe_items(tool: Tool) -> str:
+def describe_items(tool: Tool, has_database: bool) -> str:
     """Return how a tool does its items, if it has some, for its reason in a plan."""
     if not has_items(tool):
         return ""
     source = f" of {tool.each}" if tool.each else ""
-    return f"each item{source} " + ("at least once" if tool.commits else "exactly once")
+    is_exact = has_database and not tool.commits
+    return f"each item{source} " + ("exactly once" if is_exact else "at least once")
 
 
 def has_items(tool: Tool) -> bool:
@@ -3983,6 +3994,7 @@ class ItemWork:
             os._exit(EXIT_FAILED)
         if isinstance(error, ToolError):
             step, error = error.step, error.__cause__
+            step = f"at {format_name(self.at_work.name)}: {step}" if self.at_work else step
         else:
             step = self.step if self.database.is_open else "in get_connection(): "
             if self.database.is_open:
@@ -4036,14 +4048,12 @@ class ItemWork:
     def _list(self, take: Callable[[List[Item]], None]) -> Outcome:
         """Have the items listed, and hand on those that are pending; tell how many there are."""
         order, ledger = self.order, self.ledger
+        if self.tool.each and ledger.is_apart and not self.ledger_path:
+            raise UserError(f"nothing tells which items passed {self.tool.each}: there is neither "
+                            "a database nor a history")
         self.database.begin()
         self.interrupts.call(self._find_items)
-        self.step = "in the ledger: "
-        wanted = order.retry if order.only is None else (order.only,)
-        missing = [] if wanted is None else ledger.give_back(wanted)
-        if missing and order.only is None:
-            raise UserError(f"{format_names(missing, len(missing))} can not be tried again: not "
-                            "given up")
+        self._give_back()
         others = ledger.find_others()
         pending, given_up = 0, 0
         news = {ending.item.name for ending in self.endings if ending.status == "quarantined"}
@@ -4069,13 +4079,27 @@ class ItemWork:
             raise UserError(f"there is no item {order.only!r} among the {listed} that are listed")
         self.database.commit()
         self.step = ""
-        reason = f"{count_items(given_up)} given up before: " + format_names(names, given_up) \
-            if given_up else ""
+        reasons = []
+        if given_up:
+            reasons.append(f"{count_items(given_up)} given up before: "
+                           + format_names(names, given_up))
+        if ledger.doubles:
+            reasons.append("left out, since the name came before: "
+                           + format_names(ledger.doubles[:3], len(ledger.doubles)))
         if others and pending:
-            reason = (f"the ledger has items of this tool in pipeline {others[0]!r}, not in "
-                      f"{self.pipeline!r}: its NAME says which it is")
-        return Outcome("success", reason, items={"listed": listed, "pending": pending,
-                                                 "given_up": given_up})
+            reasons.append(f"the ledger has items of this tool in pipeline {others[0]!r}, not in "
+                           f"{self.pipeline!r}: its NAME says which it is")
+        counts = {"listed": listed, "pending": pending, "given_up": given_up}
+        return Outcome("success", "; ".join(reasons), items=counts)
+
+    def _give_back(self) -> None:
+        """Let items have their tries again that were given up, where that was asked for."""
+        order = self.order
+        wanted = order.retry if order.only is None else (order.only,)
+        missing = [] if wanted is None else self.ledger.give_back(wanted)
+        if missing and order.only is None:
+            raise UserError(f"{format_names(missing, len(missing))} can not be tried again: not "
+                            "given up")
 
     def _find_items(self) -> None:
         """Call items(), and bring what it gives into the database."""
@@ -4088,11 +4112,18 @@ class ItemWork:
             except SystemExit as error:  # None and 0 mean that there are none
                 if error.code not in (None, 0):
                     raise
+            if isinstance(found, Mapping):
+                raise TypeError("items() returned a dict; for names and versions, return its "
+                                ".items()")
             if not isinstance(found, Iterable) or isinstance(found, bytes):
                 raise TypeError(f"items() returned {format_type(found)}; it returns a list of "
                                 "names, or yields them, or returns the text of a SELECT")
-        self.ledger.list_items(found if isinstance(found, str) else until_exit(found),
-                               self.tool.each)
+        try:
+            self.ledger.list_items(found if isinstance(found, str) else until_exit(found),
+                                   self.tool.each)
+        except UnicodeEncodeError as error:
+            raise ValueError(f"items() gave {error.object!r}, which is no text that a database "
+                             "keeps: rename the file, or leave it out") from error
 
     def _do_group(self, group: Sequence[Item]) -> None:
         """Do some items in one transaction, again and again while others are in the way.
@@ -5448,13 +5479,14 @@ def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
              history: NoHistory = NoHistory(), request: Request = Request(),
              fail_fast: bool = False, verbose: bool = False, keep_results: bool = True,
              grace_s: float = GRACE_S, only_item: Optional[str] = None,
-             retry_items: Mapping[str, Tuple[str, ...]] = {},
+             retry_items: Optional[Mapping[str, Tuple[str, ...]]] = {},
              on_event: Callable[[Event], None] = lambda event: None,
              clock: Clock = Clock()) -> RunResult:
     """Carry out a plan and return how it ended.
 
     only_item: the one item to do. retry_items: by tool, the items that are to be tried again
-    though they were given up; all of them where there are no names. Raise UserError, before
+    though they were given up; all of them where there are no names, and of all tools if it is
+    None. Raise UserError, before
     anything has run, if a module can not be imported or called; and if the history can not be
     written.
     """
@@ -5466,6 +5498,8 @@ def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
     try:
         with Interrupts() as interrupts:
             callees = interrupts.call(load_callees, tools, arguments)
+            if retry_items is None:
+                retry_items = {tool: () for tool, each in callees.items() if each.has_items}
             check_items_asked(callees, plan, only_item, retry_items)
             database = Database(pipeline.get_connection, lambda: interrupts.signal is not None)
             run = Run(pipeline, plan, interrupts, on_event, clock, fail_fast, keep_results,
@@ -6031,10 +6065,13 @@ class Run:
         items.told += 1
         if items.told == _TOLD_ITEMS:
             text = f"more items fail; --items {tool} --failed will list them"
-        elif items.told == 1 and ending.traceback:
-            text += "\n" + ending.traceback.rstrip()
+        traceback = ending.traceback.rstrip()
+        if items.told == 1 and traceback:
+            text += "\n" + traceback
         if items.told <= _TOLD_ITEMS:
             self.tell("log", tool, text=text, level=30 if ending.status == "pending" else 40)
+        if 1 < items.told < _TOLD_ITEMS and traceback:
+            self.note_log(tool, traceback)
 
     def end_items(self) -> None:
         """Settle the tools of whose items nothing is left to do."""
@@ -6222,14 +6259,20 @@ class Run:
 
     def tell(self, kind: str, tool: str = "", **what: Any) -> None:
         """Have the listener told at the next publish(); what a tool logs, its log too."""
-        if kind == "log" and tool in self.open and self.history.folder:
-            attempt = self.open[tool]
-            attempt.has_logged = True
-            if attempt.in_worker:
-                attempt.lines.append(what["text"])
-            else:
-                append_log(attempt.log, what["text"])
+        if kind == "log":
+            self.note_log(tool, what["text"])
         self.told.append(Event(kind, self.clock.wall(), self.run_id, tool, **what))
+
+    def note_log(self, tool: str, text: str) -> None:
+        """Add a text to the log of a tool that runs, if there are logs."""
+        if tool not in self.open or not self.history.folder:
+            return
+        attempt = self.open[tool]
+        attempt.has_logged = True
+        if attempt.in_worker:
+            attempt.lines.append(text)
+        else:
+            append_log(attempt.log, text)
 
     def tell_now(self, kind: str, tool: str = "", **what: Any) -> None:
         """Have the listener told at once."""
@@ -6457,6 +6500,13 @@ def make_own_request(targets: Any, exclude: Any, start_from: Optional[str], argu
     return request
 
 
+def make_retries(given: Any) -> Dict[str, Tuple[str, ...]]:
+    """Return which items are to be tried again, by tool; none of a tool means all of it."""
+    if not isinstance(given, Mapping):
+        given = dict.fromkeys(read_targets("retry_items", given), ())
+    return {tool: tuple(read_targets("retry_items", names)) for tool, names in given.items()}
+
+
 def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any],
                  stages: Optional[Mapping[str, Any]] = None,
                  get_connection: Optional[Callable[[], Any]] = None, *,
@@ -6466,7 +6516,7 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
                  verbose: bool = False, name: Optional[str] = None, grace_s: float = GRACE_S,
                  home: Optional[str] = None, resume: Union[bool, str] = False,
                  force: bool = False, wait_s: float = 0.0, item: Optional[str] = None,
-                 retry_items: Mapping[str, Sequence[str]] = {},
+                 retry_items: Union[str, Sequence[str], Mapping[str, Sequence[str]]] = (),
                  on_event: Optional[Callable[[Event], None]] = None) -> RunResult:
     """Run targets from Python, as the command line would, and return how that ended.
 
@@ -6474,8 +6524,8 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     arguments: what tools get by name. on_event: called with each Event; nothing is printed.
     grace_s: seconds between asking a process to end and killing it. home: a folder for the
     history, without which none is kept, and no lock held. resume: True, or the id of a run, whose
-    targets and exclusions are taken, and its arguments unless some are given. retry_items: names
-    of items by tool, or none for all of it. The other keywords say what the flags and tables of
+    targets and exclusions are taken, and its arguments unless some are given. retry_items: tools,
+    or names of items by tool. The other keywords say what the flags and tables of
     the same names say.
 
     A tool that fails is told in the result; raise UserError for bad input, before anything has
@@ -6484,7 +6534,6 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     """
     pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
     request = make_own_request(targets, exclude, start_from, arguments, home, resume)
-    retries = {tool: tuple(names) for tool, names in retry_items.items()}
     with contextlib.ExitStack() as stack:
         history, past = NoHistory(), None
         if home is not None:
@@ -6498,7 +6547,7 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
                          start_from=request.start_from, jobs=count_jobs(jobs))
         result = run_plan(pipeline, plan, arguments or {}, history=history, request=request,
                           fail_fast=fail_fast, verbose=verbose, grace_s=grace_s,
-                          only_item=item, retry_items=retries,
+                          only_item=item, retry_items=make_retries(retry_items),
                           on_event=on_event or (lambda event: None))
     if result.signal is not None:
         import signal
@@ -6744,7 +6793,7 @@ def make_item_view(row: Row) -> Dict[str, Any]:
 def format_items(shown: Sequence[Mapping[str, Any]], style: Style) -> str:
     """Return --items as text."""
     rows = [("item", "version", "status", "tries", "run", "ended", "rows", "")]
-    rows += [(clean_line(t["item"]), clean_line(t["version"]), t["status"],
+    rows += [(*(format_names([t[key]], 1) for key in ("item", "version")), t["status"],
               str(t["attempts"] + t["deaths"]), t["run_id"], format_local(t["ended_at"]),
               "" if t["rows"] is None else f"{t['rows']:,}", t["error"] or "") for t in shown]
     if not any(t["version"] for t in shown):
@@ -6752,11 +6801,6 @@ def format_items(shown: Sequence[Mapping[str, Any]], style: Style) -> str:
     last = len(rows[0]) - 1
     head, *lines = format_table(rows, right=(last - 4, last - 1), status=last - 5, style=style)
     return "\n".join([style.bold(head), *lines])
-
-
-def clean_line(text: str) -> str:
-    """Return a text in one line that does nothing to a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def make_backfill_view(periods: Sequence[Period]) -> Dict[str, Any]:
@@ -7047,6 +7091,15 @@ class Choose(argparse.Action):
         namespace.command, namespace.operand = self.command, values or None
 
 
+class Once(argparse.Action):
+    """A flag that would say two things if it were given twice."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        if getattr(namespace, self.dest) not in (None, values):
+            parser.error(f"{option} was given twice")
+        setattr(namespace, self.dest, values)
+
+
 def read_wait_s(text: str) -> float:
     """Return how long --wait waits."""
     try:
@@ -7102,7 +7155,8 @@ def add_flags(parser: Parser) -> None:
                      help="go on with the last run that did not succeed, or with that one")
     run.add_argument("--force", action="store_true",
                      help="run cached tools too, and do without needs that never succeeded")
-    run.add_argument("--item", metavar="NAME", help="do only this item of a tool that has items")
+    run.add_argument("--item", metavar="NAME", action=Once,
+                     help="do only this item of a tool that has items")
     run.add_argument("--retry-items", nargs="+", action="append", default=[],
                      metavar=("TOOL", "ITEM"),
                      help="try items again that were given up: these, or all of the tool")
@@ -7139,8 +7193,8 @@ def add_commands(look: Any) -> None:
          "show the last runs, or all of one"),
         (("--logs",), command_logs, {"nargs": "?", "metavar": "TOOL"},
          "show what the tools of the last run printed, or one tool"),
-        (("--items",), command_items, {"nargs": 1, "metavar": "TOOL"},
-         "show how each item of a tool ended"),
+        (("--items",), command_items, {"nargs": "+", "metavar": ("TOOL", "ITEM")},
+         "show how the items of a tool ended, or some of them"),
         (("--mark-done",), command_mark_done, {"nargs": "+", "metavar": "TOOL"},
          "accept a tool that you mended by hand, for --resume"),
         (("--prune",), command_prune, {"nargs": 1, "metavar": "DURATION"},
@@ -7326,6 +7380,8 @@ def open_connection(call: Call) -> Iterator[Any]:
 
 def open_ledger(call: Call, conn: Any, tool: str) -> Optional[Ledger]:
     """Return the ledger of a tool, to look at; None if there is none yet."""
+    if not keeps_ledger(conn) and not isinstance(open_history(call), History):
+        return None
     ledger = Ledger(conn, find_ledger_path(call.folder), call.pipeline.name, tool, "", "")
     if ledger.is_there():
         return ledger
@@ -7335,7 +7391,8 @@ def open_ledger(call: Call, conn: Any, tool: str) -> Optional[Ledger]:
 
 def command_items(call: Call) -> int:
     """Show the items of a tool that were tried, or those that failed."""
-    options, tool = call.options, call.options.operand[0]
+    options = call.options
+    tool, *names = options.operand
     if tool not in call.pipeline.tools:
         raise UserError(f"There is no tool {tool!r}.", format_nearest(tool, call.pipeline.tools))
     if not has_items(call.pipeline.tools[tool]):
@@ -7346,21 +7403,22 @@ def command_items(call: Call) -> int:
     with open_connection(call) as conn:
         ledger, after = open_ledger(call, conn, tool), ""
         while ledger is not None:
-            page = [make_item_view(row) for row in ledger.load_items(wanted, after)]
+            rows = ledger.load_items(wanted, after)
+            page = [make_item_view(row) for row in rows if not names or row["item"] in names]
             count += len(page)
             if options.json:
                 found += page
             elif page:
                 show(format_items(page, make_style(sys.stdout)))
-            if not page:
+            if not rows:
                 ledger.close()
                 break
-            after = page[-1]["item"]
+            after = rows[-1]["item"]
     if options.json:
         show(to_json({"items": found}))
     elif not count:
-        say(f"No item of {tool} has failed." if options.failed else
-            f"No item of {tool} has been tried.")
+        which = " or ".join(map(format_name, names)) or "item"
+        say(f"No {which} of {tool} has {'failed' if options.failed else 'been tried'}.")
     return EXIT_SUCCESS
 
 
@@ -7553,13 +7611,16 @@ def find_plan(call: Call, history: NoHistory,
         words = run["words"]
         arguments = read_arguments(run, None if words is None else call.parse(words, True)[1])
         done = history.find_done(run["run_id"])
+    def describe(tool: Tool) -> str:
+        return describe_items(tool, call.pipeline.get_connection is not no_connection)
+
     jobs = count_jobs(options.jobs)
     past = None if options.no_history else make_past(
         call.pipeline, history, arguments, Clock().wall(), done, options.force,
         jobs > 1 or options.command is command_plan)
     plan = make_plan(call.pipeline, request.targets, exclude=request.exclude,
                      start_from=request.start_from, jobs=jobs, past=past,
-                     **({"describe": describe_items} if options.command is command_plan else {}))
+                     describe=describe if options.command is command_plan else lambda tool: "")
     if options.resume is not None:
         tell_changes(call.pipeline, run, plan)
     return plan, request, arguments
@@ -7604,7 +7665,8 @@ def carry_out(call: Call, history: NoHistory, period: Optional[Period] = None) -
     gc.freeze()  # what is here will stay: no collection during the run need walk it
     result = run_plan(call.pipeline, plan, arguments, history=history, request=request,
                       fail_fast=options.fail_fast, verbose=options.verbose, keep_results=False,
-                      only_item=options.item, retry_items=read_retries(options.retry_items),
+                      only_item=options.item, retry_items=None if period and options.reprocess
+                      else read_retries(options.retry_items),
                       on_event=screen.on_event)
     if not options.quiet or result.status != "success":
         for tail in screen.tails.values():

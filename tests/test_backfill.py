@@ -254,3 +254,22 @@ def test_a_tool_that_must_have_a_period_is_not_run_without_one(line):
     assert ended.code == 2
     assert "asks for 'period_start', which only --backfill gives" in ended.err
     assert line.run(*THREE).code == 0
+
+
+def test_a_period_that_is_run_again_tries_again_what_was_given_up_in_it_alone(quick):
+    quick.pipeline("TOOL_MAP = {'a': 'a'}\nSTAGES = {}\n" + SQLITE).tool("a", """
+        import pathlib
+        def items(period_start=None): return [f"{period_start} {name}" for name in "xy"]
+        def run(item):
+            if pathlib.Path("broken").exists() and item.endswith("y"):
+                raise ValueError("broken")
+    """)
+    (quick.folder / "broken").touch()
+    days = ("--backfill", "2024-01-01..2024-01-02")
+    assert quick.run(*days).code == 1
+    (quick.folder / "broken").unlink()
+    ended = quick.run(*days[:1], "2024-01-02..2024-01-02", "--reprocess", "failed")
+    assert ended.code == 0, ended
+    assert quick.query("SELECT item, status FROM orchestrator_items ORDER BY item") == [
+        ("2024-01-01 x", "success"), ("2024-01-01 y", "failed"),
+        ("2024-01-02 x", "success"), ("2024-01-02 y", "success")]

@@ -180,7 +180,7 @@ def test_items_may_be_awaited_and_run_and_check_too(world):
     ("raise SystemExit(3)", "sys.exit(3)"),
     ("yield 'a'\n    raise SystemExit('so')", "sys.exit('so')"),
     ("async def more():\n        yield 'a'\n    return more()", "an async_generator"),
-    ("return ['\\ud800']", "surrogates"),
+    ("return ['\\ud800']", "no text that a database keeps: rename"),
     ("return 'SELECT 1, 2, 3'", "3 columns"),
 ])
 @both
@@ -1034,7 +1034,7 @@ def test_items_are_listed_with_how_they_ended(line):
 
 @pytest.mark.parametrize("words, problem", [
     (("--items", "after"), "after has no items"), (("--items", "nosuch"), "no tool 'nosuch'"),
-    (("--failed",), "--failed goes with --items"), (("--items",), "expected 1 argument"),
+    (("--failed",), "--failed goes with --items"), (("--items",), "expected at least one argument"),
     (("--retry-items",), "expected at least one argument")])
 def test_a_question_for_items_that_has_no_answer_is_refused(line, words, problem):
     ended = line.run(*words)
@@ -1130,3 +1130,68 @@ def test_what_another_machine_did_in_a_run_of_the_same_number_is_not_ours(world)
     result = world.run(home=str(world.folder / "another"))
     assert (result.run_id, result.results["t"]["items"]) == ("1", 1)
     assert "1 item done by another run meanwhile" in result.outcomes["t"].reason
+
+
+def test_a_name_that_is_left_out_as_a_double_is_told(world):
+    result = world.run("a", "b", "a", ["b", 2])
+    assert result.outcomes["t"].reason == "2 items done; left out, since the name came before: a, b"
+    assert world.run().outcomes["t"].reason.endswith("left out, since the name came before: b")
+
+
+def test_a_dict_of_names_is_refused_with_what_to_return(world):
+    world.tool("t", "def items(): return {'a': 1}\ndef run(item): pass")
+    assert "return its .items()" in world.run().errors["t"]
+
+
+def test_items_that_is_no_function_is_told_as_such(world):
+    world.tool("t", "items = ['a']\ndef run(conn, item): pass")
+    with pytest.raises(UserError, match="items of t is a list, not a function"):
+        world.run()
+
+
+def test_each_without_anything_that_remembers_is_refused(world):
+    world.has_database = False
+    world.tool("t", "def items(): return ['a']\ndef run(item): pass")
+    world.tool("u", "def run(item): pass")
+    tools = {"t": "t", "u": {"module": "u", "each": "t"}}
+    result = world.run(tools=tools, home=None)
+    assert "nothing tells which items passed t" in result.errors["u"]
+    assert world.run(tools=tools).results["u"]["items"] == 1
+
+
+@pytest.mark.parametrize("retry", ["t", ["t"], {"t": []}, {"t": "b"}])
+def test_items_to_try_again_may_be_said_in_several_ways(world, retry):
+    world.set("broken", "b")
+    world.run("a", "b")
+    world.set("broken")
+    assert world.run(retry_items=retry).results["t"]["items"] == 1
+
+
+def test_every_failure_has_its_traceback_in_the_log(world):
+    world.set("broken", "a", "b")
+    world.run("a", "b", "c")
+    log, = (world.folder / "home").rglob("t.1.log")
+    assert log.read_text().count('raise ValueError("broken " + item)') == 2
+    assert world.said().count("Traceback") == 1
+
+
+def test_an_item_that_closes_the_connection_is_named(world):
+    world.tool("t", """
+        def items(): return ["a", "b"]
+        def run(conn, item):
+            if item == "b":
+                conn.close()
+    """)
+    assert world.run().errors["t"].startswith("at b: ")
+
+
+def test_some_items_can_be_asked_for(quick):
+    quick.pipeline("TOOL_MAP = {'t': 't'}\n").tool(
+        "t", "def items(): return ['a', 'b', 'c']\ndef run(item): pass")
+    assert "No item of t has been tried." in quick.run("--items", "t").err
+    quick.run()
+    shown = json.loads(quick.run("--items", "t", "a", "c", "--json").out)["items"]
+    assert [each["item"] for each in shown] == ["a", "c"]
+    assert "No nosuch of t has been tried." in quick.run("--items", "t", "nosuch").err
+    assert "given twice" in quick.run("t", "--item", "a", "--item", "b").err
+    assert "each item at least once" in quick.run("--plan").out
