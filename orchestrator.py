@@ -2315,14 +2315,15 @@ class Database:
 
     State: `conn`, what get_connection() returned; `is_open`, whether it was asked; `autocommit`,
     the mode in which the connection came, to which it is put back after each attempt; `has_begun`,
-    whether begin() told the driver to begin a transaction; `is_sqlite`, what it is.
+    whether begin() told the driver to begin a transaction; `is_sqlite`, what it is, and
+    `is_simple`, one of that in its default mode, of which many commits are asked.
     """
 
     def __init__(self, get_connection: Callable[[], Any],
                  is_cancelled: Callable[[], bool] = lambda: False) -> None:
         self.get_connection, self.is_cancelled = get_connection, is_cancelled
         self.conn: Any = None
-        self.is_open = self.has_begun = self.is_sqlite = False
+        self.is_open = self.has_begun = self.is_sqlite = self.is_simple = False
         self.autocommit: Any = None
 
     def open(self) -> Any:
@@ -2335,6 +2336,8 @@ class Database:
             self.conn, self.is_open = conn, True
             self.autocommit = getattr(self.conn, "autocommit", None)
             self.is_sqlite = is_sqlite(conn)
+            self.is_simple = self.is_sqlite and hasattr(conn, "commit") \
+                and not isinstance(self.autocommit, bool)
             if self.is_sqlite and hasattr(self.conn, "set_progress_handler"):
                 self.conn.set_progress_handler(self.is_cancelled, _SQLITE_STEPS)
         return self.conn
@@ -2366,7 +2369,11 @@ class Database:
                                "an error of the database was caught and ignored")
         if self.is_sqlite and self.is_cancelled():
             raise RuntimeError("SQLite undid the transaction when a statement was interrupted")
-        self._end("commit")
+        if self.is_simple:
+            self.has_begun = False
+            self.conn.commit()
+        else:
+            self._end("commit")
 
     def rollback(self) -> bool:
         """Undo what is not committed. A connection that can not do that is let go as broken.
@@ -2652,8 +2659,9 @@ class Ledger:
         self._execute = getattr(conn, "exec_driver_sql", None) or (
             # A cursor of DuckDB's is another connection, with a transaction of its own.
             conn.execute if self.kind in ("sqlite", "duckdb") else None)
+        self.raw = find_raw(conn)
         if self.kind == "sqlite":
-            self.guard.install(find_raw(conn))
+            self.guard.install(self.raw)
 
     def close(self) -> None:
         """Close what is open beside the tool's own connection."""
@@ -2676,11 +2684,9 @@ class Ledger:
         if self.kind == "sqlite" and hasattr(self.conn, "row_factory"):
             cursor = self.conn.cursor()
             cursor.row_factory = None
-            cursor.execute(sql, values)
-        else:
-            cursor = self.do(sql, values)
+            return cursor.execute(sql, values).fetchall()
         return [tuple(row.values() if isinstance(row, Mapping) else row)
-                for row in cursor.fetchall()]
+                for row in self.do(sql, values).fetchall()]
 
     def do_theirs(self, sql: str) -> Any:
         """Execute a statement that holds a SELECT of the user's, in which % and ? are letters."""
@@ -2771,8 +2777,7 @@ class Ledger:
             found = list(found)  # it may yield from a query, of which there is one at a time
         rows = ((i, *read_item(i, each)) for i, each in enumerate(found, 1))
         if self.kind == "sqlite":
-            raw = find_raw(self.conn)
-            raw.executemany("INSERT INTO orchestrator_listed VALUES (?, ?, ?)", rows)
+            self.raw.executemany("INSERT INTO orchestrator_listed VALUES (?, ?, ?)", rows)
             return
         from itertools import islice
         while True:
@@ -2895,12 +2900,11 @@ class Ledger:
         """Begin a transaction of SQLite's inside SQLAlchemy's, which leaves that to the driver, and
         so to the first INSERT of an item.
         """
-        raw = find_raw(self.conn)
-        if self.kind == "sqlite" and raw is not self.conn:
+        if self.kind == "sqlite" and self.raw is not self.conn:
             if not self.conn.in_transaction():
                 self.conn.begin()
-            if not raw.in_transaction:
-                raw.execute("BEGIN IMMEDIATE" if is_urgent else "BEGIN")
+            if not self.raw.in_transaction:
+                self.raw.execute("BEGIN IMMEDIATE" if is_urgent else "BEGIN")
 
     def begin_item(self) -> None:
         """Begin the part of a transaction that is an item's; without savepoints, the whole."""
@@ -2987,6 +2991,8 @@ def read_item(number: int, found: Any) -> Tuple[str, str]:
 
 def check_item(name: Optional[str], version: str) -> None:
     """Raise ValueError if a database could not keep this name or version of an item."""
+    if name and name.isascii() and name.isprintable() and len(name) <= NAME_LENGTH and not version:
+        return  # as most are
     for text in (name, version):
         if text is None or len(text) > NAME_LENGTH or "\0" in text or text is name and not text:
             which = "the name" if text is name else f"as version of {str(name)[:60]!r}"
@@ -3830,7 +3836,13 @@ def choose_arguments(takes: Parameters, available: Mapping[str, Any]) -> Dict[st
 def call_function(function: Callable[..., Any], takes: Parameters,
                   available: Mapping[str, Any]) -> Any:
     """Return what a function returns, or what the coroutine that it returns comes to."""
-    result = function(**choose_arguments(takes, available))
+    return find_value(function, function(**choose_arguments(takes, available)))
+
+
+def find_value(function: Callable[..., Any], result: Any) -> Any:
+    """Return what a function has returned, or what the coroutine that it returned comes to."""
+    if result is None or type(result) is int:
+        return result
     code = getattr(result, "gi_code", None) or getattr(result, "ag_code", None)
     if code is not None and code is getattr(function, "__code__", None):
         raise TypeError(f"{function.__name__}() returned a generator, so nothing of it has run: "
@@ -3948,6 +3960,7 @@ class ItemWork:
         self.verbose, self.pid = verbose, os.getpid()
         self.ledger: Any = None
         self.slip_fd = -1
+        self.chosen: Optional[Dict[str, Any]] = None  # what run() gets, of which the item changes
         self.step, self.is_own_fault, self.was_taken, self.is_watched = "", False, False, True
         self.left = list(reversed(order.items))
         self.at_work: Optional[Item] = None
@@ -4013,6 +4026,7 @@ class ItemWork:
         self.ledger = Ledger(database.conn, self.ledger_path, self.pipeline, self.tool.name,
                              self.order.run_id, self.order.source)
         self.available = {**self.arguments, "conn": database.conn, "context": self.context}
+        self.chosen = None
         if self.ledger.is_there():
             database.commit()
             return
@@ -4296,7 +4310,12 @@ class ItemWork:
         guard.is_up, guard.tried = not self.tool.commits, ""
         try:
             try:
-                result = call_function(callee.run, callee.run_takes, available)
+                chosen = self.chosen
+                if chosen is None:
+                    chosen = self.chosen = choose_arguments(callee.run_takes, available)
+                if "item" in chosen:
+                    chosen["item"] = name
+                result = find_value(callee.run, callee.run(**chosen))
             except SystemExit as error:  # None and 0 mean success
                 if error.code not in (None, 0):
                     raise RuntimeError(format_one_line(error)) from error
@@ -4318,7 +4337,7 @@ class ItemWork:
 
     def _check_transaction(self) -> None:
         """Raise RuntimeError if the transaction of an item is over or can not be committed."""
-        conn, kind = find_raw(self.database.conn), self.ledger.kind
+        conn, kind = self.ledger.raw, self.ledger.kind
         if not self.is_watched:
             return
         if kind == "sqlite":
@@ -4420,7 +4439,7 @@ _REFUSED = ("%s was refused inside an item, which the engine commits: take conn.
 def count_rows(result: Any) -> Optional[int]:
     """Return the rows that a result speaks of: a count, or the "rows" of a dict; else None."""
     rows = result.get("rows") if isinstance(result, dict) else result
-    if isinstance(rows, bool):
+    if rows is None or isinstance(rows, bool):
         return None
     try:
         count = operator.index(rows)
@@ -5596,6 +5615,7 @@ class Job:
 
 _CHUNK_S = 0.5  # what a worker is to do at a time of many items
 _CHUNK_ITEMS = 1000  # but not more of them than this
+_FRESH_ITEMS = 20_000  # that are held in memory before a file takes the rest
 _TOLD_ITEMS = 20  # so many failures of a tool's items are told, the others are in the ledger
 
 
@@ -5636,7 +5656,7 @@ class Items:
 
     def add(self, items: Sequence[Item]) -> None:
         """Take some that are pending."""
-        if len(self.fresh) < 2 * _PAGE and not self.to_read:
+        if len(self.fresh) < _FRESH_ITEMS and not self.to_read:
             self.fresh.extend(items)
             return
         import json

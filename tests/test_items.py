@@ -9,6 +9,7 @@ from contextlib import closing
 import pytest
 from conftest import SQLITE, summary
 
+import orchestrator
 from orchestrator import UserError, run_pipeline
 
 # A tool whose items are in the file `items`, of which those in the file `broken` fail.
@@ -232,8 +233,10 @@ def test_two_tools_may_each_yield_from_a_cursor_of_one_connection(world):
     assert world.done("t") == world.done("u") == ["a", "b"]
 
 
+@pytest.mark.parametrize("in_memory", [20_000, 2_000])  # the rest is in a file
 @both
-def test_ten_thousand_items_are_all_done_and_in_order_by_one(world, jobs):
+def test_ten_thousand_items_are_all_done_and_in_order_by_one(world, jobs, in_memory, monkeypatch):
+    monkeypatch.setattr(orchestrator, "_FRESH_ITEMS", in_memory)
     world.tool("t", """
         import os
         def items():
