@@ -2512,7 +2512,7 @@ CREATE TABLE orchestrator_items (
 LEDGER_COLUMNS = ("item", "version", "passed", "status", "attempts", "deaths", "run_id",
                   "ended_at", "duration_s", "row_count", "error")
 _COMMENTS = r"(?:\s|--[^\n]*|/\*[\s\S]*?\*/)*"  # what may stand before a SELECT
-_PAGE = 1000  # items that are in memory at a time
+_PAGE = 1000  # rows that are read at a time
 NAME_LENGTH = 500  # letters; an index of PostgreSQL takes 2,700 bytes
 _LOCKED_STATES = ("40001", "40P01", "55P03")  # SQLSTATE: serialization, deadlock, lock not there
 _LOCKED_NUMBERS = (1020, 1205, 1213)  # the same of MySQL and MariaDB
@@ -4367,6 +4367,7 @@ class ItemWork:
                 duration_s: Optional[float] = None, is_death: bool = False) -> None:
         """Record a failed try of an item, of which nothing is left, in a transaction."""
         def record(_tries: int) -> None:
+            """Look whether it is recorded already, and record it if not."""
             nonlocal found, status
             self.database.begin()
             self.step = "in the ledger: "
@@ -5602,7 +5603,7 @@ class Attempt:
 
 class Job:
     """What an executor does: an attempt, or a part of one; until when, and why it is being ended,
-    if it is. `slip` tells which item is `at_work`.
+    if it is. The slip of its order tells which item is `at_work`.
     """
 
     def __init__(self, tool: str, executor: Any, started_s: float, deadline_s: float,
@@ -7355,17 +7356,19 @@ def command_status(call: Call) -> int:
     tools = [step.tool for step in make_plan(call.pipeline, call.options.targets).steps] \
         if call.options.targets else list(call.pipeline.tools)
     running, attempts = (None, []) if history.killed else find_running(history)
-    shown = make_status(tools, history.find_last, running, attempts, Clock().wall(),
-                        count_items_of(call, history, tools))
+    lasts = {tool: history.find_last(tool) for tool in tools}
+    shown = make_status(tools, lasts.get, running, attempts, Clock().wall(),
+                        count_items_of(call, history, lasts))
     show(to_json(shown) if call.options.json else format_status(shown, make_style(sys.stdout)))
     return EXIT_SUCCESS
 
 
 def count_items_of(call: Call, history: NoHistory,
-                   tools: Sequence[str]) -> Dict[str, Dict[str, int]]:
-    """Return how many items have each status, for the tools that had items when they ran last."""
+                   lasts: Mapping[str, Optional[Row]]) -> Dict[str, Dict[str, int]]:
+    """Return how many items have each status, for the tools that had items when they ran last;
+    `lasts` gives the newest row of each.
+    """
     import json
-    lasts = {tool: history.find_last(tool) for tool in tools}
     lasts = {tool: last if last["attempt"] else history.find_last_attempt(tool)
              for tool, last in lasts.items() if last}
     counts: Dict[str, Dict[str, int]] = {}
@@ -7631,8 +7634,14 @@ def find_plan(call: Call, history: NoHistory,
         words = run["words"]
         arguments = read_arguments(run, None if words is None else call.parse(words, True)[1])
         done = history.find_done(run["run_id"])
+    has_database = call.pipeline.get_connection is not no_connection
+    described: Dict[Any, str] = {}  # tools may share a module, which is read once
+
     def describe(tool: Tool) -> str:
-        return describe_items(tool, call.pipeline.get_connection is not no_connection)
+        key = tool.module, tool.each, tool.commits
+        if key not in described:
+            described[key] = describe_items(tool, has_database)
+        return described[key]
 
     jobs = count_jobs(options.jobs)
     past = None if options.no_history else make_past(
