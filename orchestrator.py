@@ -553,7 +553,7 @@ def make_tool(name: str, value: Any) -> Tool:
     check_name("TOOL_MAP", name)
     where = f"TOOL_MAP[{name!r}]"
     options = {"module": value} if isinstance(value, str) else value
-    if not isinstance(options, Mapping):
+    if not isinstance(options, (dict, Mapping)):  # what is a dict is spared the slower question
         raise UserError(f"{where} is {format_type(value)}, not a module path or a dict of options.",
                         f'Write "{name}": "folder.module".')
     fields: Dict[str, Any] = {}
@@ -590,7 +590,7 @@ def make_limit(name: str, value: Any) -> int:
 def read_module_path(value: Any) -> str:
     """Return `package.module` or `package.module:function`. Raise ValueError for others."""
     module, colon, function = value.partition(":") if isinstance(value, str) else ("", "", "")
-    if not all(part.isidentifier() for part in module.split(".")) \
+    if not all(map(str.isidentifier, module.split("."))) \
             or colon and not function.isidentifier():
         raise ValueError(value)
     return value
@@ -829,6 +829,7 @@ def find_circles(needs: Mapping[str, Iterable[str]]) -> List[str]:
     """Return a path `a -> b -> a` for each circle apart from the others, or for many of them."""
     from graphlib import CycleError, TopologicalSorter
     paths: List[str] = []
+    needs = {name: needed for name, needed in needs.items() if needed}  # the others are in none
     while len(paths) < 20:
         try:
             TopologicalSorter(needs).prepare()
@@ -939,13 +940,11 @@ def make_plan(pipeline: Pipeline, targets: Union[None, str, Iterable[str]] = (),
         check_needs_met(pipeline, order, past)
     redo: Dict[str, str] = {}
     while True:
-        steps = make_steps(pipeline, order, reasons, past, redo)
+        steps = make_steps(pipeline, order, reasons, past, redo, describe)
         lost = find_lost_results(steps)
         if not lost:
             break
         redo.update(lost)
-    steps = [step if step.success else step._replace(reason="; ".join(filter(None, [
-        step.reason, describe(pipeline.tools[step.tool])]))) for step in steps]
     known = all(step.expected_s is not None for step in steps)
     expected_s = simulate(
         Schedule(steps, pipeline, jobs), durations_of(steps), jobs) if known else None
@@ -1071,7 +1070,8 @@ def read_targets(where: str, value: Any) -> List[str]:
 
 
 def make_steps(pipeline: Pipeline, order: Sequence[str], reasons: Mapping[str, str],
-               past: Optional[Past], redo: Mapping[str, str]) -> List[Step]:
+               past: Optional[Past], redo: Mapping[str, str],
+               describe: Callable[[Tool], str]) -> List[Step]:
     """Return the steps for tools in an order that their needs allow."""
     waves: Dict[str, int] = {}
     running: Dict[str, None] = {}
@@ -1088,7 +1088,8 @@ def make_steps(pipeline: Pipeline, order: Sequence[str], reasons: Mapping[str, s
             running[tool] = None
         expected_s = 0.0 if success else (
             past and past.find_expected_s(tool)) or pipeline.tools[tool].estimate_s
-        reason = why if success else "; ".join(filter(None, [reasons[tool], why]))
+        reason = why if success else "; ".join(filter(None, [
+            reasons[tool], why, describe(pipeline.tools[tool])]))
         steps.append(Step(tool, waves[tool], action, reason, needs, expected_s, success))
     return steps
 
@@ -1258,18 +1259,20 @@ class Schedule:
 
     def next(self) -> Optional[str]:
         """Take the best ready tool for which there is room, and its room; None if there is none."""
-        heaps = [heap for uses, heap in self.ready.items() if heap
-                 and all(units <= self.free[resource] for resource, units in uses)]
+        heaps = [heap for uses, heap in self.ready.items() if heap and self._has_room(uses)]
         if not heaps:
             return None
-        _, tool = heappop(min(heaps, key=lambda heap: heap[0]))
+        _, tool = heappop(min(heaps))  # which their best, at the front, decide
         self.take(tool)
         return tool
+
+    def _has_room(self, uses: Tuple[Tuple[str, int], ...]) -> bool:
+        return not uses or all(units <= self.free[resource] for resource, units in uses)
 
     def take(self, tool: str) -> bool:
         """Take room for one more worker of a tool that runs; return False if there is none."""
         uses = self.tools[tool].uses
-        if any(units > self.free[resource] for resource, units in uses):
+        if not self._has_room(uses):
             return False
         for resource, units in uses:
             self.free[resource] -= units
@@ -1763,6 +1766,7 @@ class History(NoHistory):
         self.folder, self.base = folder, base
         self.path = os.path.join(folder, "history.db")
         self._db: Any = None
+        self._cursor: Any = None  # for what is recorded: to make one each time costs time
         self.is_changed = False  # whether something is recorded that is not yet durable
         self.run_id = 0
         self.open: Dict[str, int] = {}
@@ -1772,23 +1776,24 @@ class History(NoHistory):
     def change(self, sql: str, values: Sequence[Any]) -> Any:
         """Execute a statement that commit() makes durable."""
         if not self.is_changed:
-            self.do("BEGIN")
+            self.do("BEGIN", (), self._cursor)
             self.is_changed = True
-        return self.do(sql, values)
+        return self.do(sql, values, self._cursor)
 
     def commit(self) -> None:
         """Make durable what was recorded."""
         if self.is_changed:
-            self.do("COMMIT")
+            self.do("COMMIT", (), self._cursor)
             self.is_changed = False
 
-    def do(self, sql: str, values: Sequence[Any] = ()) -> Any:
+    def do(self, sql: str, values: Sequence[Any] = (), cursor: Any = None) -> Any:
         """Execute a statement. Raise UserError if the file does not take it."""
         import sqlite3
         if self._db is None:
             self._db = open_database(self.path)
+            self._cursor = self._db.cursor()
         try:
-            return self._db.execute(sql, values)
+            return (cursor or self._db).execute(sql, values)
         except sqlite3.Error as error:
             raise refused(self.path, error) from error
 
@@ -1796,7 +1801,8 @@ class History(NoHistory):
         """Let go of the file; the next use opens it again."""
         if self._db is not None:
             self._db.close()
-            self._db, self.is_changed = None, False
+            self._db = self._cursor = None
+            self.is_changed = False
 
     # --- what a run writes ---
 
@@ -1866,20 +1872,22 @@ class History(NoHistory):
         if outcome.items is not None:
             self.note_items(tool, outcome.items)
         attempt_id = self.open.pop(tool)
-        is_success = outcome.status in ("success", "partial")
-        result, kind = outcome.kept or keep_result(outcome.result) if is_success else (None, None)
-        self.change(
-            "UPDATE attempts SET status = ?, reason = ?, duration_s = ?, work = ?, rows = ?, "
-            "result = ?, kind = ?, error = ?, traceback = ?, log = ?, source = ?, inputs = ?, "
-            "needed = ? WHERE attempt_id = ?",
-            (outcome.status, outcome.reason, outcome.duration_s,
-             attempt_id if is_success else None, outcome.rows, result, kind,
-             outcome.error or None,
-             outcome.traceback.encode("utf-8", "backslashreplace").decode() or None,
-             os.path.relpath(outcome.log, self.folder) if outcome.log else None,
-             facts.get("source"), facts.get("inputs"), facts.get("needed"), attempt_id))
-        if is_success:
+        work = result = kind = None
+        if outcome.status in ("success", "partial"):
+            work = attempt_id
+            result, kind = outcome.kept or keep_result(outcome.result)
             self.successes.pop(tool, None)
+        self.change("UPDATE attempts SET status = ?, duration_s = ?, work = ?, rows = ?, "
+                    "result = ? WHERE attempt_id = ?",
+                    (outcome.status, outcome.duration_s, work, outcome.rows, result, attempt_id))
+        rare = (kind, outcome.error or None,
+                outcome.traceback.encode("utf-8", "backslashreplace").decode() or None,
+                os.path.relpath(outcome.log, self.folder) if outcome.log else None,
+                facts.get("source"), facts.get("inputs"), facts.get("needed"))
+        if outcome.reason or any(rare):  # most attempts are spared the longer statement
+            self.change("UPDATE attempts SET reason = ?, kind = ?, error = ?, traceback = ?, "
+                        "log = ?, source = ?, inputs = ?, needed = ? WHERE attempt_id = ?",
+                        (outcome.reason, *rare, attempt_id))
 
     def note(self, tool: str, outcome: Outcome, at: float) -> None:
         """Record why there was no attempt."""
@@ -2192,7 +2200,7 @@ def find_logs(folder: str, run_id: str) -> str:
 
 def find_log(logs: str, tool: str, attempt: int) -> str:
     """Return the file for what an attempt prints."""
-    return os.path.join(logs, f"{make_file_name(tool)}.{attempt}.log")
+    return f"{logs}{os.sep}{make_file_name(tool)}.{attempt}.log"
 
 
 def append_spools(logs: str, log: str) -> None:
@@ -4751,7 +4759,7 @@ class Spool:
 
     def has_more(self) -> bool:
         """Return whether there is something to carry."""
-        return os.fstat(self.file.fileno()).st_size > self.shown
+        return self.file.seek(0, os.SEEK_END) > self.shown
 
     def carry(self, keep: Callable[[bytes], None]) -> None:
         """Bring what is new to where the descriptor led, and to `keep`."""
@@ -5401,8 +5409,10 @@ def die_with_orchestrator(life_fd: int) -> None:
 
 def flush(stream: Any) -> None:
     """Let what Python keeps of its output go out, unless the tool closed the stream."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    try:
         stream.flush()
+    except (OSError, ValueError, AttributeError):
+        pass
 
 
 def own_streams() -> None:
@@ -5500,7 +5510,7 @@ def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
              fail_fast: bool = False, verbose: bool = False, keep_results: bool = True,
              grace_s: float = GRACE_S, only_item: Optional[str] = None,
              retry_items: Optional[Mapping[str, Tuple[str, ...]]] = {},
-             on_event: Callable[[Event], None] = lambda event: None,
+             on_event: Optional[Callable[[Event], None]] = None,
              clock: Clock = Clock()) -> RunResult:
     """Carry out a plan and return how it ended.
 
@@ -5776,7 +5786,7 @@ class Run:
     """
 
     def __init__(self, pipeline: Pipeline, plan: Plan, interrupts: Interrupts,
-                 on_event: Callable[[Event], None], clock: Clock, fail_fast: bool,
+                 on_event: Optional[Callable[[Event], None]], clock: Clock, fail_fast: bool,
                  keep_results: bool, grace_s: float, history: NoHistory,
                  item_orders: Dict[str, ItemOrder]) -> None:
         self.pipeline, self.plan, self.interrupts = pipeline, plan, interrupts
@@ -5809,6 +5819,8 @@ class Run:
                       for i, tool in enumerate(self.steps)}
         self.logs = ""  # the folder for what tools print
         self.told: List[Event] = []
+        self.here: Any = None  # who executes, see find_executor()
+        self.workers: Optional[Workers] = None
         interrupts.before_exit = self.forget_work
 
     def begin(self, request: Request, arguments: Mapping[str, Any], versions: Versions) -> None:
@@ -5828,14 +5840,16 @@ class Run:
         if workers and not self.logs:
             import tempfile
             self.logs = tempfile.mkdtemp(prefix="orchestrator-")
+        self.here, self.workers = here, workers
         try:
             self.tell("run_started", plan=self.plan)
             self.unblock(self.schedule.begin())
             while True:
                 self.look_at_signals()
                 self.look_at_clock()
-                self.end_items()
-                self.start_ready(here, workers)
+                if self.item_orders:
+                    self.end_items()
+                self.start_ready()
                 self.publish()
                 if not self.open and (self.is_interrupted or not self.retries):
                     return
@@ -5904,24 +5918,28 @@ class Run:
         job.deadline_s = self.clock.monotonic() + self.grace_s
         job.executor.terminate(name)
 
-    def start_ready(self, here: Here, workers: Optional[Workers]) -> None:
+    def start_ready(self) -> None:
         """Start what is ready and has room: items of tools that have begun and wait for a worker,
         tools, and then more items, side by side.
         """
-        def find_executor(tool: str) -> Any:
-            in_worker = workers and (self.plan.jobs > 1 or needs_worker(self.pipeline, tool))
-            return workers if in_worker else here
-
-        self.start_items(find_executor, is_first=True)
+        if self.item_orders:
+            self.start_items(is_first=True)
         while len(self.jobs) < self.plan.jobs and not self.is_interrupted:
             tool = self.schedule.next()
             if tool is None:
                 break
-            self.start(tool, find_executor(tool))
-        self.start_items(find_executor, is_first=False)
+            self.start(tool)
+        if self.item_orders:
+            self.start_items(is_first=False)
 
-    def start(self, tool: str, executor: Any) -> None:
+    def find_executor(self, tool: str) -> Any:
+        """Return who executes a tool."""
+        in_worker = self.workers and (self.plan.jobs > 1 or needs_worker(self.pipeline, tool))
+        return self.workers if in_worker else self.here
+
+    def start(self, tool: str) -> None:
         """Start an attempt."""
+        executor = self.find_executor(tool)
         self.tried.pop(tool, None)
         attempt = self.attempts[tool] = self.attempts.get(tool, 0) + 1
         if attempt == 1:
@@ -5938,13 +5956,12 @@ class Run:
                                   in_worker)
         self.tell("tool_started", tool, output=log if in_worker else "")
         self.publish()
-        self.start_job(tool, executor,
-                       first._replace(run_id=self.ledger_run_id, charges=self.find_deaths(tool))
-                       if first else None)
+        self.start_job(tool, first._replace(run_id=self.ledger_run_id,
+                                            charges=self.find_deaths(tool)) if first else None)
 
-    def start_job(self, tool: str, executor: Any, order: Optional[ItemOrder]) -> None:
+    def start_job(self, tool: str, order: Optional[ItemOrder]) -> None:
         """Have an attempt executed, or a part of it."""
-        attempt, now_s = self.open[tool], self.clock.monotonic()
+        attempt, now_s, executor = self.open[tool], self.clock.monotonic(), self.find_executor(tool)
         timeout_s = self.pipeline.tools[tool].timeout_s
         name = tool
         if order:
@@ -5978,7 +5995,7 @@ class Run:
         self.open[tool].items.charges += charges
         return tuple(ending for _, ending in charges)
 
-    def start_items(self, find_executor: Callable[[str], Any], is_first: bool) -> None:
+    def start_items(self, is_first: bool) -> None:
         """Have more items done where there is room, by tools of which none are being done if
         `is_first`.
         """
@@ -5994,7 +6011,7 @@ class Run:
                 if not order.items and not charges:
                     self.schedule.release(tool)
                     break
-                self.start_job(tool, find_executor(tool), order)
+                self.start_job(tool, order)
 
     def take_items(self, job: str, items: Sequence[Item]) -> None:
         """Take items that are pending from who lists them."""
@@ -6282,7 +6299,8 @@ class Run:
         """Have the listener told at the next publish(); what a tool logs, its log too."""
         if kind == "log":
             self.note_log(tool, what["text"])
-        self.told.append(Event(kind, self.clock.wall(), self.run_id, tool, **what))
+        if self.on_event:
+            self.told.append(Event(kind, self.clock.wall(), self.run_id, tool, **what))
 
     def note_log(self, tool: str, text: str) -> None:
         """Add a text to the log of a tool that runs, if there are logs."""
@@ -6313,17 +6331,16 @@ class Run:
                 self.statuses[tool] = "interrupted"
                 self.outcomes[tool] = Outcome("interrupted", "waited for another try",
                                               attempts=self.attempts[tool])
-
-        def having(status: str) -> List[str]:
-            return [tool for tool, each in self.statuses.items() if each == status]
-
-        failed, partial = having("failed"), having("partial")
+        having: Dict[str, List[str]] = {status: [] for status in MOVES}
+        for tool, status in self.statuses.items():
+            having[status].append(tool)
+        failed, partial = having["failed"], having["partial"]
         status = "interrupted" if self.is_interrupted \
             else "failed" if failed or partial else "success"
         outcomes = {tool: self.outcomes.get(tool) or Outcome("pending", "not started")
                     for tool in self.statuses}
-        result = RunResult(self.run_id, status, having("success"), having("cached"), partial,
-                           failed, having("skipped"),
+        result = RunResult(self.run_id, status, having["success"], having["cached"], partial,
+                           failed, having["skipped"],
                            {tool: outcomes[tool].error for tool in [*failed, *partial]},
                            Results(self.results), self.clock.monotonic() - self.started_s,
                            outcomes, self.interrupts.signal)
@@ -6569,7 +6586,7 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
         result = run_plan(pipeline, plan, arguments or {}, history=history, request=request,
                           fail_fast=fail_fast, verbose=verbose, grace_s=grace_s,
                           only_item=item, retry_items=make_retries(retry_items),
-                          on_event=on_event or (lambda event: None))
+                          on_event=on_event)
     if result.signal is not None:
         import signal
         signal.raise_signal(result.signal)

@@ -76,7 +76,7 @@ class Unsynced(sqlite3.Connection):
                                *values)
 
 
-class Connection(Unsynced):
+class Cursor(sqlite3.Cursor):
     """Makes a step before everything that writes, and another after what ends a transaction."""
 
     def execute(self, sql, *values):
@@ -86,6 +86,13 @@ class Connection(Unsynced):
         if re.match("COMMIT|ROLLBACK", sql):
             step()
         return result
+
+
+class Connection(Unsynced):
+    """Makes steps as Cursor does, through which its own execute() goes."""
+
+    def cursor(self):
+        return super().cursor(Cursor)
 
     def executemany(self, *args):
         step()
