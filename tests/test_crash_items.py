@@ -435,7 +435,7 @@ def kill_at_random(sandbox, kills, seed, mutant=(), journal="DELETE"):
         at.write_text("")
         process = sandbox.start("-q", "-j", str(1 + left % 3))
         try:
-            process.wait(chance.uniform(0.1, 0.4) if left > 0 else 60)
+            process.wait(chance.uniform(0.12, 0.3) if left > 0 else 60)
         except subprocess.TimeoutExpired:
             left -= 1
             pid = at.read_text()

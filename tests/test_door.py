@@ -84,33 +84,33 @@ def test_a_mistake_on_the_command_line_is_told_in_two_sentences(three, words, sa
     ('"--a"); parser.add_argument("--a"', "conflicting option string: --a"),
     ('"--a"); parser.set_defaults(jobs=4', "set_defaults(jobs=...) would reach tools as 'jobs'"),
 ])
-def test_a_flag_that_can_not_be_is_refused_with_a_sentence(sandbox, declaration, says):
-    sandbox.pipeline(f'''
+def test_a_flag_that_can_not_be_is_refused_with_a_sentence(quick, declaration, says):
+    quick.pipeline(f'''
         TOOL_MAP = {{"t": "t"}}
         def add_arguments(parser):
             parser.add_argument({declaration})
     ''').tool("t", "print('imported')\ndef run(): pass")
-    ended = sandbox.run()
+    ended = quick.run()
     assert ended.code == 2 and ended.out == "" and says in ended.err
     assert "Traceback" not in ended.err
 
 
-def test_verbose_shows_where_add_arguments_failed(sandbox):
-    sandbox.pipeline('TOOL_MAP = {"t": "t"}\ndef add_arguments(parser): return 1 / 0')
-    assert "return 1 / 0" not in sandbox.run("--list").err
-    assert "return 1 / 0" in sandbox.run("-v", "--list").err
+def test_verbose_shows_where_add_arguments_failed(quick):
+    quick.pipeline('TOOL_MAP = {"t": "t"}\ndef add_arguments(parser): return 1 / 0')
+    assert "return 1 / 0" not in quick.run("--list").err
+    assert "return 1 / 0" in quick.run("-v", "--list").err
 
 
-def test_a_required_flag_is_required_for_a_run_and_not_for_looking(sandbox):
-    sandbox.pipeline('''
+def test_a_required_flag_is_required_for_a_run_and_not_for_looking(quick):
+    quick.pipeline('''
         TOOL_MAP = {"t": "t"}
         def add_arguments(parser):
             parser.add_argument("--day", required=True)
     ''').tool("t", "def run(day): print(day)")
-    assert sandbox.run("--list").code == 0
-    ended = sandbox.run()
+    assert quick.run("--list").code == 0
+    ended = quick.run()
     assert ended.code == 2 and "are required: --day" in ended.err
-    assert sandbox.run("--day", "monday").out == "monday\n"
+    assert quick.run("--day", "monday").out == "monday\n"
 
 
 GROUPED = '''
@@ -133,33 +133,33 @@ def test_all_that_add_arguments_declares_reaches_tools_from_groups_in_groups_too
     assert "not allowed with" in sandbox.run("--week", "2", "--day", "1").err
 
 
-def test_a_group_of_flags_is_required_for_a_run_and_not_for_looking(sandbox):
-    sandbox.pipeline(GROUPED).tool("t", "def run(day): print(day)")
-    assert sandbox.run("--plan").code == 0
-    ended = sandbox.run()
+def test_a_group_of_flags_is_required_for_a_run_and_not_for_looking(quick):
+    quick.pipeline(GROUPED).tool("t", "def run(day): print(day)")
+    assert quick.run("--plan").code == 0
+    ended = quick.run()
     assert ended.code == 2 and "One of the arguments --day --week is required." in ended.err
 
 
-def test_help_shows_the_groups_of_add_arguments_after_the_engines(sandbox):
-    out = sandbox.pipeline(GROUPED).run("--help").out
+def test_help_shows_the_groups_of_add_arguments_after_the_engines(quick):
+    out = quick.pipeline(GROUPED).run("--help").out
     heads = [line for line in out.splitlines() if line.endswith(":") and line[0] != " "]
     assert heads == ["what to run:", "looking and tidying, without running anything:", "other:",
                      "arguments of the tools:", "days:"]
 
 
 @pytest.mark.parametrize("text", ["5 % off", "at least 100%", "100% sure", "as %(defualt)s"])
-def test_a_percent_sign_that_help_could_not_show_is_told_with_its_flag(sandbox, text):
-    sandbox.pipeline(f'''
+def test_a_percent_sign_that_help_could_not_show_is_told_with_its_flag(quick, text):
+    quick.pipeline(f'''
         TOOL_MAP = {{"t": "t"}}
         def add_arguments(parser):
             parser.add_argument("--good", default="x", help="10 %% of %(default)s, %(prog)s")
             parser.add_argument("--share", help="{text}")
     ''').tool("t", "def run(): pass")
-    ended = sandbox.run("--help")
+    ended = quick.run("--help")
     assert (ended.code, ended.out) == (2, "") and "Traceback" not in ended.err
     if sys.version_info < (3, 14):  # which refuses most of these by itself
         assert "in the help of --share" in ended.err and "Write %% for" in ended.err
-        assert sandbox.run().code == 0
+        assert quick.run().code == 0
 
 
 def test_version_names_the_engine_and_python(three):
@@ -167,11 +167,11 @@ def test_version_names_the_engine_and_python(three):
         f"orchestrator.py {VERSION}, Python {sys.version.split()[0]}\n")
 
 
-def test_quiet_says_nothing_of_a_success_and_all_of_a_failure(sandbox):
-    sandbox.pipeline('TOOL_MAP = {"a": "a", "b": "b"}').tool("a", "def run(): pass").tool(
+def test_quiet_says_nothing_of_a_success_and_all_of_a_failure(quick):
+    quick.pipeline('TOOL_MAP = {"a": "a", "b": "b"}').tool("a", "def run(): pass").tool(
         "b", "def run(): raise ValueError('no way')")
-    assert sandbox.run("-q", "a").err == ""
-    assert "ValueError: no way" in sandbox.run("-q").err
+    assert quick.run("-q", "a").err == ""
+    assert "ValueError: no way" in quick.run("-q").err
 
 
 def test_a_helper_that_an_engine_name_replaces_is_told(sandbox):

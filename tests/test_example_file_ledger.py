@@ -290,7 +290,7 @@ def test_killed_at_random_moments_every_file_counts_exactly_once(pipeline, flags
             cwd=pipeline.folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL)
         try:
-            process.wait(timeout=chance.uniform(0.1, 0.3))
+            process.wait(timeout=chance.uniform(0.05, 0.2))
         except subprocess.TimeoutExpired:
             kills += 1
         process.kill()

@@ -54,9 +54,20 @@ def bound_names(node):
             if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
 
 
+@functools.lru_cache(maxsize=2)
+def split(source):
+    """Return the lines of a source, which is asked for once for each of its statements."""
+    return source.splitlines()
+
+
 def used_names(source, node):
     """Return the global names that a statement uses, at any depth, in annotations too."""
-    text = "\n".join(source.splitlines()[first_line(node) - 1:node.end_lineno])
+    return names_in("\n".join(split(source)[first_line(node) - 1:node.end_lineno]))
+
+
+@functools.lru_cache(maxsize=None)
+def names_in(text):
+    """Return the global names that a text uses."""
     top = symtable.symtable(text, "engine", "exec")
     names = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_referenced()}
     left = top.get_children()
@@ -64,7 +75,7 @@ def used_names(source, node):
         table = left.pop()
         names |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
         left += table.get_children()
-    for each in ast.walk(node):  # "RunResult" in quotes is a name as well
+    for each in ast.walk(ast.parse(text)):  # "RunResult" in quotes is a name as well
         for annotation in (getattr(each, "annotation", None), getattr(each, "returns", None)):
             for part in ast.walk(annotation) if isinstance(annotation, ast.AST) else ():
                 if isinstance(part, ast.Constant) and isinstance(part.value, str):
@@ -92,16 +103,16 @@ def dotted(node):
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def uses(source, is_meant):
-    """Return {(room's name, line)} of the nodes of the engine that are meant."""
-    names = ["MARK", *ROOMS]
-    return {(names[room], node.lineno) for room, top in read_rooms(source)
-            for node in ast.walk(top) if is_meant(node)}
+@functools.lru_cache(maxsize=1)
+def nodes_of(source):
+    """Return [(room's name, node)] of all nodes of the engine."""
+    return [(["MARK", *ROOMS][room], node) for room, top in read_rooms(source)
+            for node in ast.walk(top)]
 
 
 def rooms_of(is_meant, source=SOURCE):
     """Return the names of the rooms that have a node that is meant."""
-    return {room for room, _ in uses(source, is_meant)}
+    return {room for room, node in nodes_of(source) if is_meant(node)}
 
 
 def is_import_of(*names):
