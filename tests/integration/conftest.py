@@ -108,13 +108,14 @@ class Maria:
         with open(f"{self.folder}/log", "w", encoding="utf-8") as log:
             subprocess.run(
                 ["mariadb-install-db", "--no-defaults", f"--datadir={self.folder}/data",
-                 "--skip-test-db", "--auth-root-authentication-method=normal", *self.user],
+                 "--skip-test-db", "--auth-root-authentication-method=normal",
+                 f"--tmpdir={self.folder}", *self.user],  # TMPDIR may be another user's
                 check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             self.process = subprocess.Popen(
                 [find_mariadbd(), "--no-defaults", f"--datadir={self.folder}/data",
                  f"--socket={self.socket}", f"--pid-file={self.folder}/pid", "--skip-networking",
                  "--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=32M",
-                 "--character-set-server=utf8mb4", *self.user],
+                 "--character-set-server=utf8mb4", f"--tmpdir={self.folder}", *self.user],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.call("CREATE DATABASE test")
 
