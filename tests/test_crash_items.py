@@ -455,7 +455,7 @@ def kill_at_random(sandbox, kills, seed, mutant=(), journal="DELETE"):
 
 @pytest.mark.parametrize("journal", ["DELETE", "WAL"])
 def test_items_killed_at_random_are_done_exactly_once(sandbox, journal):
-    assert kill_at_random(sandbox, 15, seed=1, journal=journal) == []
+    assert kill_at_random(sandbox, 10, seed=1, journal=journal) == []
     assert not find_slips(sandbox)
 
 
