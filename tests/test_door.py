@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -355,3 +356,13 @@ def test_a_program_started_as_a_module_is_named_so_in_the_next_command(sandbox):
     ended = subprocess.run([sys.executable, "-m", "orchestrator"], cwd=sandbox.folder, text=True,
                            capture_output=True)
     assert ended.stderr.rstrip().endswith("-m orchestrator --resume")
+
+
+def test_a_program_started_as_a_module_is_compiled_once(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"t": "t"}').tool("t", "def run(): pass")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    said = [subprocess.run([sys.executable, "-v", "-m", "orchestrator", "--list"], text=True,
+                           cwd=sandbox.folder, env=env, capture_output=True).stderr
+            for _ in range(2)]
+    taken = [re.findall(r"# code object from .*orchestrator.*\.pyc", each) for each in said]
+    assert (len(taken[0]), len(taken[1])) == (0, 1)
