@@ -3,7 +3,6 @@
 usage: python tests/benchmarks/bench_history.py
 """
 import os
-import resource
 import sqlite3
 import statistics
 import subprocess
@@ -35,11 +34,15 @@ def make_pipeline(folder, count):
     Path(folder, "orchestrator.py").write_text(HEAD.format(count=count) + ENGINE, encoding="utf-8")
 
 
+def environment():
+    """Return an environment in which Python keeps what it compiles, as it does by default."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+
+
 def run(folder, *words, form=("orchestrator.py",)):
     """Return the seconds that a call of the pipeline takes."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     started_s = time.perf_counter()
-    ended = subprocess.run([sys.executable, *form, *words], cwd=folder, env=environment,
+    ended = subprocess.run([sys.executable, *form, *words], cwd=folder, env=environment(),
                            capture_output=True, text=True)
     took_s = time.perf_counter() - started_s
     assert ended.returncode == 0, ended.stderr[-2000:]
@@ -94,9 +97,12 @@ def bench_loop(folder, rounds=7):
 def bench_resume(folder, rounds=5):
     """Resume a run of 10,000 tools that was killed when all of them were done."""
     make_pipeline(folder, TOOLS)
-    run(folder, "-q")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(f"peak memory of a run of {TOOLS:,} tools: {peak:.0f} MB")
+    for form in FORMS:
+        run(folder, "--version", form=form)  # which compiles what is compiled once
+        process = subprocess.Popen([sys.executable, *form, "-q"], cwd=folder, env=environment())
+        _, status, used = os.wait4(process.pid, 0)
+        assert status == 0
+        print(f"{' '.join(form)} with {TOOLS:,} tools: peak {used.ru_maxrss / 1024:.0f} MB")
     database = next(Path(folder, ".orchestrator").glob("*/history.db"))
     for form in FORMS:
         times = []
