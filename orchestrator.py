@@ -6616,18 +6616,35 @@ class Style(NamedTuple):
         return f"\x1b[1m{text}\x1b[0m" if self.colour else text
 
 
-def format_table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), status: int = -1,
+def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]],
                  style: Style = Style()) -> List[str]:
-    """Return rows as aligned lines; columns in `right` to the right, column `status` coloured."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) if i in right else cell.ljust(width)
-                 for i, (cell, width) in enumerate(zip(row, widths))]
-        if status >= 0:
-            cells[status] = style.paint(cells[status], row[status])
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    """Return the names of columns, and the rows under them, as aligned lines.
+
+    The column of `>name` is aligned to the right; that of `?name` is left out where it is empty;
+    that of `status` is coloured.
+    """
+    shown = []
+    for column, *cells in zip(columns, *rows):
+        if column[:1] == "?" and not any(cells):
+            continue
+        cells.insert(0, column.lstrip(">?"))
+        width = max(map(len, cells))
+        texts = [cell.rjust(width) if column[:1] == ">" else cell.ljust(width) for cell in cells]
+        if cells[0] == "status":
+            texts = [style.paint(text, cell) for text, cell in zip(texts, cells)]
+        shown.append(texts)
+    head, *lines = ["  ".join(texts).rstrip() for texts in zip(*shown)]
+    return [style.bold(head), *lines]
+
+
+def format_number(number: Optional[int]) -> str:
+    """Return a number of rows for a table; nothing where it is not known."""
+    return "" if number is None else f"{number:,}"
+
+
+def format_plural(count: Union[int, str], thing: str) -> str:
+    """Return how many things there are, in words: `1 tool`, `3 tools`, `no tools`."""
+    return f"{count} {thing}{'s' * (count != 1)}"
 
 
 Row = Mapping[str, Any]  # a row of the history's tables, by column
@@ -6653,15 +6670,14 @@ def make_list(pipeline: Pipeline, tools: Sequence[str], find_summary: Callable[[
 
 def format_list(shown: Mapping[str, Any], style: Style) -> str:
     """Return --list as text."""
-    lines = [style.bold("Tools")]
-    lasts = [t["last"]["status"] if t["last"] else "" for t in shown["tools"]]
-    lines += format_table([("  " + t["name"], last, t["summary"]) if any(lasts)
-                           else ("  " + t["name"], t["summary"])
-                           for t, last in zip(shown["tools"], lasts)],
-                          status=1 if any(lasts) else -1, style=style)
+    _, *lines = format_table(("", "?status", ""), [
+        ("  " + t["name"], t["last"]["status"] if t["last"] else "", t["summary"])
+        for t in shown["tools"]], style)
+    lines = [style.bold("Tools"), *lines]
     if shown["stages"]:
-        lines += ["", style.bold("Stages")]
-        lines += format_table([("  " + s["name"], " ".join(s["tools"])) for s in shown["stages"]])
+        _, *stages = format_table(("", ""), [("  " + s["name"], " ".join(s["tools"]))
+                                             for s in shown["stages"]])
+        lines += ["", style.bold("Stages"), *stages]
     return "\n".join(lines)
 
 
@@ -6676,25 +6692,28 @@ def make_plan_view(plan: Plan) -> Dict[str, Any]:
 
 def format_plan(plan: Plan, style: Style) -> str:
     """Return --plan as text: the steps by waves, the critical path, what is expected."""
-    rows = [("wave", "tool", "action", "expected", "reason")]
-    rows += [(str(s.wave), s.tool, s.action, "" if s.success else format_duration(s.expected_s),
-              s.reason + format_needs(s, plan)) for s in sorted(plan.steps, key=lambda s: s.wave)]
-    head, *lines = format_table(rows, right=(0, 3))
+    there = {step.tool for step in plan.steps}
+    lines = format_table((">wave", "tool", "action", ">expected", "reason"), [
+        (str(s.wave), s.tool, s.action, "" if s.success else format_duration(s.expected_s),
+         s.reason + format_needs(s, there))
+        for s in sorted(plan.steps, key=lambda s: s.wave)], style)
     lines += ["", "Critical path: " + " -> ".join(plan.critical_path)]
     if plan.expected_s is not None:
         alone_s = sum(step.expected_s or 0.0 for step in plan.steps)
         lines.append(f"Expected: {format_duration(plan.expected_s)} with --jobs {plan.jobs}"
                      + (f", {format_duration(alone_s)} one after another" * (plan.jobs > 1)))
-    return "\n".join([style.bold(head), *lines])
+    return "\n".join(lines)
 
 
-def format_needs(step: Step, plan: Plan) -> str:
-    """Return what a step waits for, as a clause; nothing for one that waits for nothing."""
+def format_needs(step: Step, there: Iterable[str]) -> str:
+    """Return what a step waits for, as a clause; nothing for one that waits for nothing.
+
+    `there` are the tools of its plan.
+    """
     if step.success:
         return ""
     if step.needs == ALL_BEFORE:
         return "; after all before it" if step.wave > 1 else ""
-    there = {each.tool for each in plan.steps}
     needs = [need if need in there else f"{need} (not in this plan)" for need in step.needs]
     return "; needs " + ", ".join(needs) if needs else ""
 
@@ -6735,20 +6754,18 @@ def format_progress(event: Event, width: int, elapsed_s: float) -> str:
 
 def format_summary(result: RunResult, next_command: str, style: Style) -> str:
     """Return the closing table of a run: every tool, then the verdict and what to type next."""
-    rows = [("tool", "status", "rows", "duration", "")]
-    rows += [(tool, o.status, "" if o.rows is None else f"{o.rows:,}",
-              format_duration(o.duration_s) if o.attempts else "",
-              ", ".join(filter(None, [o.error, o.reason])))
-             for tool, o in result.outcomes.items()]
-    head, *lines = format_table(rows, right=(2, 3), status=1, style=style)
-    count = len(result.outcomes)
-    done = f"{len(result.succeeded) + len(result.cached)} of {count} tool{'s' * (count > 1)} done"
-    verdict = (style.paint(result.status, result.status)
-               + f": {done} in {format_duration(result.duration_s)} (run {result.run_id})")
-    lines = ["", style.bold(head), *lines, "", verdict]
+    lines = format_table(("tool", "status", ">rows", ">duration", ""), [
+        (tool, o.status, format_number(o.rows),
+         format_duration(o.duration_s) if o.attempts else "",
+         ", ".join(filter(None, [o.error, o.reason])))
+        for tool, o in result.outcomes.items()], style)
+    lines += ["", style.paint(result.status, result.status)
+              + f": {len(result.succeeded) + len(result.cached)} of "
+              + format_plural(len(result.outcomes), "tool")
+              + f" done in {format_duration(result.duration_s)} (run {result.run_id})"]
     if next_command:
         lines.append("Next: " + style.bold(next_command))
-    return "\n".join(lines)
+    return "\n".join(["", *lines])
 
 
 def format_local(moment: str) -> str:
@@ -6782,20 +6799,17 @@ def make_status(tools: Sequence[str], find_last: Callable[[str], Optional[Row]],
 
 def format_status(shown: Mapping[str, Any], style: Style) -> str:
     """Return --status as text."""
-    rows = [("tool", "status", "run", "age", "duration", "rows", "items", "")]
-    rows += [(t["tool"], t["status"], t["run_id"] or "",
-              "" if t["age_s"] is None else format_duration(t["age_s"]),
-              format_duration(t["duration_s"]), "" if t["rows"] is None else f"{t['rows']:,}",
-              format_counts(t["items"]), t["error"] or t["reason"]) for t in shown["tools"]]
-    if not any(t["items"] for t in shown["tools"]):
-        rows = [(*row[:6], row[7]) for row in rows]
-    head, *lines = format_table(rows, right=(2, 3, 4, 5), status=1, style=style)
+    lines = format_table(
+        ("tool", "status", ">run", ">age", ">duration", ">rows", "?items", ""),
+        [(t["tool"], t["status"], t["run_id"] or "", format_duration(t["age_s"]),
+          format_duration(t["duration_s"]), format_number(t["rows"]), format_counts(t["items"]),
+          t["error"] or t["reason"]) for t in shown["tools"]], style)
     run = shown["running"]
     what = "Nothing runs now." if run is None else (
         f"Run {run['run_id']} goes on, process {run['pid']}, since "
         f"{format_local(run['started_at'])}: "
         f"{', '.join(run['tools']) or 'between two tools'}")
-    return "\n".join([style.bold(head), *lines, "", what])
+    return "\n".join([*lines, "", what])
 
 
 def count_statuses(listed: Mapping[str, int],
@@ -6830,15 +6844,11 @@ def make_item_view(row: Row) -> Dict[str, Any]:
 
 def format_items(shown: Sequence[Mapping[str, Any]], style: Style) -> str:
     """Return --items as text."""
-    rows = [("item", "version", "status", "tries", "run", "ended", "rows", "")]
-    rows += [(*(format_names([t[key]], 1) for key in ("item", "version")), t["status"],
-              str(t["attempts"] + t["deaths"]), t["run_id"], format_local(t["ended_at"]),
-              "" if t["rows"] is None else f"{t['rows']:,}", t["error"] or "") for t in shown]
-    if not any(t["version"] for t in shown):
-        rows = [(row[0], *row[2:]) for row in rows]
-    last = len(rows[0]) - 1
-    head, *lines = format_table(rows, right=(last - 4, last - 1), status=last - 5, style=style)
-    return "\n".join([style.bold(head), *lines])
+    return "\n".join(format_table(
+        ("item", "?version", "status", ">tries", "run", "ended", ">rows", ""),
+        [(*(format_names([t[key]], 1) for key in ("item", "version")), t["status"],
+          str(t["attempts"] + t["deaths"]), t["run_id"], format_local(t["ended_at"]),
+          format_number(t["rows"]), t["error"] or "") for t in shown], style))
 
 
 def make_backfill_view(periods: Sequence[Period]) -> Dict[str, Any]:
@@ -6850,11 +6860,10 @@ def make_backfill_view(periods: Sequence[Period]) -> Dict[str, Any]:
 
 def format_backfill(periods: Sequence[Period], style: Style) -> str:
     """Return --plan of a backfill as text."""
-    rows = [("period_start", "period_end", "action", "reason")]
-    head, *lines = format_table(rows + [tuple(p[:4]) for p in periods])
+    lines = format_table(("period_start", "period_end", "action", "reason"),
+                         [(p.start, p.end, p.action, p.reason) for p in periods], style)
     left = sum(p.action != "skip" for p in periods)
-    lines += ["", f"{left} of {len(periods)} period{'s' * (len(periods) != 1)} to run"]
-    return "\n".join([style.bold(head), *lines])
+    return "\n".join([*lines, "", f"{left} of {format_plural(len(periods), 'period')} to run"])
 
 
 def make_run_view(run: Row, attempts: Sequence[Row], is_detailed: bool = False) -> Dict[str, Any]:
@@ -6881,20 +6890,16 @@ def make_run_view(run: Row, attempts: Sequence[Row], is_detailed: bool = False) 
 
 def format_runs(runs: Sequence[Mapping[str, Any]], style: Style) -> str:
     """Return --history as text: a line for each run, the newest first."""
-    rows = [("run", "status", "started", "duration", "tools", "targets")]
+    rows = []
     for run in runs:
         done = sum(tool["status"] in DONE for tool in run["tools"])
+        start, end = map(run["arguments"].get, PERIOD_ARGUMENTS)
+        period = [f"({start} to {end})"] if start and end else []
         rows.append((run["run_id"], run["status"], format_local(run["started_at"]),
                      format_duration(run["duration_s"]), f"{done} of {run['planned']}",
-                     " ".join([*run["targets"], *format_period(run["arguments"])])))
-    head, *lines = format_table(rows, right=(0, 3, 4), status=1, style=style)
-    return "\n".join([style.bold(head), *lines])
-
-
-def format_period(arguments: Mapping[str, Any]) -> List[str]:
-    """Return the period of a run of a backfill, in words; nothing for another run."""
-    start, end = map(arguments.get, PERIOD_ARGUMENTS)
-    return [f"({start} to {end})"] if start and end else []
+                     " ".join([*run["targets"], *period])))
+    return "\n".join(format_table(
+        (">run", "status", "started", ">duration", ">tools", "targets"), rows, style))
 
 
 def format_run(run: Mapping[str, Any], style: Style) -> str:
@@ -6909,14 +6914,12 @@ def format_run(run: Mapping[str, Any], style: Style) -> str:
              ("duration", format_duration(run["duration_s"])),
              ("version", run["version"] + (f", commit {run['git_commit'][:12]}"
                                            if run["git_commit"] else ""))]
-    lines = format_table([fact for fact in facts if fact[1]])
-    rows = [("tool", "status", "attempts", "started", "duration", "rows", "")]
-    rows += [(t["tool"], t["status"], str(t["attempts"] or ""),
-              format_local(t["started_at"])[11:],
-              format_duration(t["duration_s"]), "" if t["rows"] is None else f"{t['rows']:,}",
-              t["error"] or t["reason"]) for t in run["tools"]]
-    head, *table = format_table(rows, right=(2, 4, 5), status=1, style=style)
-    lines += ["", style.bold(head), *table]
+    _, *lines = format_table(("", ""), [fact for fact in facts if fact[1]])
+    lines += ["", *format_table(
+        ("tool", "status", ">attempts", "started", ">duration", ">rows", ""),
+        [(t["tool"], t["status"], str(t["attempts"] or ""), format_local(t["started_at"])[11:],
+          format_duration(t["duration_s"]), format_number(t["rows"]), t["error"] or t["reason"])
+         for t in run["tools"]], style)]
     for tool in run["tools"]:
         if tool["traceback"]:
             lines += ["", style.bold(tool["tool"]), tool["traceback"].rstrip()]
@@ -7361,9 +7364,8 @@ def command_check(call: Call) -> int:
                                {*call.arguments, *PERIOD_ARGUMENTS, "conn", "context"})]
     for mistake in mistakes:
         show(str(mistake))
-    count = len(pipeline.tools)
-    show(f"{count} tool{'s' * (count != 1)} read, {len(mistakes) or 'no'} "
-         f"mistake{'s' * (len(mistakes) != 1)} found")
+    show(f"{format_plural(len(pipeline.tools), 'tool')} read, "
+         f"{format_plural(len(mistakes) or 'no', 'mistake')} found")
     return EXIT_USAGE if mistakes else EXIT_SUCCESS
 
 
@@ -7567,7 +7569,7 @@ def command_prune(call: Call) -> int:
     with hold_history(call.folder, call.base, call.options.wait) as history:
         tell_killed(history)
         gone = history.prune(Clock().wall() - age_s)
-    show(f"{len(gone) or 'no'} run{'s' * (len(gone) != 1)} forgotten")
+    show(f"{format_plural(len(gone) or 'no', 'run')} forgotten")
     return EXIT_SUCCESS
 
 
@@ -7613,7 +7615,7 @@ def backfill(call: Call, history: History) -> int:
     failed = [start for start, code in codes.items() if code]
     failed += [p.start for p in periods if p.action == "skip" and "failed" in p.reason]
     done = sum(not code for code in codes.values())
-    say(f"\nBackfill: {done} period{'s' * (done != 1)} done now, {len(periods) - len(left)} left "
+    say(f"\nBackfill: {format_plural(done, 'period')} done now, {len(periods) - len(left)} left "
         f"alone, {len(failed)} failed" + (": " + ", ".join(failed[:10]) if failed else ""))
     if failed:
         again = [] if call.options.reprocess else ["--reprocess", "failed"]

@@ -8,7 +8,7 @@ import pytest
 from conftest import summary
 
 from orchestrator import (
-    Event, Outcome, Plan, RunResult, Step, Style, Tool, format_details, format_event, format_needs,
+    Event, Outcome, RunResult, Step, Style, Tool, format_details, format_event, format_needs,
     format_progress, format_summary, format_table, load_pipeline, main, make_list, make_plan,
     make_plan_view, make_style, run_pipeline,
 )
@@ -192,9 +192,8 @@ def test_json_is_refused_where_there_is_nothing_to_print_as_json(capsys):
 ])
 def test_a_plan_says_what_a_step_waits_for(needs, wave, said):
     step = Step("t", wave, "run", "named", needs)
-    before = [Step(name, 1, "run", "named", ()) for name in ("fetch", "parse")]
 
-    assert format_needs(step, Plan((*before, step), ("t",))) == said
+    assert format_needs(step, {"fetch", "parse", "t"}) == said
 
 
 GRAPH = {
@@ -278,20 +277,27 @@ def test_a_list_asks_for_each_summary_through_its_argument():
 # --- tables, rows and durations ---
 
 def test_columns_are_aligned_and_no_line_ends_in_blanks():
-    rows = [("tool", "rows", "note"), ("a", "1", ""), ("longer", "1,000", "x")]
+    rows = [("a", "1", ""), ("longer", "1,000", "x")]
 
-    assert format_table(rows, right=(1,)) == ["tool     rows  note",
-                                              "a           1",
-                                              "longer  1,000  x"]
+    assert format_table(("tool", ">rows", "note"), rows) == ["tool     rows  note",
+                                                             "a           1",
+                                                             "longer  1,000  x"]
+
+
+def test_a_column_that_may_be_missing_is_shown_where_anything_is_in_it():
+    assert format_table(("tool", "?items", ""), [("a", "", "x")]) == ["tool", "a     x"]
+    assert format_table(("tool", "?items", ""), [("a", "", "x"), ("b", "7", "")]) == [
+        "tool  items", "a            x", "b     7"]
 
 
 def test_colours_do_not_move_a_column():
+    columns = ("tool", "status", "")
     rows = [("a", "success", "1"), ("bb", "failed", "2"), ("c", "pending", "3")]
 
-    coloured = format_table(rows, status=1, style=COLOURED)
+    coloured = format_table(columns, rows, COLOURED)
 
-    assert [ESCAPE.sub("", line) for line in coloured] == format_table(rows, status=1)
-    assert [bool(ESCAPE.search(line)) for line in coloured] == [True, True, False]
+    assert [ESCAPE.sub("", line) for line in coloured] == format_table(columns, rows)
+    assert [bool(ESCAPE.search(line)) for line in coloured[1:]] == [True, True, False]
 
 
 @pytest.mark.parametrize("outcome, said", [
