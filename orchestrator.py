@@ -581,34 +581,37 @@ def make_limit(name: str, value: Any) -> int:
     """Return a row of LIMITS. Raise UserError if it is none."""
     check_name("LIMITS", name)
     try:
-        return read_count(value, least=1)
+        return read_positive(value)
     except ValueError:
         raise UserError(f"LIMITS[{name!r}] is {value!r}, not a whole number from 1 on.",
                         f'Write "{name}": 2 to let two units of it be used at a time.') from None
 
 
+def accept(value: Any, is_right: Any) -> Any:
+    """Return a value that is right. Raise ValueError for another."""
+    if not is_right:
+        raise ValueError(value)
+    return value
+
+
 def read_module_path(value: Any) -> str:
     """Return `package.module` or `package.module:function`. Raise ValueError for others."""
     module, colon, function = value.partition(":") if isinstance(value, str) else ("", "", "")
-    if not all(map(str.isidentifier, module.split("."))) \
-            or colon and not function.isidentifier():
-        raise ValueError(value)
-    return value
+    return accept(value, all(map(str.isidentifier, module.split(".")))
+                  and (not colon or function.isidentifier()))
 
 
 def read_names(value: Any) -> Tuple[str, ...]:
     """Return a list of texts; a single text stands for a list of it."""
     names = (value,) if isinstance(value, str) else value
-    if not isinstance(names, (list, tuple)) or not all(n and isinstance(n, str) for n in names):
-        raise ValueError(value)
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(accept(names, isinstance(names, (list, tuple)) and all(
+        name and isinstance(name, str) for name in names))))
 
 
 def read_count(value: Any, least: int = 0) -> int:
     """Return a whole number, not less than `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(value)
-    return value
+    return accept(value, isinstance(value, int) and not isinstance(value, bool)
+                  and value >= least)
 
 
 def read_positive(value: Any) -> int:
@@ -618,43 +621,29 @@ def read_positive(value: Any) -> int:
 
 def read_text(value: Any) -> str:
     """Return a text that is not empty."""
-    if not value or not isinstance(value, str):
-        raise ValueError(value)
-    return value
+    return accept(value, value and isinstance(value, str))
 
 
 def read_number(least: float, most: float) -> Callable[[Any], float]:
     """Return a reader of numbers between two bounds."""
-    def read(value: Any) -> float:
-        if not is_number(value) or not least <= value <= most:
-            raise ValueError(value)
-        return float(value)
-    return read
+    return lambda value: float(accept(value, is_number(value) and least <= value <= most))
 
 
 def read_choice(*choices: Any) -> Callable[[Any], Any]:
-    """Return a reader of one of some values."""
-    def read(value: Any) -> Any:
-        if not any(value is choice or value == choice and isinstance(value, str)
-                   for choice in choices):
-            raise ValueError(value)
-        return value
-    return read
+    """Return a reader of one of some texts, or of True and False."""
+    return lambda value: accept(value, isinstance(value, (str, bool)) and value in choices)
 
 
 def read_uses(value: Any) -> Tuple[Tuple[str, int], ...]:
     """Return the units of each resource, sorted by its name."""
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise ValueError(value)
-    return tuple(sorted((name, read_count(units, least=1)) for name, units in value.items()))
+    accept(value, isinstance(value, Mapping) and all(isinstance(name, str) for name in value))
+    return tuple(sorted((name, read_positive(units)) for name, units in value.items()))
 
 
 def read_positive_s(value: Any) -> float:
     """Return a duration above zero, in seconds."""
     seconds = parse_duration_s(value)
-    if not seconds:
-        raise ValueError(value)
-    return seconds
+    return accept(seconds, seconds > 0)
 
 
 def read_cache_s(value: Any) -> Optional[float]:
