@@ -1708,17 +1708,12 @@ class NoHistory:
 
     def find_last_success_at(self, tool: str) -> Optional[float]:
         """Return when the last successful attempt of a tool began."""
-        success = self.find_success(tool)
-        return success.started_at if success else None
 
     def find_expected_s(self, tool: str) -> Optional[float]:
         """Return the seconds that a tool is expected to take."""
 
-    def find_last(self, tool: str) -> Optional[Dict[str, Any]]:
-        """Return the newest row of `attempts` for a tool."""
-
-    def find_last_attempt(self, tool: str) -> Optional[Dict[str, Any]]:
-        """Return the newest row of `attempts` for a tool in which it was really called."""
+    def find_last(self, tool: str, least_attempt: int = 0) -> Optional[Dict[str, Any]]:
+        """Return the newest row of `attempts` for a tool; with 1, of those that called it."""
 
     def close(self) -> None:
         """Let go of the file; the next use opens it again."""
@@ -2004,16 +1999,10 @@ class History(NoHistory):
             "SELECT * FROM attempts WHERE attempt_id >= ? AND run_id = ? ORDER BY attempt_id",
             (run["first_attempt"], run["run_id"])))
 
-    def find_last(self, tool: str) -> Optional[Dict[str, Any]]:
-        """Return the newest row of `attempts` for a tool."""
-        rows = self._read(self.do(
-            "SELECT * FROM attempts WHERE tool = ? ORDER BY attempt_id DESC LIMIT 1", (tool,)))
-        return rows[0] if rows else None
-
-    def find_last_attempt(self, tool: str) -> Optional[Dict[str, Any]]:
-        """Return the newest row of `attempts` for a tool in which it was really called."""
-        rows = self._read(self.do("SELECT * FROM attempts WHERE tool = ? AND attempt > 0 "
-                                  "ORDER BY attempt_id DESC LIMIT 1", (tool,)))
+    def find_last(self, tool: str, least_attempt: int = 0) -> Optional[Dict[str, Any]]:
+        """Return the newest row of `attempts` for a tool; with 1, of those that called it."""
+        rows = self._read(self.do("SELECT * FROM attempts WHERE tool = ? AND attempt >= ? "
+                                  "ORDER BY attempt_id DESC LIMIT 1", (tool, least_attempt)))
         return rows[0] if rows else None
 
     def find_resumable(self, run_id: Optional[str]) -> Dict[str, Any]:
@@ -6847,11 +6836,11 @@ def make_backfill_view(periods: Sequence[Period]) -> Dict[str, Any]:
                         for p in periods]}
 
 
-def format_backfill(periods: Sequence[Period], style: Style) -> str:
+def format_backfill(shown: Mapping[str, Any], style: Style) -> str:
     """Return --plan of a backfill as text."""
-    lines = format_table(("period_start", "period_end", "action", "reason"),
-                         [(p.start, p.end, p.action, p.reason) for p in periods], style)
-    left = sum(p.action != "skip" for p in periods)
+    columns, periods = ("period_start", "period_end", "action", "reason"), shown["periods"]
+    lines = format_table(columns, [[p[name] for name in columns] for p in periods], style)
+    left = sum(p["action"] != "skip" for p in periods)
     return "\n".join([*lines, "", f"{left} of {format_plural(len(periods), 'period')} to run"])
 
 
@@ -6877,10 +6866,10 @@ def make_run_view(run: Row, attempts: Sequence[Row], is_detailed: bool = False) 
     return view
 
 
-def format_runs(runs: Sequence[Mapping[str, Any]], style: Style) -> str:
+def format_runs(shown: Mapping[str, Any], style: Style) -> str:
     """Return --history as text: a line for each run, the newest first."""
     rows = []
-    for run in runs:
+    for run in shown["runs"]:
         done = sum(tool["status"] in DONE for tool in run["tools"])
         start, end = map(run["arguments"].get, PERIOD_ARGUMENTS)
         period = [f"({start} to {end})"] if start and end else []
@@ -6891,9 +6880,10 @@ def format_runs(runs: Sequence[Mapping[str, Any]], style: Style) -> str:
         (">run", "status", "started", ">duration", ">tools", "targets"), rows, style))
 
 
-def format_run(run: Mapping[str, Any], style: Style) -> str:
+def format_run(shown: Mapping[str, Any], style: Style) -> str:
     """Return --history RUN as text: all that is known of one run."""
     import json
+    run, = shown["runs"]
     facts = [("run", run["run_id"] + (f", which resumed run {run['resumes']}"
                                       if run["resumes"] else "")),
              ("status", run["status"]), ("targets", " ".join(run["targets"])),
@@ -6940,19 +6930,19 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
     stands above the ENGINE mark, by name.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    name, call = name or find_name(), None
-    verbose, code = "-v" in argv or "--verbose" in argv, EXIT_SUCCESS
+    verbose, code, call = "-v" in argv or "--verbose" in argv, EXIT_SUCCESS, None
     try:
         check_not_hidden(yours)
         check_spelling(yours)
-        options, arguments = parse_arguments(make_parser(add_arguments), argv)
+        options, arguments = parse_arguments(add_arguments, argv)
         verbose = options.verbose
         load = read_pipeline if options.command is command_check else load_pipeline
-        pipeline = load(tool_map, stages, get_connection, name=name, limits=limits)
+        pipeline = load(tool_map, stages, get_connection, name=name or find_name(), limits=limits)
         base = find_base(get_connection)
+        home = home or os.environ.get("ORCHESTRATOR_HOME") or os.path.join(base, ".orchestrator")
         call = Call(pipeline, options, arguments, argv, base,
-                    find_pipeline_folder(home or find_home(base), pipeline.name),
-                    lambda *how: parse_arguments(make_parser(add_arguments), *how))
+                    find_pipeline_folder(home, pipeline.name),
+                    lambda *how: parse_arguments(add_arguments, *how))
         code = options.command(call)
         if is_open(sys.stdout):
             show("", end="")  # what tools printed last goes out while a failure can be told
@@ -6976,11 +6966,6 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
     except Exception as error:
         say(format_traceback(error, verbose=True) + format_bug(argv))
         return EXIT_BUG
-
-
-def find_home(base: str) -> str:
-    """Return the folder for histories, where main() was not told one."""
-    return os.environ.get("ORCHESTRATOR_HOME") or os.path.join(base, ".orchestrator")
 
 
 def find_name() -> str:
@@ -7148,16 +7133,13 @@ def read_whole(text: str) -> int:
 
 def check_companions(options: Any) -> None:
     """Raise UserError for a flag that says nothing beside the command that was given."""
-    command = options.command
-    for flag, commands in [("json", (command_list, command_plan, command_status, command_history,
-                                     command_logs, command_items)),
-                           ("failed", (command_items,)), ("last", (command_history,)),
-                           ("run", (command_logs,)),
-                           ("tail", (command_logs,)), ("follow", (command_logs,))]:
+    command = options.command.__name__[len("command_"):]
+    for flag, commands in [("json", ("list", "plan", "status", "history", "logs", "items")),
+                           ("failed", ("items",)), ("last", ("history",)), ("run", ("logs",)),
+                           ("tail", ("logs",)), ("follow", ("logs",))]:
         if getattr(options, flag) not in (None, False) and command not in commands:
-            names = [each.__name__.partition("_")[2].replace("_", "-") for each in commands]
-            raise UserError(f"--{flag} goes with --{', --'.join(names)}.", "Add one of them."
-                            if len(names) > 1 else "Add it.")
+            raise UserError(f"--{flag} goes with --{', --'.join(commands)}.",
+                            "Add one of them." if len(commands) > 1 else "Add it.")
     for flag in ("step", "reverse", "reprocess"):
         if getattr(options, flag) and not options.backfill:
             raise UserError(f"--{flag} goes with --backfill.", "Add it: --backfill A..B.")
@@ -7242,14 +7224,14 @@ def add_commands(look: Any) -> None:
     look.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
-def parse_arguments(parser_names: Tuple[Parser, Sequence[str]], argv: Sequence[str],
+def parse_arguments(add_arguments: Optional[Callable[[Any], None]], argv: Sequence[str],
                     with_defaults: bool = True) -> Tuple[Any, Dict[str, Any]]:
     """Return the engine's options, and apart from them the arguments that tools get.
 
     What add_arguments() requires is so for a run, not for looking, nor for a resume, which takes
     it from the run.
     """
-    parser, names = parser_names
+    parser, names = make_parser(add_arguments)
     required = [each for each in (*parser._actions, *parser._mutually_exclusive_groups)
                 if each.required]
     for each in required:
@@ -7314,28 +7296,43 @@ def look_at(history: NoHistory, call: Call) -> NoHistory:
     return history
 
 
+def find_tools(call: Call) -> List[str]:
+    """Return the tools to show: those of the targets, or without any all."""
+    if not call.options.targets:
+        return list(call.pipeline.tools)
+    return [step.tool for step in make_plan(call.pipeline, call.options.targets).steps]
+
+
+def check_tool(call: Call, name: str) -> None:
+    """Raise UserError if there is no tool of that name."""
+    if name not in call.pipeline.tools:
+        raise UserError(f"There is no tool {name!r}.", format_nearest(name, call.pipeline.tools))
+
+
+def answer(call: Call, shown: Mapping[str, Any],
+           format_text: Callable[[Mapping[str, Any], Style], str]) -> int:
+    """Show what a command was asked for, as text or as JSON."""
+    show(to_json(shown) if call.options.json else format_text(shown, make_style(sys.stdout)))
+    return EXIT_SUCCESS
+
+
 def command_list(call: Call) -> int:
     """Show the tools and stages; with targets, those that belong to them."""
-    tools = list(call.pipeline.tools)
-    if call.options.targets:
-        tools = [step.tool for step in make_plan(call.pipeline, call.options.targets).steps]
+    tools = find_tools(call)
     try:
         history = look_at(open_history(call), call)
         shown = make_list(call.pipeline, tools, find_summary, history.find_last)
     except UserError as error:  # of the history, without which there is still a list
         say(str(error))
         shown = make_list(call.pipeline, tools, find_summary, NoHistory().find_last)
-    show(to_json(shown) if call.options.json else format_list(shown, make_style(sys.stdout)))
-    return EXIT_SUCCESS
+    return answer(call, shown, format_list)
 
 
 def command_plan(call: Call) -> int:
     """Show the plan; of a backfill, the periods."""
     if call.options.backfill:
         periods = find_periods(call, open_history(call))
-        show(to_json(make_backfill_view(periods)) if call.options.json
-             else format_backfill(periods, make_style(sys.stdout)))
-        return EXIT_SUCCESS
+        return answer(call, make_backfill_view(periods), format_backfill)
     plan, _, _ = find_plan(call, open_history(call))
     show(to_json(make_plan_view(plan)) if call.options.json
          else format_plan(plan, make_style(sys.stdout)))
@@ -7361,14 +7358,12 @@ def command_check(call: Call) -> int:
 def command_status(call: Call) -> int:
     """Show how each tool ended last, and what runs now."""
     history = look_at(need_history(call), call)
-    tools = [step.tool for step in make_plan(call.pipeline, call.options.targets).steps] \
-        if call.options.targets else list(call.pipeline.tools)
+    tools = find_tools(call)
     running, attempts = (None, []) if history.killed else find_running(history)
     lasts = {tool: history.find_last(tool) for tool in tools}
     shown = make_status(tools, lasts.get, running, attempts, Clock().wall(),
                         count_items_of(call, history, lasts))
-    show(to_json(shown) if call.options.json else format_status(shown, make_style(sys.stdout)))
-    return EXIT_SUCCESS
+    return answer(call, shown, format_status)
 
 
 def count_items_of(call: Call, history: NoHistory,
@@ -7377,7 +7372,7 @@ def count_items_of(call: Call, history: NoHistory,
     `lasts` gives the newest row of each.
     """
     import json
-    lasts = {tool: last if last["attempt"] else history.find_last_attempt(tool)
+    lasts = {tool: last if last["attempt"] else history.find_last(tool, 1)
              for tool, last in lasts.items() if last}
     counts: Dict[str, Dict[str, int]] = {}
     having = {tool: last for tool, last in lasts.items() if last and last["items"]}
@@ -7395,8 +7390,7 @@ def count_items_of(call: Call, history: NoHistory,
 @contextlib.contextmanager
 def open_connection(call: Call) -> Iterator[Any]:
     """Hold the pipeline's connection to look at what is there. Raise UserError if that fails."""
-    database = Database(call.pipeline.get_connection)
-    try:
+    with contextlib.closing(Database(call.pipeline.get_connection)) as database:
         try:
             database.begin()
         except Exception as error:
@@ -7405,8 +7399,6 @@ def open_connection(call: Call) -> Iterator[Any]:
                             ) from error
         yield database.conn
         database.rollback()
-    finally:
-        database.close()
 
 
 def open_ledger(call: Call, conn: Any, tool: str) -> Optional[Ledger]:
@@ -7424,8 +7416,7 @@ def command_items(call: Call) -> int:
     """Show the items of a tool that were tried, or those that failed."""
     options = call.options
     tool, *names = options.operand
-    if tool not in call.pipeline.tools:
-        raise UserError(f"There is no tool {tool!r}.", format_nearest(tool, call.pipeline.tools))
+    check_tool(call, tool)
     if not has_items(call.pipeline.tools[tool]):
         raise UserError(f"{tool} has no items.", "A tool has items if its module has a function "
                         'items(), or if TOOL_MAP says "each" of it.')
@@ -7461,23 +7452,19 @@ def command_history(call: Call) -> int:
         attempts = history.load_attempts(run)
         for row in attempts:
             row["log"] = row["log"] and format_path(os.path.join(call.folder, row["log"]))
-        shown = make_run_view(run, attempts, is_detailed=True)
-        text = format_run(shown, make_style(sys.stdout))
-    else:
-        runs = history.load_last_runs(10 if options.last is None else options.last)
-        shown = {"runs": [make_run_view(run, history.load_attempts(run)) for run in runs]}
-        text = format_runs(shown["runs"], make_style(sys.stdout))
-    show(to_json({"runs": [shown]} if options.operand else shown) if options.json else text)
-    return EXIT_SUCCESS
+        return answer(call, {"runs": [make_run_view(run, attempts, is_detailed=True)]}, format_run)
+    runs = history.load_last_runs(10 if options.last is None else options.last)
+    views = [make_run_view(run, history.load_attempts(run)) for run in runs]
+    return answer(call, {"runs": views}, format_runs)
 
 
 def command_logs(call: Call) -> int:
     """Show what tools printed: in the last run or another, all tools or one."""
     history, options = need_history(call), call.options
     tool = options.operand
-    if tool and tool not in call.pipeline.tools:
-        raise UserError(f"There is no tool {tool!r}.", format_nearest(tool, call.pipeline.tools))
-    last = history.find_last_attempt(tool) if tool and not options.run else None
+    if tool:
+        check_tool(call, tool)
+    last = history.find_last(tool, 1) if tool and not options.run else None
     run_id = options.run or (str(last["run_id"]) if last else None)
     runs = [history.find_run(run_id)] if run_id else history.load_last_runs(1)
     shown: Dict[str, int] = {}  # by log: how much of it was shown
@@ -7528,15 +7515,23 @@ def find_new_lines(row: Row, log: str, shown: Dict[str, int],
         show(line)
 
 
+@contextlib.contextmanager
+def change_history(call: Call) -> Iterator[History]:
+    """Hold the history to write to it, in which a run that was killed is closed, and say so."""
+    with hold_history(call.folder, call.base, call.options.wait) as history:
+        run_id, tools = history.close_killed()
+        if run_id:
+            where = f"at {', '.join(tools)}" if tools else "between two tools"
+            say(f"Run {run_id} was cut off {where}; it is recorded as interrupted.")
+        yield history
+
+
 def command_mark_done(call: Call) -> int:
     """Record tools of the run that a resume would go on with as done, by hand."""
     for tool in call.options.operand:
-        if tool not in call.pipeline.tools:
-            raise UserError(f"There is no tool {tool!r}.",
-                            format_nearest(tool, call.pipeline.tools))
+        check_tool(call, tool)
     call.options.resume = ""
-    with hold_history(call.folder, call.base, call.options.wait) as history:
-        tell_killed(history)
+    with change_history(call) as history:
         plan, request, arguments = find_plan(call, history)
         left = mark_done(call.pipeline, plan, request, arguments, history, call.options.operand,
                          Clock().wall())
@@ -7555,8 +7550,7 @@ def command_prune(call: Call) -> int:
         raise UserError(f"--prune: {text!r} is no duration.",
                         'Write "90d" to forget runs that are older than 90 days.') from None
     need_history(call)
-    with hold_history(call.folder, call.base, call.options.wait) as history:
-        tell_killed(history)
+    with change_history(call) as history:
         gone = history.prune(Clock().wall() - age_s)
     show(f"{format_plural(len(gone) or 'no', 'run')} forgotten")
     return EXIT_SUCCESS
@@ -7566,8 +7560,7 @@ def command_run(call: Call) -> int:
     """Run the plan, and tell on stderr how it goes."""
     if call.options.no_history:
         return carry_out(call, NoHistory())
-    with hold_history(call.folder, call.base, call.options.wait) as history:
-        tell_killed(history)
+    with change_history(call) as history:
         return (backfill if call.options.backfill else carry_out)(call, history)
 
 
@@ -7610,14 +7603,6 @@ def backfill(call: Call, history: History) -> int:
         again = [] if call.options.reprocess else ["--reprocess", "failed"]
         say("Next: " + format_command([*program_words(), *call.argv, *again]))
     return max(codes.values(), default=EXIT_SUCCESS) or (EXIT_FAILED if failed else EXIT_SUCCESS)
-
-
-def tell_killed(history: History) -> None:
-    """Close a run that was killed, and say so."""
-    run_id, tools = history.close_killed()
-    if run_id:
-        where = f"at {', '.join(tools)}" if tools else "between two tools"
-        say(f"Run {run_id} was cut off {where}; it is recorded as interrupted.")
 
 
 def find_plan(call: Call, history: NoHistory,
@@ -7775,10 +7760,10 @@ class Screen:
         In pieces, so that it may be larger than memory; with the tool's name in front of each
         line where several tools are shown at once.
         """
-        file, shown = self.outputs.pop(tool, ("", 0))
-        if not file or not os.path.exists(file):
-            if not is_whole and file:
-                self.outputs[tool] = (file, shown)
+        file, shown = self.outputs.get(tool, ("", 0))
+        if is_whole:
+            self.outputs.pop(tool, None)
+        if not os.path.exists(file):
             return
         if self.is_live:
             self.write("")
@@ -7800,7 +7785,7 @@ class Screen:
                     self.has_lost = True
                     self.write(f"stdout could not be written: {problem}; --logs shows all of it")
         if not is_whole:
-            self.outputs[tool] = (file, shown)
+            self.outputs[tool] = file, shown
 
     def show(self, event: Event) -> None:
         """Write the line of an event, unless only failures are wanted."""
