@@ -1095,14 +1095,10 @@ def expand_reasons(pipeline: Pipeline, target: str) -> Dict[str, str]:
     if target == name:
         return reasons
     edges = {tool: () if needs == ALL_BEFORE else needs for tool, needs in pipeline.needs.items()}
-    added: Dict[str, str] = {}
-    if target.startswith("+"):
-        added.update({each: f"needed by {tool}" for tool in tools
-                      for each in find_all_before(tool, edges)})
-    if target.endswith("+"):
-        after = invert(edges)
-        added.update({each: f"needs {tool}" for tool in tools
-                      for each in find_all_before(tool, after)})
+    ways = [("needed by", edges)] if target.startswith("+") else []
+    ways += [("needs", invert(edges))] if target.endswith("+") else []
+    added = {each: f"{word} {tool}" for word, way in ways for tool in tools
+             for each in find_all_before(tool, way)}
     return {**reasons, **{tool: added[tool] for tool in pipeline.tools
                           if tool in added and tool not in reasons}}
 
