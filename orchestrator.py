@@ -1508,12 +1508,9 @@ def make_folder(folder: str) -> None:
 
 def write_private(path: str, text: str = "") -> None:
     """Create a file that only its owner can read, if it is not there."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        if not os.fstat(fd).st_size:
-            os.write(fd, text.encode())
-    finally:
-        os.close(fd)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
+        if not file.tell():
+            file.write(text.encode())
 
 
 def refused(path: str, error: BaseException) -> UserError:
@@ -1954,13 +1951,15 @@ class History(NoHistory):
 
     def find_run(self, run_id: str) -> Dict[str, Any]:
         """Return a row of `runs`. Raise UserError if there is none with that id."""
-        found = self._load_runs("WHERE run_id = ?", (run_id,)) if str(run_id).isascii() else []
-        if not found:
+        run = None
+        if str(run_id).isascii():
+            run = self._find_last_run("WHERE run_id = ?", (run_id,))
+        if run is None:
             newest = self.do("SELECT max(run_id) FROM runs").fetchone()[0]
             raise UserError(f"There is no run {run_id!r}.",
                             f"The last run is {newest}; --history shows which there are."
                             if newest else "Nothing has been run yet.")
-        return found[0]
+        return run
 
     def find_last_like(self, request: Request,
                        arguments: Mapping[str, Any]) -> Tuple[Optional[int], str]:
@@ -1973,12 +1972,15 @@ class History(NoHistory):
 
     def find_running(self) -> Optional[Dict[str, Any]]:
         """Return the row of the run that is not recorded as ended: it goes on, or was killed."""
-        runs = self._load_runs("WHERE status = 'running' ORDER BY run_id DESC LIMIT 1")
-        return runs[0] if runs else None
+        return self._find_last_run("WHERE status = 'running'")
 
     def load_last_runs(self, count: int) -> List[Dict[str, Any]]:
         """Return the rows of the last runs, the newest first."""
         return self._load_runs("ORDER BY run_id DESC LIMIT ?", (count,))
+
+    def _find_last_run(self, where: str, values: Sequence[Any] = ()) -> Optional[Dict[str, Any]]:
+        runs = self._load_runs(f"{where} ORDER BY run_id DESC LIMIT 1", values)
+        return runs[0] if runs else None
 
     def _load_runs(self, where: str, values: Sequence[Any] = ()) -> List[Dict[str, Any]]:
         import json
@@ -2007,19 +2009,13 @@ class History(NoHistory):
         Without an id, of the last run that did not succeed. Raise Settled if there is nothing
         to resume.
         """
-        if run_id is not None:
-            run = self.find_run(run_id)
-        else:
-            runs = self._load_runs("WHERE status <> 'success' ORDER BY run_id DESC LIMIT 1")
-            if not runs:
-                raise Settled("There is nothing to resume: no run failed or was interrupted.")
-            run = runs[0]
-        while True:
-            next_one = self._load_runs("WHERE resumes = ? ORDER BY run_id DESC LIMIT 1",
-                                      (run["run_id"],))
-            if not next_one:
-                break
-            run = next_one[0]
+        next_one = self._find_last_run("WHERE status <> 'success'") if run_id is None \
+            else self.find_run(run_id)
+        if next_one is None:
+            raise Settled("There is nothing to resume: no run failed or was interrupted.")
+        while next_one:
+            run = next_one
+            next_one = self._find_last_run("WHERE resumes = ?", (run["run_id"],))
         good = self.do(
             "SELECT a.run_id FROM runs a, runs b WHERE b.run_id = ? AND a.run_id >= b.run_id "
             "AND a.status = 'success' AND a.targets = b.targets AND a.exclude = b.exclude "
@@ -2214,11 +2210,8 @@ def open_log(path: str) -> int:
 
 def append_log(path: str, line: str) -> None:
     """Add a line to a log."""
-    fd = open_log(path)
-    try:
-        os.write(fd, line.encode("utf-8", "backslashreplace") + b"\n")
-    finally:
-        os.close(fd)
+    with open(open_log(path), "ab") as file:
+        file.write(line.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def tidy_log(path: str) -> None:
