@@ -6624,14 +6624,15 @@ def make_list(pipeline: Pipeline, tools: Sequence[str], find_summary: Callable[[
         return row and {"status": row["status"], "run_id": str(row["run_id"]),
                         "at": format_moment(row["started_at"])}
 
-    stages = [s for s in pipeline.stages.values() if set(s.tools) <= set(tools)]
+    tools_of = {stage.name: {*stage.tools} for stage in pipeline.stages.values()}
     return {
         "tools": [{"name": name, "module": pipeline.tools[name].module,
                    "summary": find_summary(pipeline.tools[name]),
                    "needs": pipeline.needs[name],
-                   "stages": [s.name for s in pipeline.stages.values() if name in s.tools],
+                   "stages": [stage for stage, there in tools_of.items() if name in there],
                    "last": make_last(find_last(name))} for name in tools],
-        "stages": [{"name": s.name, "tools": list(s.tools)} for s in stages],
+        "stages": [{"name": stage, "tools": list(pipeline.stages[stage].tools)}
+                   for stage, there in tools_of.items() if there.issubset(tools)],
     }
 
 
@@ -6796,9 +6797,8 @@ def format_counts(items: Optional[Mapping[str, int]]) -> str:
     """Return how many items have each status, in words."""
     if items is None:
         return ""
-    words = {"success": "done"}
-    return ", ".join(f"{count:,} {words.get(status, status)}" for status, count in items.items()
-                     if count or status == "success")
+    return ", ".join(f"{count:,} {'done' if status == 'success' else status}"
+                     for status, count in items.items() if count or status == "success")
 
 
 def make_item_view(row: Row) -> Dict[str, Any]:
@@ -7412,19 +7412,18 @@ def command_items(call: Call) -> int:
     wanted = ITEM_STATUSES[1:] if options.failed else ITEM_STATUSES
     found, count = [], 0
     with open_connection(call) as conn:
-        ledger, after = open_ledger(call, conn, tool), ""
-        while ledger is not None:
-            rows = ledger.load_items(wanted, after)
+        ledger = open_ledger(call, conn, tool)
+        rows = ledger.load_items(wanted, "") if ledger else []
+        while rows:
             page = [make_item_view(row) for row in rows if not names or row["item"] in names]
             count += len(page)
             if options.json:
                 found += page
             elif page:
                 show(format_items(page, make_style(sys.stdout)))
-            if not rows:
-                ledger.close()
-                break
-            after = rows[-1]["item"]
+            rows = ledger.load_items(wanted, rows[-1]["item"])
+        if ledger:
+            ledger.close()
     if options.json:
         show(to_json({"items": found}))
     elif not count:
@@ -7526,7 +7525,7 @@ def command_mark_done(call: Call) -> int:
                          Clock().wall())
     say("Marked as done: " + ", ".join(call.options.operand) + ".")
     say(f"Left to do: {', '.join(left)}. Next: "
-        + format_command([*program_words(), "--resume"]) if left else "Nothing is left to do.")
+        + format_command("--resume") if left else "Nothing is left to do.")
     return EXIT_SUCCESS
 
 
@@ -7590,7 +7589,7 @@ def backfill(call: Call, history: History) -> int:
         f"alone, {len(failed)} failed" + (": " + ", ".join(failed[:10]) if failed else ""))
     if failed:
         again = [] if call.options.reprocess else ["--reprocess", "failed"]
-        say("Next: " + format_command([*program_words(), *call.argv, *again]))
+        say("Next: " + format_command(*call.argv, *again))
     return max(codes.values(), default=EXIT_SUCCESS) or (EXIT_FAILED if failed else EXIT_SUCCESS)
 
 
@@ -7641,8 +7640,7 @@ def check_nothing_beside_resume(call: Call) -> None:
     """Raise UserError for words beside --resume that the resumed run itself says."""
     options = call.options
     given = [*options.targets, *(f"--exclude {name}" for name in options.exclude),
-             *(["--from"] if options.start_from else []),
-             *(["--no-history"] if options.no_history else [])]
+             *["--from"] * bool(options.start_from), *["--no-history"] * options.no_history]
     given += [f"--{name.replace('_', '-')}" for name in call.parse(call.argv, False)[1]]
     if given:
         raise UserError(f"--resume takes targets, arguments and exclusions from the run that it "
@@ -7903,21 +7901,19 @@ def make_next_command(result: RunResult, call: Call) -> str:
         for tool, o in result.outcomes.items():  # of whose items some have no try left
             flags += ["--retry-items", tool] * bool(o.items and o.items["failed"])
         flags += ["--jobs", str(options.jobs)] if options.jobs != 1 else []
-        return format_command([*program_words(), "--resume", *flags])
+        return format_command("--resume", *flags)
     words = [word for i, word in enumerate(argv) if not word.startswith("--from=")
              and word != "--from" and (i == 0 or argv[i - 1] != "--from")]
-    return format_command([*program_words(), *words, "--from", left[0]])
+    return format_command(*words, "--from", left[0])
 
 
-def program_words() -> List[str]:
-    """Return how this program was started: `python orchestrator.py`, or `python -m package`."""
+def format_command(*words: str) -> str:
+    """Return how one would start this program with other words, in the system's shell:
+    `python orchestrator.py --resume`, or `python -m package --resume`.
+    """
     python = os.path.basename(sys.executable or "python")
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [python, "-m", spec.name] if spec else [python, sys.argv[0]]
-
-
-def format_command(words: Sequence[str]) -> str:
-    """Return words as one would type them into the system's shell."""
+    words = (python, "-m", spec.name, *words) if spec else (python, sys.argv[0], *words)
     if os.name == "nt":
         from subprocess import list2cmdline
         return list2cmdline(words)
