@@ -490,9 +490,10 @@ def read_pipeline(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any
 
     Raise UserError for tables that can not be read at all.
     """
+    stages, limits = ({} if table is None else table for table in (stages, limits))
     check_table("TOOL_MAP", tool_map)
-    check_table("STAGES", {} if stages is None else stages)
-    check_table("LIMITS", {} if limits is None else limits)
+    check_table("STAGES", stages)
+    check_table("LIMITS", limits)
     if not tool_map:
         raise UserError("TOOL_MAP is empty.", 'Add a tool to it: "fetch": "my_folder.fetch".')
     if get_connection is not None and not callable(get_connection):
@@ -502,11 +503,11 @@ def read_pipeline(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any
     tools = make_all(errors, make_tool, tool_map)
     errors += find_unknown_needs(tools, tool_map)
     needs = find_needs(errors, tools)
-    members = make_all(errors, make_members, stages or {})
-    errors += find_unknown_members(tool_map, {**dict.fromkeys(stages or {}, ()), **members})
+    members = make_all(errors, make_members, stages)
+    errors += find_unknown_members(tool_map, {**dict.fromkeys(stages, ()), **members})
     expanded = expand_stages(errors, tool_map, members)
-    known = make_all(errors, make_limit, limits or {})
-    errors += find_wrong_uses(tools, {**dict.fromkeys(limits or {}, 0), **known})
+    known = make_all(errors, make_limit, limits)
+    errors += find_wrong_uses(tools, {**dict.fromkeys(limits, 0), **known})
     return Pipeline(name or "pipeline", tools, expanded, needs, known,
                     get_connection or no_connection, tuple(errors))
 
@@ -1343,15 +1344,11 @@ def decide_period(period: Period, run_id: Optional[int], status: str, reprocess:
     """Return a period with what is to be done of it, by the last run of it and --reprocess."""
     if run_id is None:
         return period
-    if status == "success":
-        action, reason = ("run", "again, ") if reprocess == "all" else ("skip", "")
-        return period._replace(action=action, reason=f"{reason}done in run {run_id}", run_id=run_id)
-    if status == "failed":
-        action = {"all": "run", "failed": "resume"}.get(reprocess, "skip")
-        reason = f"failed in run {run_id}" + "; see --reprocess" * (action == "skip")
-    else:
-        action = "run" if reprocess == "all" else "resume"
-        reason = f"interrupted in run {run_id}"
+    is_left = status == "success" or status == "failed" and reprocess != "failed"
+    action = "run" if reprocess == "all" else "skip" if is_left else "resume"
+    how = {"success": "done", "failed": "failed"}.get(status, "interrupted")
+    reason = ("again, " * (how == "done" and action == "run") + f"{how} in run {run_id}"
+              + "; see --reprocess" * (how == "failed" and action == "skip"))
     return period._replace(action=action, reason=reason, run_id=run_id)
 
 
@@ -1360,7 +1357,7 @@ def leave_out(pipeline: Pipeline, order: List[str], exclude: Sequence[str],
     """Return the tools that --exclude and --from leave, in order."""
     excluded = {tool for name in exclude for tool in expand_reasons(pipeline, name)}
     if start_from is not None:
-        first = {start_from, *expand_target(pipeline, start_from)}
+        first = set(expand_target(pipeline, start_from))
         start = next((i for i, tool in enumerate(order) if tool in first), None)
         if start is None:
             raise UserError(f"--from: {start_from!r} is not in this plan.",
