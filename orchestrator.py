@@ -1985,7 +1985,7 @@ class History(NoHistory):
             f"SELECT * FROM runs {where}", values))  # noqa: S608 - text of our own
         for run in runs:
             for name in ("targets", "exclude", "arguments", "words", "sources"):
-                run[name] = json.loads(run[name]) if run[name] is not None else None
+                run[name] = run[name] and json.loads(run[name])
         return runs
 
     def load_attempts(self, run: Mapping[str, Any]) -> List[Dict[str, Any]]:
@@ -6817,14 +6817,13 @@ def format_items(shown: Sequence[Mapping[str, Any]], style: Style) -> str:
 
 def make_backfill_view(periods: Sequence[Period]) -> Dict[str, Any]:
     """Return what --plan shows of a backfill, as data."""
-    return {"periods": [{"period_start": p.start, "period_end": p.end, "action": p.action,
-                         "reason": p.reason, "run_id": p.run_id and str(p.run_id)}
-                        for p in periods]}
+    return {"periods": [{**p.arguments(), "action": p.action, "reason": p.reason,
+                         "run_id": p.run_id and str(p.run_id)} for p in periods]}
 
 
 def format_backfill(shown: Mapping[str, Any], style: Style) -> str:
     """Return --plan of a backfill as text."""
-    columns, periods = ("period_start", "period_end", "action", "reason"), shown["periods"]
+    columns, periods = (*PERIOD_ARGUMENTS, "action", "reason"), shown["periods"]
     lines = format_table(columns, [[p[name] for name in columns] for p in periods], style)
     left = sum(p["action"] != "skip" for p in periods)
     return "\n".join([*lines, "", f"{left} of {format_plural(len(periods), 'period')} to run"])
@@ -7478,7 +7477,7 @@ def find_new_lines(row: Row, log: str, shown: Dict[str, int],
     """Show what is new in a log, or yield it for --json; note in `shown` how far that is."""
     if not has_bytes(log):
         return
-    is_new, lines = log not in shown, []
+    is_new = log not in shown
     if is_new and options.tail is not None:
         shown[log] = os.path.getsize(log)
         lines = read_tail(log, options.tail)
