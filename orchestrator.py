@@ -4813,8 +4813,8 @@ class Workers:
 
     def __init__(self, count: int, pipeline: Pipeline, arguments: Mapping[str, Any],
                  verbose: bool, folder: str) -> None:
-        serve = Server(pipeline, dict(arguments), verbose, folder)
-        self.starter: Any = Nursery(serve) if can_fork() else Spawner(serve)
+        server = Server(pipeline, dict(arguments), verbose, folder)
+        self.starter: Any = Nursery(server) if can_fork() else Spawner(server)
         self.workers: List[Worker] = []
         self.idle: List[Worker] = []
         for _ in range(count):
@@ -5013,7 +5013,7 @@ class Nursery:
     """
     NEWBORN = 1 << 20
 
-    def __init__(self, serve: "Server") -> None:
+    def __init__(self, server: "Server") -> None:
         import socket
         self.socket, theirs = socket.socketpair()
         life, self.life = os.pipe()  # its writing end is ours alone: it closes when we die
@@ -5027,7 +5027,7 @@ class Nursery:
             try:
                 self.socket.close()
                 os.close(self.life)
-                tend(theirs, life, serve)
+                tend(theirs, life, server)
             finally:
                 os._exit(EXIT_BUG)
         theirs.close()
@@ -5078,7 +5078,7 @@ class Nursery:
         os.waitpid(self.pid, 0)
 
 
-def tend(socket: Any, life: int, serve: "Server") -> None:
+def tend(socket: Any, life: int, server: "Server") -> None:
     """Fork workers as asked over a socket, and tell how each ends. Runs in the nursery."""
     import select
     import signal
@@ -5110,7 +5110,7 @@ def tend(socket: Any, life: int, serve: "Server") -> None:
                 signal.set_wakeup_fd(-1)
                 for number in ours:
                     signal.signal(number, signal.SIG_DFL)
-                serve.begin(fds[0], life)
+                server.serve_forked(fds[0], life)
             own_group(pid)
             workers.append(pid)
             send_pair(socket, pid, Nursery.NEWBORN)
@@ -5153,18 +5153,17 @@ def own_group(pid: int) -> None:
 class Spawner:
     """Starts workers as fresh interpreters: where we can not fork, or other threads are about."""
 
-    def __init__(self, serve: "Server") -> None:
+    def __init__(self, server: "Server") -> None:
         from multiprocessing import get_context
-        check_can_spawn(serve.pipeline.get_connection)
-        self.serve, self.context = serve, get_context("spawn")
+        check_can_spawn(server.pipeline.get_connection)
+        self.server, self.context = server, get_context("spawn")
         self.life_read, self.life = self.context.Pipe(duplex=False)
         self.processes: Dict[int, Any] = {}
 
     def start(self) -> Worker:
         """Return a new worker."""
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=self.serve.begin_spawned,
-                                       args=(theirs, self.life_read))
+        process = self.context.Process(target=self.server.serve, args=(theirs, self.life_read))
         process.start()
         theirs.close()
         self.processes[process.pid] = process
@@ -5233,41 +5232,19 @@ class Server:
         self.pipeline, self.arguments, self.verbose = pipeline, arguments, verbose
         self.folder = folder  # of the history, or ""
 
-    def begin(self, channel_fd: int, life_fd: int) -> None:
+    def serve_forked(self, channel_fd: int, life_fd: int) -> None:
         """Be a forked worker. Does not return."""
         from multiprocessing.connection import Connection
         try:
-            own_group(0)
-            die_with_orchestrator(life_fd)
-            self.serve(Connection(channel_fd))
+            self.serve(Connection(channel_fd), Connection(life_fd))
         finally:
             os._exit(EXIT_BUG)
 
-    def begin_spawned(self, channel: Any, life: Any) -> None:
-        """Be a spawned worker. Does not return."""
-        if os.name == "nt":
-            self.watch_on_windows(life)
-        else:
-            own_group(0)
-            die_with_orchestrator(life.fileno())
-        self.serve(channel)
-
-    @staticmethod
-    def watch_on_windows(life: Any) -> None:
-        """End this process when the orchestrator dies, which alone holds the other end."""
+    def serve(self, channel: Any, life: Any) -> None:
+        """Execute attempts one after another. Does not return."""
         import threading
-
-        def watch() -> None:
-            try:
-                life.recv_bytes()
-            except (EOFError, OSError):
-                os._exit(EXIT_FAILED)
-
-        threading.Thread(target=watch, daemon=True).start()
-
-    def serve(self, channel: Any) -> None:
-        """Execute attempts one after another."""
-        import threading
+        own_group(0)
+        die_with_orchestrator(life)
         self.lock = threading.RLock()  # threads of a tool share the channel, one message at a time
         pid = os.getpid()
         if self.folder:
@@ -5343,12 +5320,13 @@ class Server:
                 results.close()
 
 
-def die_with_orchestrator(life_fd: int) -> None:
+def die_with_orchestrator(life: Any) -> None:
     """End this process's group when the orchestrator dies, however that happens.
 
-    Its end of a pipe closes then. On Linux the kernel itself kills the group at that moment
-    (fcntl(2): O_ASYNC, F_SETOWN, F_SETSIG), also in the middle of C code. Elsewhere a thread
-    waits for it, which code that holds the interpreter's lock can delay.
+    `life` is a pipe of which it alone holds the other end, which closes then. On Linux the kernel
+    itself kills the group at that moment (fcntl(2): O_ASYNC, F_SETOWN, F_SETSIG), also in the
+    middle of C code. Elsewhere a thread waits for it, which code that holds the interpreter's
+    lock can delay.
     """
     import signal
     import threading
@@ -5356,7 +5334,7 @@ def die_with_orchestrator(life_fd: int) -> None:
         import fcntl
         import select
         # Reopened, because the owner belongs to the open file, which all workers would share.
-        fd = os.open(f"/proc/self/fd/{life_fd}", os.O_RDONLY | os.O_NONBLOCK)
+        fd = os.open(f"/proc/self/fd/{life.fileno()}", os.O_RDONLY | os.O_NONBLOCK)
         fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpid())
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
@@ -5365,7 +5343,8 @@ def die_with_orchestrator(life_fd: int) -> None:
         return
 
     def watch() -> None:
-        os.read(life_fd, 1)
+        with contextlib.suppress(EOFError, OSError):
+            life.recv_bytes()
         signal_group(os.getpid(), "SIGKILL")
 
     threading.Thread(target=watch, daemon=True).start()
