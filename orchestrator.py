@@ -4510,15 +4510,15 @@ def format_place(error: BaseException, tool: Tool) -> str:
 # === 8 WORKERS ==================================================================================
 # The ways to execute attempts, behind one interface: start(order) begins an attempt, wait(timeout)
 # returns what came of those that were begun, as (kind, job, what): "event" with the fields of an
-# Event, "items" with some that are pending, or "ended" with an Outcome; terminate(job) and
-# kill(job) end an attempt, close() all.
+# Event, "items" with some that are pending, or "ended" with an Outcome; signal(job, name) asks an
+# attempt to end, or ends it; close() ends all.
 # It does not decide what runs, when to give up, or what an outcome means.
 
 
 class Order(NamedTuple):
     """An attempt to execute, or a part of one: which try of which tool, with what results,
-    printing to where. `is_kept` says that its result is to be recorded; `items` what is to be
-    done of its items, if it has some; `job` is what it is called by who ordered it.
+    printing to where. `items` says what is to be done of its items, if it has some; `job` is what
+    it is called by who ordered it.
     """
     job: str
     tool: str
@@ -4527,7 +4527,6 @@ class Order(NamedTuple):
     results: Mapping[str, Any]
     output: str = ""
     last_success_at: Optional[float] = None
-    is_kept: bool = False
     items: Optional[ItemOrder] = None
 
 
@@ -4551,8 +4550,8 @@ class Here:
         self.capture.drain()
         self._tell(kind, tool, **what)
 
-    def reserve(self, tool: str) -> int:
-        """Return the id of the process that will execute a tool."""
+    def reserve(self) -> int:
+        """Return the id of the process that will execute what is started next."""
         return os.getpid()
 
     def start(self, order: Order) -> None:
@@ -4799,8 +4798,13 @@ class Worker:
         self.channel, self.pid = channel, pid
         self.job = ""  # what it executes, if anything
         self.results: Mapping[str, Any] = {}  # what that may see
-        self.is_leaving = False  # whether it was told, or said, that it goes
         self.was_signalled = False  # whether a signal was sent to it, of which it may not know yet
+
+    def hang_up(self) -> None:
+        """Close the channel, if it is open: the worker goes when it waits for its next order."""
+        if self.channel:
+            self.channel.close()
+            self.channel = None
 
 
 class Workers:
@@ -4816,17 +4820,17 @@ class Workers:
         server = Server(pipeline, dict(arguments), verbose, folder)
         self.starter: Any = Nursery(server) if can_fork() else Spawner(server)
         self.workers: List[Worker] = []
-        self.idle: List[Worker] = []
-        for _ in range(count):
-            self.idle.append(self._add())
+        self.idle = [self._add() for _ in range(count)]
 
     def _add(self) -> Worker:
         worker = self.starter.start()
         self.workers.append(worker)
         return worker
 
-    def reserve(self, tool: str) -> int:
-        """Return the id of the process that will execute a tool, as far as can be foreseen."""
+    def reserve(self) -> int:
+        """Return the id of the process that will execute what is started next, as far as can be
+        foreseen.
+        """
         if not self.idle:
             self.idle.append(self._add())
         if not self.idle[-1].pid:
@@ -4839,11 +4843,10 @@ class Workers:
             worker = self.idle.pop() if self.idle else self._add()
             try:
                 worker.channel.send(tuple(order._replace(results={})))  # it asks for what it reads
+                break
             except OSError:
-                worker.is_leaving = True  # it died while idle
-                continue
-            worker.job, worker.results = order.job, order.results
-            return
+                pass  # it died while idle
+        worker.job, worker.results = order.job, order.results
 
     def wait(self, timeout_s: float) -> List[Tuple[str, str, Any]]:
         """Return what the workers said within some seconds; how one died, if it did not say."""
@@ -4854,62 +4857,47 @@ class Workers:
             if ready in channels:
                 self._hear(channels[ready], said)
         for pid, status in self.starter.collect():
-            for worker in [worker for worker in self.workers if worker.pid == pid]:
-                while worker.channel and worker.channel.poll():
-                    self._hear(worker, said)
-                self._bury(worker)
-                if worker.job:
-                    said.append(("ended", worker.job,
-                                 Outcome("failed", error=format_end(status))))
+            worker = next(worker for worker in self.workers if worker.pid == pid)
+            while worker.channel and worker.channel.poll():
+                self._hear(worker, said)
+            worker.hang_up()
+            self.workers.remove(worker)
+            if worker in self.idle:
+                self.idle.remove(worker)
+            if worker.job:
+                said.append(("ended", worker.job, Outcome("failed", error=format_end(status))))
         return said
 
     def _hear(self, worker: Worker, said: List[Tuple[str, str, Any]]) -> None:
         try:
-            kind, what, worker.is_leaving = worker.channel.recv()
+            kind, what, is_leaving = worker.channel.recv()
             if kind == "asks":
                 worker.channel.send(find_result(worker.results, what))
                 return
         except (EOFError, OSError):
-            worker.channel.close()
-            worker.channel = None  # the starter will tell how it ended
+            worker.hang_up()  # the starter will tell how it ended
             return
         said.append((kind, worker.job, Outcome(*what) if kind == "ended" else what))
         if kind == "ended":
             worker.job, worker.results = "", {}
             if worker.was_signalled:  # it would take the signal for one that ends the next
-                worker.channel.close()
-                worker.channel = None
-            elif not worker.is_leaving:
+                worker.hang_up()
+            elif not is_leaving:
                 self.idle.append(worker)
 
-    def _bury(self, worker: Worker) -> None:
-        self.workers.remove(worker)
-        if worker in self.idle:
-            self.idle.remove(worker)
-        if worker.channel:
-            worker.channel.close()
-
-    def terminate(self, job: str) -> None:
-        """Ask the process group of an attempt to end."""
-        self._signal(job, "SIGTERM")
-
-    def kill(self, job: str) -> None:
-        """End the process group of an attempt."""
-        self._signal(job, "SIGKILL")
-
-    def _signal(self, job: str, name: str) -> None:
+    def signal(self, job: str, name: str) -> None:
+        """Ask the process group of an attempt to end, by SIGTERM, or end it, by SIGKILL."""
         for worker in self.workers:
             if worker.job == job:
                 self.starter.settle()  # every pid is known after that
                 worker.was_signalled = True
                 signal_group(worker.pid, name)
 
-    def close(self, grace_s: float = 10.0) -> None:
+    def close(self, grace_s: float) -> None:
         """End all workers: the idle ones at once, others within the grace."""
         for worker in self.workers:
-            if worker.channel and not worker.job:
-                worker.channel.close()
-                worker.channel = None
+            if not worker.job:
+                worker.hang_up()
         self.starter.settle()
         end_s = time.monotonic() + grace_s
         while self.workers:
@@ -5271,7 +5259,7 @@ class Server:
                 is_leaving = interrupts.signal is not None or count_children() != children
                 if is_leaving:
                     database.close()
-                kept = keep_result(outcome.result) if order.is_kept else None
+                kept = keep_result(outcome.result) if self.folder else None
                 outcome = outcome._replace(result=pack_result(outcome.result), kept=kept)
                 with self.lock:
                     channel.send(("ended", tuple(outcome), is_leaving))
@@ -5372,51 +5360,44 @@ def make_stream(fd: int) -> Any:
     return open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
-class output_to:
+@contextlib.contextmanager
+def output_to(file: str) -> Iterator[None]:
     """Send what this process prints, its C code and its children included, to a file."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-
-    def __enter__(self) -> None:
-        self._point(open_log(self.file) if self.file else os.open(os.devnull, os.O_WRONLY))
-
-    def __exit__(self, *_: Any) -> None:
+    point_output(open_log(file))
+    try:
+        yield
+    finally:
         for fd, name in ((1, "stdout"), (2, "stderr")):
             try:
                 getattr(sys, name).flush()
             except (AttributeError, OSError, ValueError):  # the tool closed it
                 setattr(sys, name, make_stream(fd))
-        self._point(os.open(os.devnull, os.O_WRONLY))
-
-    @staticmethod
-    def _point(fd: int) -> None:
-        os.dup2(fd, 1)
-        os.dup2(fd, 2)
-        os.close(fd)
+        point_output(os.open(os.devnull, os.O_WRONLY))
 
 
-class bounded_memory:
+def point_output(into: int) -> None:
+    """Let the file descriptors 1 and 2 lead to where another does, which is closed."""
+    os.dup2(into, 1)
+    os.dup2(into, 2)
+    os.close(into)
+
+
+@contextlib.contextmanager
+def bounded_memory(limit_bytes: Optional[int]) -> Iterator[None]:
     """Bound the memory of this process and its children, where the system can: not on Windows."""
-
-    def __init__(self, limit_bytes: Optional[int]) -> None:
-        self.limit_bytes = limit_bytes
-
-    def __enter__(self) -> None:
-        if self.limit_bytes is not None and os.name != "nt":
-            import resource
-            # RLIMIT_DATA counts what is really written to, on Linux; RLIMIT_AS whatever is mapped.
-            linux = sys.platform.startswith("linux")
-            self.kind = resource.RLIMIT_DATA if linux else resource.RLIMIT_AS
-            self.before = resource.getrlimit(self.kind)
-            hard = self.before[1]
-            soft = self.limit_bytes if hard < 0 else min(self.limit_bytes, hard)
-            resource.setrlimit(self.kind, (soft, hard))
-
-    def __exit__(self, *_: Any) -> None:
-        if self.limit_bytes is not None and os.name != "nt":
-            import resource
-            resource.setrlimit(self.kind, self.before)
+    if limit_bytes is None or os.name == "nt":
+        yield
+        return
+    import resource
+    # RLIMIT_DATA counts what is really written to, on Linux; RLIMIT_AS whatever is mapped.
+    kind = resource.RLIMIT_DATA if sys.platform.startswith("linux") else resource.RLIMIT_AS
+    before = resource.getrlimit(kind)
+    hard = before[1]
+    resource.setrlimit(kind, (limit_bytes if hard < 0 else min(limit_bytes, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
 def count_children() -> Tuple[bool, int]:
@@ -5847,7 +5828,7 @@ class Run:
                     job.at_work, job.deadline_s = at_work, now_s + limit_s
             if job.deadline_s <= now_s:
                 if job.verdict:
-                    job.executor.kill(name)
+                    job.executor.signal(name, "SIGKILL")
                     job.deadline_s = now_s + self.grace_s
                 else:
                     self.end_job(name, f"timed out after {format_duration(limit_s)}")
@@ -5859,7 +5840,7 @@ class Run:
         job = self.jobs[name]
         job.verdict = verdict
         job.deadline_s = self.clock.monotonic() + self.grace_s
-        job.executor.terminate(name)
+        job.executor.signal(name, "SIGTERM")
 
     def start_ready(self) -> None:
         """Start what is ready and has room: items of tools that have begun and wait for a worker,
@@ -5887,7 +5868,7 @@ class Run:
         attempt = self.attempts[tool] = self.attempts.get(tool, 0) + 1
         if attempt == 1:
             self.statuses[tool] = check_move(self.statuses[tool], "running")
-        self.history.begin_attempt(tool, attempt, self.clock.wall(), executor.reserve(tool))
+        self.history.begin_attempt(tool, attempt, self.clock.wall(), executor.reserve())
         log = find_log(self.logs, tool, attempt) if self.logs else ""
         first = self.item_orders.get(tool)
         items = Items(first, self.pipeline.tools[tool].batch, self.items.get(tool)) \
@@ -5920,7 +5901,7 @@ class Run:
         executor.start(Order(
             name, tool, self.attempts[tool], self.run_id, self.results_for(tool), attempt.log,
             self.history.find_last_success_at(tool) if isinstance(executor, Workers) else None,
-            bool(self.history.folder), order))
+            order))
 
     def find_deaths(self, tool: str) -> Tuple[Ending, ...]:
         """Return the items that were at work when a former run was cut off, in a tool whose source

@@ -479,7 +479,7 @@ def test_a_worker_that_is_ended_when_it_just_had_is_given_nothing_more(world, mo
     def end_and_hear(workers, worker, said):
         if not ended and worker.job.startswith("a"):
             ended.append(worker.job)
-            workers.terminate(worker.job)
+            workers.signal(worker.job, "SIGTERM")
         hear(workers, worker, said)
 
     monkeypatch.setattr(orchestrator.Workers, "_hear", end_and_hear)
