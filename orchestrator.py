@@ -4558,7 +4558,7 @@ class Here:
         """Note what wait() is to execute."""
         self.order = order
 
-    def wait(self, timeout_s: float = 0.0) -> List[Tuple[str, str, Any]]:
+    def wait(self) -> List[Tuple[str, str, Any]]:
         """Execute what was started, however long it takes."""
         order, self.order = self.order, None
         context = Context(order.run_id, order.tool, order.attempt, Results(order.results),
@@ -5440,9 +5440,8 @@ def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
 
     only_item: the one item to do. retry_items: by tool, the items that are to be tried again
     though they were given up; all of them where there are no names, and of all tools if it is
-    None. Raise UserError, before
-    anything has run, if a module can not be imported or called; and if the history can not be
-    written.
+    None. Raise UserError, before anything has run, if a module can not be imported or called;
+    and if the history can not be written.
     """
     tools = [pipeline.tools[step.tool] for step in plan.steps if not step.success]
     check_modules_exist(tools)
@@ -5452,12 +5451,10 @@ def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
     try:
         with Interrupts() as interrupts:
             callees = interrupts.call(load_callees, tools, arguments)
-            if retry_items is None:
-                retry_items = {tool: () for tool, each in callees.items() if each.has_items}
-            check_items_asked(callees, plan, only_item, retry_items)
+            item_orders = make_item_orders(callees, plan, only_item, retry_items)
             database = Database(pipeline.get_connection, lambda: interrupts.signal is not None)
             run = Run(pipeline, plan, interrupts, on_event, clock, fail_fast, keep_results,
-                      grace_s, history, make_item_orders(callees, only_item, retry_items))
+                      grace_s, history, item_orders)
             run.begin(request, arguments, find_versions(pipeline, tools))
             with Capture(run.logs) if history.folder else NoCapture() as capture:
                 here = Here(callees, database, arguments, interrupts, verbose, run.tell_now,
@@ -5482,55 +5479,57 @@ def make_workers(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any],
                  verbose: bool, history: NoHistory) -> Optional[Workers]:
     """Return the workers that a plan wants, or None if it can do without."""
     wanted = [step for step in plan.steps if not step.success
-              and (plan.jobs > 1 or needs_worker(pipeline, step.tool))]
+              and needs_worker(pipeline.tools[step.tool], plan.jobs)]
     if not wanted:
         return None
     history.close()
     return Workers(min(plan.jobs, len(wanted)), pipeline, arguments, verbose, history.folder)
 
 
-def check_items_asked(callees: Mapping[str, Callee], plan: Plan, only_item: Optional[str],
-                      retry_items: Mapping[str, Tuple[str, ...]]) -> None:
-    """Raise UserError if items are asked for of a tool that has none or is not in the plan."""
+def make_item_orders(callees: Mapping[str, Callee], plan: Plan, only_item: Optional[str],
+                     retry_items: Optional[Mapping[str, Tuple[str, ...]]]
+                     ) -> Dict[str, ItemOrder]:
+    """Return for each tool with items the order with which it begins: to list them.
+
+    Raise UserError if items are asked for of a tool that has none or is not in the plan.
+    """
     having = [tool for tool, callee in callees.items() if callee.has_items]
     if only_item is not None and (len(plan.steps) > 1 or not having):
         raise UserError("--item is for a single tool with items; the plan has "
                         f"{', '.join(step.tool for step in plan.steps[:5])}.",
                         "Name one" + (": " + having[0] if having else "") + ".")
+    if retry_items is None:
+        retry_items = dict.fromkeys(having, ())
     for tool in retry_items:
         if tool not in having:
             raise UserError(f"--retry-items: {tool!r} is no tool with items in this plan.",
                             format_nearest(tool, having) if having else
                             "Name such a tool as a target, too.")
+    return {tool: ItemOrder(True, hash_source(callees[tool].tool)[:16], only=only_item,
+                            retry=retry_items.get(tool)) for tool in having}
 
 
-def make_item_orders(callees: Mapping[str, Callee], only_item: Optional[str],
-                     retry_items: Mapping[str, Tuple[str, ...]]) -> Dict[str, ItemOrder]:
-    """Return for each tool with items the order with which it begins: to list them."""
-    return {tool: ItemOrder(True, hash_source(callee.tool)[:16], only=only_item,
-                            retry=retry_items.get(tool))
-            for tool, callee in callees.items() if callee.has_items}
-
-
-def needs_worker(pipeline: Pipeline, name: str) -> bool:
-    """Return whether a tool wants a process of its own, also in a sequential run."""
-    tool = pipeline.tools[name]
-    return tool.isolate or tool.timeout_s is not None or tool.memory_bytes is not None
+def needs_worker(tool: Tool, jobs: int) -> bool:
+    """Return whether a tool is to run in a worker: where others run beside it, or on its own
+    wish for a process that can be ended or bounded.
+    """
+    return jobs > 1 or tool.isolate or tool.timeout_s is not None or tool.memory_bytes is not None
 
 
 class Attempt:
-    """An attempt of a tool that is not over: since when, where it prints to, what a success of it
-    would be built on.
+    """An attempt of a tool that is not over: since when, by whom, where it prints to, what a
+    success of it would be built on.
 
     `facts` are that last; `log` the file for what it prints, or ""; `has_logged` whether it used
     context.log; `lines` what it logged so in a worker, which joins the log when what it printed
     has been shown; `items`, those of a tool that has some.
     """
 
-    def __init__(self, started_s: float, log: str, facts: Dict[str, Any],
-                 items: Optional["Items"], in_worker: bool) -> None:
-        self.started_s, self.log, self.facts, self.items = started_s, log, facts, items
-        self.in_worker = in_worker
+    def __init__(self, started_s: float, executor: Any, log: str, facts: Dict[str, Any],
+                 items: Optional["Items"]) -> None:
+        self.started_s, self.executor, self.log, self.facts = started_s, executor, log, facts
+        self.items = items
+        self.in_worker = isinstance(executor, Workers)
         self.has_logged = False
         self.lines: List[str] = []
 
@@ -5540,9 +5539,9 @@ class Job:
     if it is. The slip of its order tells which item is `at_work`.
     """
 
-    def __init__(self, tool: str, executor: Any, started_s: float, deadline_s: float,
+    def __init__(self, tool: str, started_s: float, deadline_s: float,
                  order: Optional[ItemOrder]) -> None:
-        self.tool, self.executor, self.started_s, self.order = tool, executor, started_s, order
+        self.tool, self.started_s, self.order = tool, started_s, order
         self.deadline_s = deadline_s  # when the next measure is due: terminate, then kill
         self.at_work: Optional[Item] = None
         self.verdict = ""
@@ -5557,19 +5556,18 @@ _TOLD_ITEMS = 20  # so many failures of a tool's items are told, the others are 
 class Items:
     """The items of a tool that runs: those to do, and what came of the others.
 
-    Constant: `first`, the order with which it began. Changing: `counts`, what was listed, None
-    before that is known; `fresh`, the next that are pending, and `spool`, a file of those after
-    them, a page to a line; `to_read`, how many lines of it are left; `again`, a heap of (moment,
-    number, item) that failed and come again; `charges`, tries that failed with their process and
-    are to be recorded, and the slips that tell of them; `size`, how many items to do at a time;
-    `numbers`, how many jobs there were; `jobs`, those that go on; `problem`, the outcome of one
-    that ended the attempt; the rest is what came of the items, in a former attempt too: `before`
-    is what that left.
+    State: `counts`, what was listed, None before that is known; `fresh`, the next that are
+    pending, and `spool`, a file of those after them, a page to a line; `to_read`, how many lines
+    of it are left; `again`, a heap of (moment, number, item) that failed and come again;
+    `charges`, tries that failed with their process and are to be recorded, and the slips that
+    tell of them; `size`, how many items to do at a time; `numbers`, how many jobs there were;
+    `jobs`, those that go on; `problem`, the outcome of one that ended the attempt; the rest is
+    what came of the items, in a former attempt too: `before` is what that left.
     """
 
-    def __init__(self, first: ItemOrder, batch: int, before: Optional["Items"]) -> None:
+    def __init__(self, batch: int, before: Optional["Items"]) -> None:
         from collections import deque
-        self.first, self.batch, self.size = first, batch, batch
+        self.batch = self.size = batch
         self.counts: Optional[Mapping[str, int]] = None
         self.fresh: Any = deque()
         self.spool: Any = None
@@ -5616,8 +5614,7 @@ class Items:
 
     def has_more(self) -> bool:
         """Return whether there is anything left to do."""
-        return self.problem is None and bool(self.counts is None or self.fresh or self.to_read
-                                             or self.again or self.charges)
+        return self.problem is None and (self.counts is None or self.find_due_s() < float("inf"))
 
     def find_due_s(self) -> float:
         """Return when there is something to do: at once, at a moment, or never."""
@@ -5743,7 +5740,7 @@ class Run:
                       for i, tool in enumerate(self.steps)}
         self.logs = ""  # the folder for what tools print
         self.told: List[Event] = []
-        self.here: Any = None  # who executes, see find_executor()
+        self.here: Any = None  # who executes what needs no worker
         self.workers: Optional[Workers] = None
         interrupts.before_exit = self.forget_work
 
@@ -5788,9 +5785,7 @@ class Run:
         if not self.jobs:
             self.clock.sleep(self.find_timeout_s())
             return
-        executor = next(iter(self.jobs.values())).executor
-        said = executor.wait() if isinstance(executor, Here) \
-            else executor.wait(self.find_timeout_s())
+        said = self.here.wait() if self.here.order else self.workers.wait(self.find_timeout_s())
         for kind, job, what in said:
             if kind == "ended" and self.jobs[job].order:
                 self.items_ended(job, what)
@@ -5822,13 +5817,13 @@ class Run:
         now_s = self.clock.monotonic()
         for name, job in self.jobs.items():
             limit_s = self.pipeline.tools[job.tool].timeout_s
-            if limit_s is not None and job.order and job.order.slip and not job.verdict:
+            if limit_s is not None and job.order and not job.verdict:
                 at_work = read_slip(job.order.slip)
                 if at_work != job.at_work:  # the limit is for each item
                     job.at_work, job.deadline_s = at_work, now_s + limit_s
             if job.deadline_s <= now_s:
                 if job.verdict:
-                    job.executor.signal(name, "SIGKILL")
+                    self.workers.signal(name, "SIGKILL")
                     job.deadline_s = now_s + self.grace_s
                 else:
                     self.end_job(name, f"timed out after {format_duration(limit_s)}")
@@ -5840,7 +5835,7 @@ class Run:
         job = self.jobs[name]
         job.verdict = verdict
         job.deadline_s = self.clock.monotonic() + self.grace_s
-        job.executor.signal(name, "SIGTERM")
+        self.workers.signal(name, "SIGTERM")
 
     def start_ready(self) -> None:
         """Start what is ready and has room: items of tools that have begun and wait for a worker,
@@ -5856,14 +5851,10 @@ class Run:
         if self.item_orders:
             self.start_items(is_first=False)
 
-    def find_executor(self, tool: str) -> Any:
-        """Return who executes a tool."""
-        in_worker = self.workers and (self.plan.jobs > 1 or needs_worker(self.pipeline, tool))
-        return self.workers if in_worker else self.here
-
     def start(self, tool: str) -> None:
         """Start an attempt."""
-        executor = self.find_executor(tool)
+        options = self.pipeline.tools[tool]
+        executor = self.workers if needs_worker(options, self.plan.jobs) else self.here
         self.tried.pop(tool, None)
         attempt = self.attempts[tool] = self.attempts.get(tool, 0) + 1
         if attempt == 1:
@@ -5871,21 +5862,18 @@ class Run:
         self.history.begin_attempt(tool, attempt, self.clock.wall(), executor.reserve())
         log = find_log(self.logs, tool, attempt) if self.logs else ""
         first = self.item_orders.get(tool)
-        items = Items(first, self.pipeline.tools[tool].batch, self.items.get(tool)) \
-            if first else None
-        if items:
-            self.items[tool] = items
-        in_worker = isinstance(executor, Workers)
-        self.open[tool] = Attempt(self.clock.monotonic(), log, self.find_facts(tool), items,
-                                  in_worker)
-        self.tell("tool_started", tool, output=log if in_worker else "")
+        if first:
+            self.items[tool] = Items(options.batch, self.items.get(tool))
+        self.open[tool] = Attempt(self.clock.monotonic(), executor, log, self.find_facts(tool),
+                                  self.items.get(tool))
+        self.tell("tool_started", tool, output=log if self.open[tool].in_worker else "")
         self.publish()
         self.start_job(tool, first._replace(run_id=self.ledger_run_id,
                                             charges=self.find_deaths(tool)) if first else None)
 
     def start_job(self, tool: str, order: Optional[ItemOrder]) -> None:
         """Have an attempt executed, or a part of it."""
-        attempt, now_s, executor = self.open[tool], self.clock.monotonic(), self.find_executor(tool)
+        attempt, now_s = self.open[tool], self.clock.monotonic()
         timeout_s = self.pipeline.tools[tool].timeout_s
         name = tool
         if order:
@@ -5896,12 +5884,11 @@ class Run:
             if folder:
                 order = order._replace(slip=os.path.join(
                     find_slips(folder, tool), f"{attempt.items.numbers}-{order.source}"))
-        self.jobs[name] = Job(tool, executor, now_s,
+        self.jobs[name] = Job(tool, now_s,
                               float("inf") if timeout_s is None else now_s + timeout_s, order)
-        executor.start(Order(
+        attempt.executor.start(Order(
             name, tool, self.attempts[tool], self.run_id, self.results_for(tool), attempt.log,
-            self.history.find_last_success_at(tool) if isinstance(executor, Workers) else None,
-            order))
+            self.history.find_last_success_at(tool) if attempt.in_worker else None, order))
 
     def find_deaths(self, tool: str) -> Tuple[Ending, ...]:
         """Return the items that were at work when a former run was cut off, in a tool whose source
@@ -5930,7 +5917,7 @@ class Run:
                     and items.find_due_s() <= now_s and not (is_first and items.jobs) \
                     and self.schedule.take(tool):
                 charges = () if items.jobs else tuple(ending for _, ending in items.charges)
-                order = ItemOrder(False, items.first.source, self.ledger_run_id,
+                order = ItemOrder(False, self.item_orders[tool].source, self.ledger_run_id,
                                   items.take(now_s, self.plan.jobs), charges)
                 if not order.items and not charges:
                     self.schedule.release(tool)
@@ -5952,7 +5939,7 @@ class Run:
             tally = Results({tool: tally})[tool]
         died_at = None
         if not isinstance(tally, Tally):  # it did not say, or could not even begin
-            died_at = read_slip(order.slip) if order.slip else None
+            died_at = read_slip(order.slip)
             tally = Tally(left=tuple(item._replace(is_seen=None) for item in order.items
                                      if died_at is None or item.name != died_at.name))
         else:
@@ -5965,7 +5952,8 @@ class Run:
             if order.is_listing:
                 items.counts, items.reason = outcome.items, outcome.reason
                 self.history.note_items(tool, outcome.items)
-                self.item_orders[tool] = items.first._replace(retry=None)  # that is given
+                # what was given back is not given back once more
+                self.item_orders[tool] = self.item_orders[tool]._replace(retry=None)
             items.note_speed(len(order.items), now_s - job.started_s)
         elif self.is_interrupted or outcome.status == "interrupted" and not job.verdict:
             self.is_interrupted = True
