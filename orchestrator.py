@@ -6046,23 +6046,22 @@ class Run:
                 "reads": find_reads(options, history.base, {})}
 
     def results_for(self, tool: str) -> Mapping[str, Any]:
-        """Return the results that a tool may see: those of the tools that it waits for."""
+        """Return the results that a tool may see: those of the tools that it waits for; of one
+        that is not in the plan, its last.
+        """
         needs = self.steps[tool].needs
         if needs == ALL_BEFORE:
             mine, position = self.schedule.position[tool], self.schedule.position
             return Part(self.results, lambda each: position[each] < mine)
-        return {need: result for need in needs for result in self.find_results(need)}
-
-    def find_results(self, tool: str) -> List[Any]:
-        """Return the result of a tool in a list; of one that is not in the plan, its last; or none.
-        """
-        if tool in self.steps:
-            return [self.results[tool]] if tool in self.results else []
-        success = self.history.find_success(tool)
-        if success is None or success.result is None:
-            return []
-        import json
-        return [json.loads(success.result)]
+        results = {}
+        for need in needs:
+            success = None if need in self.steps else self.history.find_success(need)
+            if need in self.results:
+                results[need] = self.results[need]
+            elif success and success.result is not None:
+                import json
+                results[need] = json.loads(success.result)
+        return results
 
     def ended(self, tool: str, outcome: Outcome, verdict: str = "",
               is_final: bool = False) -> None:
@@ -6075,7 +6074,7 @@ class Run:
         if outcome.status != "success" and verdict:
             outcome = Outcome("interrupted", format_signal(self.interrupts.signal)) \
                 if self.is_interrupted else Outcome("failed", error=verdict)
-        elif outcome.status == "interrupted" and not self.is_interrupted:
+        elif outcome.status == "interrupted":
             self.is_interrupted = True
         tries = self.attempts[tool]
         is_final = is_final or outcome.status != "failed" or outcome.reason == NOT_AGAIN \
@@ -6125,20 +6124,24 @@ class Run:
             facts["inputs"] = json.dumps({"reads": facts["reads"], "writes": writes})
         self.history.end_attempt(tool, outcome, facts)
 
-    def settle(self, tool: str, outcome: Outcome, output: str = "") -> None:
-        """Note how a tool ended, and let those go on that waited for it."""
+    def note_end(self, tool: str, outcome: Outcome, output: str = "") -> None:
+        """Note how a tool ended, or that it need not or can not begin."""
         self.statuses[tool] = check_move(self.statuses[tool], outcome.status)
         self.outcomes[tool] = outcome
-        if outcome.status in ("success", "partial"):
+        if outcome.status in ("success", "partial", "cached"):
             self.results[tool] = outcome.result
+        self.tell("tool_ended", tool, outcome=outcome, output=output)
+        self.drop_results(tool)
+
+    def settle(self, tool: str, outcome: Outcome, output: str = "") -> None:
+        """Note how a tool ended that was tried, and let those go on that waited for it."""
+        self.note_end(tool, outcome, output)
         if outcome.status in ("failed", "partial"):
             policy = "stop" if self.fail_fast else self.pipeline.tools[tool].on_failure
             if policy != "continue" and outcome.status == "failed":
                 self.note_cause(tool, tool)
             if policy == "stop" and self.stopped_by is None:
                 self.stopped_by = tool
-        self.tell("tool_ended", tool, outcome=outcome, output=output)
-        self.drop_results(tool)
         if outcome.status != "interrupted":
             freed = self.schedule.done(tool)
             ready = self.schedule.take_all() if self.stopped_by else []
@@ -6149,20 +6152,17 @@ class Run:
         left = list(tools)
         while left:
             tool = left.pop(0)
-            success = self.steps[tool].success
-            reason = None if success else self.find_hindrance(tool)
-            if success:
-                self.outcomes[tool] = make_cached(self.steps[tool])
-                self.results[tool] = self.outcomes[tool].result
-            elif reason is None:
-                self.schedule.add(tool)
-                continue
+            step = self.steps[tool]
+            if step.success:
+                outcome = make_cached(step)
             else:
-                self.outcomes[tool] = Outcome("skipped", reason)
-                self.history.note(tool, self.outcomes[tool], self.clock.wall())
-            self.statuses[tool] = check_move(self.statuses[tool], self.outcomes[tool].status)
-            self.tell("tool_ended", tool, outcome=self.outcomes[tool])
-            self.drop_results(tool)
+                reason = self.find_hindrance(tool)
+                if reason is None:
+                    self.schedule.add(tool)
+                    continue
+                outcome = Outcome("skipped", reason)
+                self.history.note(tool, outcome, self.clock.wall())
+            self.note_end(tool, outcome)
             left += self.schedule.done(tool)
 
     def find_hindrance(self, tool: str) -> Optional[str]:
