@@ -4535,7 +4535,7 @@ class Here:
 
     def __init__(self, callees: Mapping[str, Callee], database: Database,
                  arguments: Mapping[str, Any], interrupts: Interrupts, verbose: bool,
-                 tell: Callable[..., None], capture: "NoCapture",
+                 tell: Callable[..., None], capture: "Capture",
                  find_last_success_at: Callable[[str], Optional[float]], pipeline: str,
                  ledger_path: str, take_items: Callable[[str, List[Item]], None]) -> None:
         self.find_last_success_at = find_last_success_at
@@ -4582,30 +4582,9 @@ class Here:
 OUTPUT_LOST = 50  # the level of the log event that tells so: CRITICAL, as in logging
 
 
-class NoCapture:
-    """Lets tools in this process print where they will, and keeps nothing of it."""
-    error = ""
-
-    def __enter__(self) -> "NoCapture":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def begin(self, log: str) -> None:
-        """Let what is printed from now on go into a log as well."""
-
-    def drain(self) -> None:
-        """Let what was printed until now reach the screen and the log."""
-
-    def end(self) -> str:
-        """Let what is printed from now on go into no log any more; return the log, if it is made.
-        """
-        return ""
-
-
-class Capture(NoCapture):
-    """Keeps what tools in this process print in their logs, besides showing it.
+class Capture:
+    """Keeps what tools in this process print in their logs, besides showing it; without a folder
+    for logs, nothing of it.
 
     On a terminal, and where Python's streams are not the process's own (a notebook), what Python
     writes is copied. Elsewhere the file descriptor leads into a file, the spool, so that C code
@@ -4616,10 +4595,11 @@ class Capture(NoCapture):
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.streams = {1: sys.stdout, 2: sys.stderr}
+        self.streams = {1: sys.stdout, 2: sys.stderr} if folder else {}
         self.errors: Dict[int, str] = {}
         self.spools: List[Spool] = []
         self.log, self.log_fd = "", -1
+        self.error = ""  # what could not be written, if anything
 
     def __enter__(self) -> "Capture":
         import threading
@@ -4632,7 +4612,7 @@ class Capture(NoCapture):
                 # A letter that the stdout of a cron job can not say is no reason to fail.
                 stream.reconfigure(line_buffering=True, errors="backslashreplace")
             elif stream is not None:
-                setattr(sys, "stdout" if fd == 1 else "stderr", Copier(stream, self.write_log))
+                self.set_stream(fd, Copier(stream, self.write_log))
         self.thread = threading.Thread(target=self.carry, daemon=True)
         if self.spools:
             self.thread.start()
@@ -4651,7 +4631,13 @@ class Capture(NoCapture):
                 with contextlib.suppress(OSError, ValueError):  # the tool closed it
                     self.streams[spool.fd].reconfigure(line_buffering=False,
                                                        errors=self.errors[spool.fd])
-            sys.stdout, sys.stderr = self.streams[1], self.streams[2]
+            for fd, stream in self.streams.items():
+                self.set_stream(fd, stream)
+
+    @staticmethod
+    def set_stream(fd: int, stream: Any) -> None:
+        """Let Python write to a stream what is meant for a file descriptor."""
+        setattr(sys, "stdout" if fd == 1 else "stderr", stream)
 
     def begin(self, log: str) -> None:
         """Let what is printed from now on go into a log as well."""
@@ -5007,9 +4993,8 @@ class Nursery:
         life, self.life = os.pipe()  # its writing end is ours alone: it closes when we die
         self.born: List[Worker] = []
         self.dead: List[Tuple[int, int]] = []
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+        flush(sys.stdout)
+        flush(sys.stderr)
         self.pid = os.fork()
         if not self.pid:
             try:
@@ -5456,7 +5441,7 @@ def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
             run = Run(pipeline, plan, interrupts, on_event, clock, fail_fast, keep_results,
                       grace_s, history, item_orders)
             run.begin(request, arguments, find_versions(pipeline, tools))
-            with Capture(run.logs) if history.folder else NoCapture() as capture:
+            with Capture(run.logs) as capture:
                 here = Here(callees, database, arguments, interrupts, verbose, run.tell_now,
                             capture, history.find_last_success_at, pipeline.name,
                             find_ledger_path(history.folder), run.take_items)
@@ -5562,12 +5547,20 @@ class Items:
     `charges`, tries that failed with their process and are to be recorded, and the slips that
     tell of them; `size`, how many items to do at a time; `numbers`, how many jobs there were;
     `jobs`, those that go on; `problem`, the outcome of one that ended the attempt; the rest is
-    what came of the items, in a former attempt too: `before` is what that left.
+    what came of the items, in a former attempt too.
     """
 
-    def __init__(self, batch: int, before: Optional["Items"]) -> None:
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.passed = self.failed = self.elsewhere = self.told = 0
+        self.rows: Optional[int] = None
+        self.error = ""  # of the first that failed
+        self.failed_names: List[str] = []
+
+    def begin(self) -> None:
+        """Begin an attempt, in which they are listed anew."""
         from collections import deque
-        self.batch = self.size = batch
+        self.size = self.batch
         self.counts: Optional[Mapping[str, int]] = None
         self.fresh: Any = deque()
         self.spool: Any = None
@@ -5576,15 +5569,7 @@ class Items:
         self.charges: List[Tuple[str, Ending]] = []
         self.numbers = self.jobs = 0
         self.problem: Optional[Outcome] = None
-        self.passed = self.failed = self.elsewhere = self.told = 0
-        self.rows: Optional[int] = None
-        self.reason = self.error = ""  # of those given up before; of the first that failed now
-        self.failed_names: List[str] = []
-        if before:
-            self.passed, self.failed, self.elsewhere = \
-                before.passed, before.failed, before.elsewhere
-            self.rows, self.told, self.error = before.rows, before.told, before.error
-            self.failed_names = before.failed_names
+        self.reason = ""  # of those given up before
         self.ended_before = self.count_ended()
 
     def add(self, items: Sequence[Item]) -> None:
@@ -5700,8 +5685,8 @@ class Run:
     often each was tried; `causes`, for each tool that those who need it can not have, the tool
     that failed first; `first_cause`, the position of the first of these; `open`, the attempts
     that are not over, by tool; `jobs`, what is being executed of them; `retries`, a heap of
-    (moment, tool) that failed and come again, and `tried`, how they failed; `items`, those of the
-    last attempt of each tool that has some; `stopped_by`, the tool whose failure keeps anything
+    (moment, tool) that failed and come again, and `tried`, how they failed; `items`, those of
+    each tool that has some; `stopped_by`, the tool whose failure keeps anything
     more from starting; `is_interrupted`; `told`, the events that the listener hears at the next
     publish().
     """
@@ -5863,11 +5848,10 @@ class Run:
         log = find_log(self.logs, tool, attempt) if self.logs else ""
         first = self.item_orders.get(tool)
         if first:
-            self.items[tool] = Items(options.batch, self.items.get(tool))
+            self.items.setdefault(tool, Items(options.batch)).begin()
         self.open[tool] = Attempt(self.clock.monotonic(), executor, log, self.find_facts(tool),
                                   self.items.get(tool))
-        self.tell("tool_started", tool, output=log if self.open[tool].in_worker else "")
-        self.publish()
+        self.tell_now("tool_started", tool, output=log if self.open[tool].in_worker else "")
         self.start_job(tool, first._replace(run_id=self.ledger_run_id,
                                             charges=self.find_deaths(tool)) if first else None)
 
@@ -5894,16 +5878,16 @@ class Run:
         """Return the items that were at work when a former run was cut off, in a tool whose source
         has not been changed since: that mended it, perhaps.
         """
-        slips = find_slips(self.history.folder, tool) if self.history.folder else ""
-        charges = []
-        for name in sorted(os.listdir(slips)) if os.path.isdir(slips) else ():
-            item = read_slip(os.path.join(slips, name))
+        folder = find_slips(self.history.folder, tool) if self.history.folder else ""
+        charges = self.open[tool].items.charges
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+            slip = os.path.join(folder, name)
+            item = read_slip(slip)
             if item is not None and name.endswith("-" + self.item_orders[tool].source):
-                charges.append((os.path.join(slips, name), Ending(
+                charges.append((slip, Ending(
                     item, "pending", 0, "its process ended while it was at work", is_death=True)))
             else:
-                os.unlink(os.path.join(slips, name))
-        self.open[tool].items.charges += charges
+                os.unlink(slip)
         return tuple(ending for _, ending in charges)
 
     def start_items(self, is_first: bool) -> None:
@@ -5937,13 +5921,12 @@ class Run:
         items.jobs -= 1
         if isinstance(tally, Packed):
             tally = Results({tool: tally})[tool]
-        died_at = None
-        if not isinstance(tally, Tally):  # it did not say, or could not even begin
-            died_at = read_slip(order.slip)
-            tally = Tally(left=tuple(item._replace(is_seen=None) for item in order.items
-                                     if died_at is None or item.name != died_at.name))
-        else:
+        if isinstance(tally, Tally):
+            died_at = None
             self.forget_slips(items, order, tally.charged)
+        else:  # it did not say, or could not even begin
+            died_at = read_slip(order.slip)
+            tally = Tally(left=tuple(item._replace(is_seen=None) for item in order.items))
         items.note(tally)
         for ending in tally.endings:
             self.item_ended(tool, ending, is_new=not order.is_listing)
@@ -6260,8 +6243,7 @@ class Run:
             with contextlib.suppress(OSError):
                 os.rmdir(self.logs)  # if nobody has printed anything
         self.history.end_run(status, result.duration_s)
-        self.tell("run_ended", result=result)
-        self.publish()
+        self.tell_now("run_ended", result=result)
         return result
 
 
@@ -6426,9 +6408,8 @@ def read_arguments(run: Mapping[str, Any],
     today = {} if now is None else json.loads(format_arguments(now))
     lost = []
     for name, was in run["arguments"].items():
-        if name in PERIOD_ARGUMENTS and name not in arguments:  # of a backfill
-            arguments[name] = was
-        if name in arguments and (now is None or today.get(name) != was):
+        is_taken = name in arguments or name in PERIOD_ARGUMENTS  # these are of a backfill
+        if is_taken and today.get(name) != was:
             arguments[name] = was
             lost += [name] * (f'{{"{_NOT_JSON}": ' in json.dumps(was))
     if lost:
