@@ -4508,10 +4508,10 @@ def format_place(error: BaseException, tool: Tool) -> str:
 
 
 # === 8 WORKERS ==================================================================================
-# The ways to execute attempts, behind one interface: start(order) begins an attempt, wait(timeout)
-# returns what came of those that were begun, as (kind, job, what): "event" with the fields of an
-# Event, "items" with some that are pending, or "ended" with an Outcome; signal(job, name) asks an
-# attempt to end, or ends it; close() ends all.
+# The ways to execute attempts, behind one interface: start(order) begins an attempt, wait() returns
+# what came of those that were begun, as (kind, job, what): "event" with the fields of an Event,
+# "items" with some that are pending, or "ended" with an Outcome. Those in worker processes can be
+# told by signal(job, name) to end, and close() ends all.
 # It does not decide what runs, when to give up, or what an outcome means.
 
 
@@ -4573,10 +4573,6 @@ class Here:
                                    lambda items: self.take_items(order.job, items))
         log = self.capture.end()
         return [("ended", order.job, outcome._replace(log=log) if log else outcome)]
-
-    def close(self) -> None:
-        """Close the connection."""
-        self.database.close()
 
 
 OUTPUT_LOST = 50  # the level of the log event that tells so: CRITICAL, as in logging
@@ -4928,7 +4924,7 @@ class Asked(Mapping[str, Any]):
         return result
 
     def __contains__(self, tool: object) -> bool:
-        return any(each == tool for each in self)
+        return tool in [*self]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._interrupts.finish(self._ask, None))
@@ -4955,13 +4951,11 @@ def can_fork() -> bool:
 def signal_group(pid: int, name: str) -> None:
     """Send a signal to a worker and all that it started; where there are no groups, end it."""
     import signal
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
             os.killpg(pid, getattr(signal, name))
         else:
             os.kill(pid, signal.SIGTERM)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def format_end(status: int) -> str:
@@ -5109,18 +5103,14 @@ def bury_dead(socket: Any, workers: List[int]) -> None:
 def send_pair(socket: Any, pid: int, status: int) -> None:
     """Tell the orchestrator of a worker. In the nursery."""
     import struct
-    try:
+    with contextlib.suppress(OSError):  # it is gone; the end of the socket says so too
         socket.sendall(struct.pack("ii", pid, status))
-    except OSError:
-        pass  # it is gone; the end of the socket says so too
 
 
 def own_group(pid: int) -> None:
     """Put a process into a group of its own, if the system has groups."""
-    try:
+    with contextlib.suppress(AttributeError, OSError):
         os.setpgid(pid, pid)
-    except (AttributeError, OSError):
-        pass
 
 
 class Spawner:
@@ -5441,14 +5431,11 @@ def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
             run = Run(pipeline, plan, interrupts, on_event, clock, fail_fast, keep_results,
                       grace_s, history, item_orders)
             run.begin(request, arguments, find_versions(pipeline, tools))
-            with Capture(run.logs) as capture:
+            with Capture(run.logs) as capture, contextlib.closing(database):
                 here = Here(callees, database, arguments, interrupts, verbose, run.tell_now,
                             capture, history.find_last_success_at, pipeline.name,
                             find_ledger_path(history.folder), run.take_items)
-                try:
-                    run.loop(here, workers)
-                finally:
-                    here.close()
+                run.loop(here, workers)
             if capture.error:
                 run.tell_now("log", text=capture.error, level=OUTPUT_LOST)
             return run.end()
@@ -5683,10 +5670,10 @@ class Run:
     Constant: the pipeline, the plan and the switches. Changing, and only by this class:
     `statuses` and `outcomes` of the tools; `results` of those that succeeded; `attempts`, how
     often each was tried; `causes`, for each tool that those who need it can not have, the tool
-    that failed first; `first_cause`, the position of the first of these; `open`, the attempts
-    that are not over, by tool; `jobs`, what is being executed of them; `retries`, a heap of
-    (moment, tool) that failed and come again, and `tried`, how they failed; `items`, those of
-    each tool that has some; `stopped_by`, the tool whose failure keeps anything
+    that failed first; `first_cause`, the position of the first of these and what failed there;
+    `open`, the attempts that are not over, by tool; `jobs`, what is being executed of them;
+    `retries`, a heap of (moment, tool) that failed and come again, and `tried`, how they failed;
+    `items`, those of each tool that has some; `stopped_by`, the tool whose failure keeps anything
     more from starting; `is_interrupted`; `told`, the events that the listener hears at the next
     publish().
     """
@@ -5709,7 +5696,7 @@ class Run:
         self.results: Dict[str, Any] = {}
         self.attempts: Dict[str, int] = {}
         self.causes: Dict[str, str] = {}
-        self.first_cause: Optional[str] = None
+        self.first_cause = (len(plan.steps), "")
         self.open: Dict[str, Attempt] = {}
         self.jobs: Dict[str, Job] = {}
         self.retries: List[Tuple[float, str]] = []
@@ -6154,13 +6141,11 @@ class Run:
         if self.pipeline.tools[tool].when == "always" or tool in self.attempts:
             return None
         if step.needs == ALL_BEFORE:
-            cause = self.first_cause
-            if cause and self.schedule.position[cause] > self.schedule.position[tool]:
-                cause = None
+            position, first = self.first_cause
+            root = first if position < self.schedule.position[tool] else None
         else:
-            cause = next((need for need in step.needs if need in self.causes), None)
-        if cause is not None:
-            root = self.causes[cause]
+            root = next((self.causes[need] for need in step.needs if need in self.causes), None)
+        if root is not None:
             self.note_cause(tool, root)
             return f"needs {root}, which failed"
         if self.stopped_by is not None:
@@ -6171,9 +6156,7 @@ class Run:
     def note_cause(self, tool: str, root: str) -> None:
         """Note that those who need a tool can not have it, because `root` failed."""
         self.causes[tool] = root
-        position = self.schedule.position
-        if self.first_cause is None or position[tool] < position[self.first_cause]:
-            self.first_cause = tool
+        self.first_cause = min(self.first_cause, (self.schedule.position[tool], root))
 
     def drop_results(self, tool: str) -> None:
         """Let go of the results that only this tool still waited for."""
@@ -6345,7 +6328,7 @@ def mark_done(pipeline: Pipeline, plan: Plan, request: Request, arguments: Mappi
             raise UserError(f"{tool} needs {left[0]}, which is not done.",
                             f"Mark {left[0]} as done too, if it is.")
     history.begin_run(plan, request, arguments,
-                      find_versions(pipeline, map(pipeline.tools.__getitem__, steps)), now)
+                      find_versions(pipeline, [pipeline.tools[tool] for tool in steps]), now)
     for tool in marked:
         history.begin_attempt(tool, 1, now, os.getpid())
         history.end_attempt(tool, Outcome("success", "marked as done by hand", duration_s=None), {})
