@@ -2540,11 +2540,12 @@ def bind(sql: str, style: str) -> str:
     >>> bind("a = ? AND b = ?", "format"), bind("a = ? AND b = ?", "named")
     ('a = %s AND b = %s', 'a = :1 AND b = :2')
     """
+    if style == "qmark":
+        return sql
     if style in ("format", "pyformat"):
         return sql.replace("?", "%s")
-    parts = sql.split("?")
-    return sql if style == "qmark" else "".join(
-        part + f":{i}" * (i < len(parts)) for i, part in enumerate(parts, 1))
+    first, *others = sql.split("?")
+    return first + "".join(f":{i}{part}" for i, part in enumerate(others, 1))
 
 
 def keeps_ledger(conn: Any) -> bool:
@@ -2628,7 +2629,7 @@ class Ledger:
         self.transaction: Any = None
         self.doubles: List[str] = []  # names that find_pending() has found a second time
         self._sql: Dict[str, str] = {}
-        self._execute = getattr(conn, "exec_driver_sql", None) or (
+        self._direct = getattr(conn, "exec_driver_sql", None) or (
             # A cursor of DuckDB's is another connection, with a transaction of its own.
             conn.execute if self.kind in ("sqlite", "duckdb") else None)
         self.raw = find_raw(conn)
@@ -2645,11 +2646,7 @@ class Ledger:
         bound = self._sql.get(sql)
         if bound is None:
             bound = self._sql[sql] = bind(sql, self.style)
-        if self._execute:
-            return self._execute(bound, values)
-        cursor = self.conn.cursor()
-        cursor.execute(bound, values)
-        return cursor
+        return self._execute(bound, values)
 
     def read(self, sql: str, values: Sequence[Any] = ()) -> List[Tuple[Any, ...]]:
         """Return the rows of a SELECT of ours, as tuples whatever the connection makes of rows."""
@@ -2664,10 +2661,13 @@ class Ledger:
         """Execute a statement that holds a SELECT of the user's, in which % and ? are letters."""
         if hasattr(self.conn, "exec_driver_sql"):  # it hands on an empty tuple, and % is a mark
             return self.conn.exec_driver_sql(sql, execution_options={"no_parameters": True})
-        if self._execute:
-            return self._execute(sql)
+        return self._execute(sql)
+
+    def _execute(self, *statement: Any) -> Any:
+        if self._direct:
+            return self._direct(*statement)
         cursor = self.conn.cursor()
-        cursor.execute(sql)
+        cursor.execute(*statement)
         return cursor
 
     # --- the table ---
@@ -2698,7 +2698,7 @@ class Ledger:
         those that items() found, a SELECT or names.
         """
         dialect = self._find_dialect()
-        self._create("listed", dialect, "")
+        self._create("listed")
         if each is not None:
             self.do("INSERT INTO orchestrator_listed (seq, item, version) "  # noqa: S608 - ours
                     f"SELECT {dialect.numbers}, item, passed FROM (SELECT item, passed, ended_at "
@@ -2710,16 +2710,14 @@ class Ledger:
         else:
             self._insert_all(found)
 
-    def _create(self, name: str, dialect: Dialect, more: str) -> None:
+    def _create(self, name: str, more: str = "") -> None:
         """Create a temporary table of items, or empty it.
 
         It is not dropped: SQLite refuses that while a query of the tool's is open.
         """
+        dialect = self._find_dialect()
         self.do(f"CREATE TEMPORARY TABLE IF NOT EXISTS orchestrator_{name} (seq {dialect.seq}, "
                 f"item {dialect.text}, version {dialect.text}{more}){dialect.collate}")
-        self._empty(name)
-
-    def _empty(self, name: str) -> None:
         self.do(f"DELETE FROM orchestrator_{name}")  # noqa: S608 - a name of our own
 
     def _insert_selected(self, select: str, dialect: Dialect) -> None:
@@ -2733,12 +2731,13 @@ class Ledger:
         if len(columns) > 2:
             raise TypeError(f"the SELECT of items() has {len(columns)} columns; it takes one, the "
                             "name, or two, the name and the version")
-        names = "item, version"[:4 if len(columns) == 1 else None]
+        names, version = "item, version", f"CAST(version AS {dialect.cast})"
+        if len(columns) == 1:
+            names, version = "item", "''"
         if self.kind in ("mysql", "mariadb"):  # in a subquery they would drop its ORDER BY
             self.do_theirs(f"INSERT INTO orchestrator_listed ({names}) {select}")
             self.do("UPDATE orchestrator_listed SET version = '' WHERE version IS NULL")
             return
-        version = f"CAST(version AS {dialect.cast})" if len(columns) == 2 else "''"
         self.do_theirs(
             "INSERT INTO orchestrator_listed (seq, item, version) "  # noqa: S608 - the same
             f"WITH q ({names}) AS (\n{select}\n) SELECT {dialect.numbers}, "
@@ -2748,12 +2747,9 @@ class Ledger:
         if self.kind == "duckdb":
             found = list(found)  # it may yield from a query, of which there is one at a time
         rows = ((i, *read_item(i, each)) for i, each in enumerate(found, 1))
-        if self.kind == "sqlite":
-            self.raw.executemany("INSERT INTO orchestrator_listed VALUES (?, ?, ?)", rows)
-            return
         from itertools import islice
         while True:
-            some = list(islice(rows, 200))  # since executemany() of some drivers goes row by row
+            some = list(islice(rows, 200))  # since executemany() goes row by row
             if not some:
                 return
             marks = ", ".join(["(?, ?, ?)"] * len(some))
@@ -2785,10 +2781,10 @@ class Ledger:
 
         The database finds them.
         """
-        self._create("pending", self._find_dialect(), ", is_seen INTEGER, status VARCHAR(20), "
-                     "attempts INTEGER, deaths INTEGER, run_id VARCHAR(40)")
+        self._create("pending", ", status VARCHAR(20), attempts INTEGER, deaths INTEGER, "
+                     "run_id VARCHAR(40)")
         sql = ("INSERT INTO orchestrator_pending "
-               "SELECT l.seq, l.item, l.version, CASE WHEN d.item IS NULL THEN 0 ELSE 1 END, "
+               "SELECT l.seq, l.item, l.version, "
                "CASE WHEN d.version = l.version AND d.source = ? THEN d.status END, "
                "d.attempts, d.deaths, d.run_id "
                "FROM orchestrator_listed l LEFT JOIN orchestrator_items d "
@@ -2801,20 +2797,21 @@ class Ledger:
         self.doubles = [*double.values()]
         seq = 0
         while True:
-            rows = self.read("SELECT seq, item, version, is_seen, status, attempts, deaths, run_id "
+            rows = self.read("SELECT seq, item, version, status, attempts, deaths, run_id "
                              "FROM orchestrator_pending WHERE seq > ? ORDER BY seq LIMIT ?",
                              (seq, _PAGE))
-            for seq, name, version, is_seen, status, attempts, deaths, run_id in rows:
+            for seq, name, version, status, attempts, deaths, run_id in rows:
                 if seq in double:
                     continue
                 check_item(name, version)
+                is_seen = attempts is not None
                 if status is None:  # there is no row of this version and source
                     attempts = deaths = 0
-                yield (Item(name, version, bool(is_seen), attempts, deaths),
+                yield (Item(name, version, is_seen, attempts, deaths),
                        run_id if status in ("failed", "quarantined") else None)
             if len(rows) < _PAGE:
                 break
-        self._empty("pending")
+        self.do("DELETE FROM orchestrator_pending")
 
     def count_listed(self, only: Optional[str] = None) -> int:
         """Return how many items were listed, or how often one of them was."""
@@ -2851,20 +2848,18 @@ class Ledger:
         To delete a row and insert it anew would let two do one item: each would see its own.
         """
         passed = item.version if status == "success" else None
+        values = (item.version, passed, status, attempts, item.deaths, self.source, self.run_id,
+                  at, duration_s, rows, error)
         if not item.is_seen:
             try:
-                self.do(_INSERT, (*self.key, item.name, item.version, passed, status,
-                                  attempts, item.deaths, self.source, self.run_id, at, duration_s,
-                                  rows, error))
+                self.do(_INSERT, (*self.key, item.name, *values))
             except Exception as problem:
                 if {"IntegrityError", "ConstraintException"} & {
                         kind.__name__ for kind in type(problem).__mro__}:
                     raise Taken from problem
                 raise
             return
-        cursor = self.do(_UPDATE, (item.version, passed, status, attempts, item.deaths, self.source,
-                                   self.run_id, at, duration_s, rows, error, *self.key, item.name,
-                                   item.version))
+        cursor = self.do(_UPDATE, (*values, *self.key, item.name, item.version))
         if count_changed(cursor) != 1:
             raise Taken
 
