@@ -3084,9 +3084,9 @@ class Results(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         def show(tool: str, result: Any) -> str:
-            is_small = not isinstance(result, Packed) or len(result.content or ()) < 1000
-            is_there = is_small and (not isinstance(result, Packed) or result.content is not None)
-            return f"{tool!r}: {self[tool]!r}" if is_there else f"{tool!r}: <{result.kind}>"
+            if isinstance(result, Packed) and not (result.content and len(result.content) < 1000):
+                return f"{tool!r}: <{result.kind}>"
+            return f"{tool!r}: {self[tool]!r}"
 
         return "{" + ", ".join(show(*each) for each in self._results.items()) + "}"
 
@@ -3098,12 +3098,9 @@ class Part(Mapping[str, Any]):
         self._whole, self._has = whole, has
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self:
-            raise KeyError(name)
-        return self._whole[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._whole and self._has(name)
+        if name in self._whole and self._has(name):
+            return self._whole[name]
+        raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
         return filter(self._has, self._whole)
@@ -3250,13 +3247,13 @@ class Interrupts:
             self.before_exit()
             os._exit(EXIT_SIGNAL + number)
 
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return what foreign code returns, which the first signal may interrupt."""
         self.in_tool = True
         try:
             if self.signal is not None:  # it came in the instant before
                 raise KeyboardInterrupt(self.signal)
-            return function(*args, **kwargs)
+            return function(*args)
         finally:
             self.in_tool = False
 
@@ -3304,16 +3301,20 @@ def check_modules_exist(tools: Iterable[Tool]) -> None:
 def missing_module(tool: Tool) -> UserError:
     """Return the sentence for a module that is not there, with the nearest one that is."""
     import pkgutil
-    package, _, _ = tool.module.rpartition(".")
-    spec = find_module(package) if package else None
-    places = getattr(spec, "submodule_search_locations", None) or (
-        () if package else sys.path[:1])
-    prefix = package + "." if package else ""
-    there = [prefix + each.name for each in pkgutil.iter_modules(list(places))]
-    fix = format_nearest(tool.module, there) if there else ""
+    package, dot, _ = tool.module.rpartition(".")
+    places = sys.path[:1]
+    if package:
+        places = getattr(find_module(package), "submodule_search_locations", None) or ()
+    there = [package + dot + each.name for each in pkgutil.iter_modules(list(places))]
     return UserError(f"TOOL_MAP[{tool.name!r}]: there is no module {tool.module!r}.",
-                     (fix if fix.startswith("Did") else "Write it, or correct its path")
+                     format_near(tool.module, there, "Write it, or correct its path")
                      + f" (dots between folders, starting from {sys.path[0] or 'this folder'}).")
+
+
+def format_near(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return the way out of a mistyped word if a known one is near, or else another."""
+    fix = format_nearest(word, known)
+    return fix if fix.startswith("Did") else otherwise
 
 
 def read_module(tool: Tool) -> Tuple[str, Any]:
@@ -3399,7 +3400,7 @@ def read_summary(node: Any) -> str:
     """
     import ast
     body = getattr(node, "body", None)
-    if not body or not isinstance(body, list) or not isinstance(body[0], ast.Expr):
+    if not body or not isinstance(body[0], ast.Expr):
         return ""
     text = getattr(body[0].value, "value", None)
     return text.strip().partition("\n")[0].strip() if isinstance(text, str) else ""
@@ -3407,11 +3408,8 @@ def read_summary(node: Any) -> str:
 
 def find_mistakes(tools: Iterable[Tool], available: Iterable[str]) -> List[UserError]:
     """Return all mistakes in the tools' modules, with file and line, importing none."""
-    mistakes: Dict[str, UserError] = {}  # by their text: tools may share a module
-    for tool in tools:
-        for mistake in find_mistakes_of(tool, available):
-            mistakes.setdefault(str(mistake), mistake)
-    return list(mistakes.values())
+    mistakes = (mistake for tool in tools for mistake in find_mistakes_of(tool, available))
+    return list({str(each): each for each in mistakes}.values())  # tools may share a module
 
 
 def find_mistakes_of(tool: Tool, available: Iterable[str]) -> Iterator[UserError]:
@@ -3424,38 +3422,37 @@ def find_mistakes_of(tool: Tool, available: Iterable[str]) -> Iterator[UserError
         yield error
         return
     if tree is None:
-        spec = find_module(tool.module)
-        if getattr(spec, "origin", None) is None and hasattr(spec, "submodule_search_locations"):
-            yield missing_run(tool, tool.module.replace(".", os.sep), ())
+        if not path and hasattr(find_module(tool.module), "submodule_search_locations"):
+            yield missing_run(tool, tool.module.replace(".", os.sep), ())  # it is a mere folder
         return
-    with tokenize.open(path) as file:
-        lines = file.read().splitlines()
-    path = format_path(path)
-    node = find_definition(tree, tool.function)
-    if node is None:
-        error = missing_run(tool, path, [n.name for n in tree.body if hasattr(n, "name")])
-        yield UserError(f"{path}:1: {error.problem}", error.fix)
-    for value in find_plain_values(tree, node):
-        error = wrong_run(tool, path, value)
-        yield UserError(f"{path}:{node.lineno}: {error.problem}", error.fix)
-    is_item_tool = has_items(tool)
+
+    def at(line: int, error: UserError) -> UserError:
+        return UserError(f"{format_path(path)}:{line}: {error.problem}", error.fix)
+
+    run = find_definition(tree, tool.function)
+    if run is None:
+        yield at(1, missing_run(tool, path, [n.name for n in tree.body if hasattr(n, "name")]))
+    for value in find_plain_values(tree, run):
+        yield at(run.lineno, wrong_run(tool, path, value))
+    has_own_items = defines_items(tree)
     for name in ("items", tool.function, "check"):
         node = find_definition(tree, name)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.decorator_list:
             takes, given = read_parameters(node), {*available}
             try:
                 if name == tool.function:
-                    check_item_options(tool, find_definition(tree, "items") is not None
-                                       and is_item_tool, takes)
-                if name != "items" and is_item_tool:
+                    check_item_options(tool, has_own_items, takes)
+                if name != "items" and (has_own_items or tool.each is not None):
                     given.add("item")
                 check_parameters(tool, name, takes, given)
             except UserError as error:
-                yield UserError(f"{path}:{node.lineno}: {error.problem}", error.fix)
+                yield at(node.lineno, error)
+    with tokenize.open(path) as file:
+        lines = file.read().splitlines()
     for line in find_built_sql(tree, lines):
-        yield UserError(f"{path}:{line}: a value is written into SQL, not bound to it.",
-                        'Write execute("... WHERE day >= ?", (since,)); if the text is safe, '
-                        "say so with `# noqa: S608`.")
+        yield at(line, UserError("a value is written into SQL, not bound to it.",
+                                 'Write execute("... WHERE day >= ?", (since,)); if the text is '
+                                 "safe, say so with `# noqa: S608`."))
 
 
 def find_definition(tree: Any, name: str) -> Optional[Any]:
@@ -3538,8 +3535,7 @@ def find_built_sql(tree: Any, lines: Sequence[str]) -> List[int]:
             elif isinstance(node, ast.Call) and node.args \
                     and getattr(node.func, "attr", "") in _EXECUTES \
                     and is_built(node.args[0], safe, built) \
-                    and not any(re.search(_NOQA, line)
-                            for line in lines[node.lineno - 1:node.end_lineno]):
+                    and not re.search(_NOQA, "\n".join(lines[node.lineno - 1:node.end_lineno])):
                 found.add(node.lineno)
     return sorted(found)
 
@@ -3599,10 +3595,9 @@ def load_callees(tools: Sequence[Tool], available: Iterable[str]) -> Dict[str, C
     def load(_: str, tool: Tool) -> Callee:
         # and what it must be like depends on these options
         key = tool.module, tool.function, tool.each is None, tool.batch, tool.cache_s
-        if key in loaded:
-            return loaded[key]._replace(tool=tool)
-        loaded[key] = load_callee(tool, known)
-        return loaded[key]
+        if key not in loaded:
+            loaded[key] = load_callee(tool, known)
+        return loaded[key]._replace(tool=tool)
 
     callees = make_all(errors, load, {tool.name: tool for tool in tools})
     if errors:
@@ -3625,20 +3620,18 @@ def load_callee(tool: Tool, available: Iterable[str]) -> Callee:
                         f"  {format_one_line(error)}",
                         "Mend that line, or install what it needs. -v shows the whole traceback."
                         ) from error
-    run = getattr(module, tool.function, None)
+    run, file = getattr(module, tool.function, None), getattr(module, "__file__", None)
+    if not hasattr(module, tool.function):
+        raise missing_run(tool, file, (name for name in vars(module) if not name.startswith("_")))
     if not callable(run):
-        if hasattr(module, tool.function):
-            raise wrong_run(tool, getattr(module, "__file__", None), run)
-        raise missing_run(tool, getattr(module, "__file__", None),
-                          (name for name in vars(module) if not name.startswith("_")))
+        raise wrong_run(tool, file, run)
     check, items = (find_function(module, name, run) for name in ("check", "items"))
     callee = Callee(tool, run, find_parameters(run),
                     check, find_parameters(check) if check else Parameters(),
                     items, find_parameters(items) if items else Parameters())
     if not callee.has_items and "item" in callee.run_takes.required and hasattr(module, "items"):
-        raise UserError(f"TOOL_MAP[{tool.name!r}]: items of {tool.module} is "
-                        f"{format_type(module.items)}, not a function.",
-                        "Write `def items(conn):` and return it there.")
+        raise UserError(f"{where}: items of {tool.module} is {format_type(module.items)}, not a "
+                        "function.", "Write `def items(conn):` and return it there.")
     check_item_options(tool, items is not None, callee.run_takes)
     check_parameters(tool, "items", callee.items_takes, available)
     available = {*available, "item"} if callee.has_items else available
@@ -3679,10 +3672,12 @@ def takes_any(tool: Tool, names: Iterable[str]) -> bool:
         _, tree = read_module(tool)
     except UserError:
         return True
-    nodes = [tree and find_definition(tree, name) for name in (tool.function, "items", "check")]
+    if tree is None:
+        return True
+    nodes = [find_definition(tree, name) for name in (tool.function, "items", "check")]
     takes = [read_parameters(node) if hasattr(node, "args") else Parameters(takes_all=True)
              for node in nodes if node is not None]
-    return any(each.takes_all or {*names} & {*each.names} for each in takes) or tree is None
+    return any(each.takes_all or {*names} & {*each.names} for each in takes)
 
 
 def describe_items(tool: Tool, has_database: bool) -> str:
@@ -3702,7 +3697,12 @@ def has_items(tool: Tool) -> bool:
         _, tree = read_module(tool)
     except UserError:
         return False
-    node = tree and find_definition(tree, "items")
+    return tree is not None and defines_items(tree)
+
+
+def defines_items(tree: Any) -> bool:
+    """Return whether a module has a function items(), as it reads."""
+    node = find_definition(tree, "items")
     return node is not None and not any(True for _ in find_plain_values(tree, node))
 
 
@@ -3723,11 +3723,10 @@ def check_each(pipeline: Pipeline, tools: Iterable[Tool]) -> None:
 
 def missing_run(tool: Tool, file: Optional[str], names: Iterable[str]) -> UserError:
     """Return the sentence for a module without the function that its tool needs."""
-    near = format_nearest(tool.function, names)
+    near = format_near(tool.function, names)
     return UserError(f"TOOL_MAP[{tool.name!r}]: {format_path(file or tool.module)} has no function "
                      f"{tool.function}().",
-                     (near + " " if near.startswith("Did") else "")
-                     + f"Write `def {tool.function}(conn, **kwargs):` in it.")
+                     f"{near} Write `def {tool.function}(conn, **kwargs):` in it.".lstrip())
 
 
 def wrong_run(tool: Tool, file: Optional[str], value: Any) -> UserError:
@@ -3777,15 +3776,15 @@ def check_parameters(tool: Tool, function: str, takes: Parameters,
         raise UserError(f"{where} asks for 'item', but it is what tells which there are.",
                         "Take that out of its parameters.")
     if missing:
-        near = format_nearest(missing[0], available)
         if missing[0] in PERIOD_ARGUMENTS:
             raise UserError(f"{where} asks for {missing[0]!r}, which only --backfill gives.",
                             f"Run it so, or give it a default: {missing[0]}=None.")
         raise UserError(f"{where} asks for {', '.join(map(repr, missing))}, which nothing gives.",
                         "Write `def items(conn):` beside it, which returns what there is to do."
-                        if missing[0] == "item" else near if near.startswith("Did") else
-                        f"Give it a default ({missing[0]}=None), or declare "
-                        f"--{missing[0].replace('_', '-')} in add_arguments().")
+                        if missing[0] == "item" else format_near(
+                            missing[0], available,
+                            f"Give it a default ({missing[0]}=None), or declare "
+                            f"--{missing[0].replace('_', '-')} in add_arguments()."))
 
 
 def choose_arguments(takes: Parameters, available: Mapping[str, Any]) -> Dict[str, Any]:
