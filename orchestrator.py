@@ -3838,23 +3838,32 @@ def run_attempt(callee: Callee, database: Database, arguments: Mapping[str, Any]
     step = ""  # of the engine's own, if it is one that fails
     try:
         result = interrupts.call(call_in_transaction, callee, database, arguments, context)
-        if os.getpid() != pid:  # a copy of us that the tool forked came back from it
-            os._exit(EXIT_FAILED)
+        end_if_copy(pid)
         step = "at the commit: "
         database.commit()
         return Outcome("success", result=result, rows=count_rows(result))
     except BaseException as error:
-        if os.getpid() != pid:
-            os._exit(EXIT_FAILED)
+        end_if_copy(pid)
         step = step if database.is_open else "in get_connection(): "
         had_ended = database.is_open and database.rollback()
-        if interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
-            return Outcome("interrupted", reason=format_signal(interrupts.signal))
-        reasons = [find_hint(error),
-                   "its transaction had ended before: what it committed stays" * had_ended]
-        return Outcome("failed", "; ".join(filter(None, reasons)),
-                       error=step + format_one_line(error),
-                       traceback=format_traceback(error, verbose))
+        return make_failure(
+            error, step, interrupts, verbose,
+            "its transaction had ended before: what it committed stays" * had_ended)
+
+
+def end_if_copy(pid: int) -> None:
+    """End this process if it is a copy of that one, which a tool forked and which came back."""
+    if os.getpid() != pid:
+        os._exit(EXIT_FAILED)
+
+
+def make_failure(error: BaseException, step: str, interrupts: Interrupts, verbose: bool,
+                 reason: str = "") -> Outcome:
+    """Return how an attempt ended of which a step has failed, or that a signal has ended."""
+    if interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
+        return Outcome("interrupted", reason=format_signal(interrupts.signal))
+    return Outcome("failed", "; ".join(filter(None, [find_hint(error), reason])),
+                   error=step + format_one_line(error), traceback=format_traceback(error, verbose))
 
 
 def call_in_transaction(callee: Callee, database: Database, arguments: Mapping[str, Any],
@@ -3895,11 +3904,7 @@ class ItemOrder(NamedTuple):
 
 
 class ToolError(Exception):
-    """What fails a tool and is charged to no item: `__cause__`, at `step`."""
-
-    def __init__(self, step: str) -> None:
-        super().__init__(step)
-        self.step = step
+    """What fails a tool and is charged to no item: `__cause__`, at the step that is its text."""
 
 
 LOCKED_S = 60.0  # how long an item comes again because others are at the same rows
@@ -3911,10 +3916,11 @@ class ItemWork:
     ledger; with "batch", several in one transaction, each in a savepoint.
 
     State: `step`, what is being done, if it is not the tool itself; `is_own_fault`, whether an
-    error then is an item's; `is_watched`, whether an item may not commit; `was_taken`, whether to
-    look at rows once more; `left`, the items that are not done, the next one last; `at_work`, the
-    one that is being done; `passed`, `rows`, `elsewhere` and `endings`, what came of those that
-    are committed; `new`, the same of those that are not.
+    error then is an item's; `is_watched`, whether an item may not commit; `tries`, how often a
+    transaction was begun anew, and `was_taken`, whether to look at rows once more in it; `left`,
+    the items that are not done; `at_work`, the one that is being done, since `started_s`;
+    `passed`, `rows`, `elsewhere` and `endings`, what came of those that are committed; `new`, the
+    same of those that are not.
     """
 
     def __init__(self, callee: Callee, database: Database, arguments: Mapping[str, Any],
@@ -3927,8 +3933,9 @@ class ItemWork:
         self.ledger: Any = None
         self.slip_fd = -1
         self.chosen: Optional[Dict[str, Any]] = None  # what run() gets, of which the item changes
-        self.step, self.is_own_fault, self.was_taken, self.is_watched = "", False, False, True
-        self.left = list(reversed(order.items))
+        self.step, self.is_own_fault, self.is_watched = "", False, True
+        self.tries, self.was_taken = 0, False
+        self.left = [*order.items]
         self.at_work: Optional[Item] = None
         self.started_s = 0.0
         self.passed, self.elsewhere, self.charged = 0, 0, 0
@@ -3956,7 +3963,7 @@ class ItemWork:
             while self.left:
                 if self.interrupts.signal is not None:
                     raise KeyboardInterrupt(self.interrupts.signal)
-                self._do_group(self.left[:-1 - size:-1])
+                self._do_group(self.left[:size])
         except BaseException as error:
             outcome = self._fail(error)
         finally:
@@ -3964,28 +3971,24 @@ class ItemWork:
             if self.ledger:
                 self.ledger.close()
         return outcome._replace(result=Tally(self.passed, self.rows, tuple(self.endings),
-                                             self.elsewhere, tuple(reversed(self.left)),
-                                             self.at_work, self.charged))
+                                             self.elsewhere, tuple(self.left), self.at_work,
+                                             self.charged))
 
     def _fail(self, error: BaseException) -> Outcome:
         """Return the outcome of an order that could not be carried out to its end."""
-        if os.getpid() != self.pid:  # a copy of us that the tool forked came back from it
-            os._exit(EXIT_FAILED)
+        end_if_copy(self.pid)
         if isinstance(error, ToolError):
-            step, error = error.step, error.__cause__
+            step, error = str(error), error.__cause__
             step = f"at {format_name(self.at_work.name)}: {step}" if self.at_work else step
         else:
             step = self.step if self.database.is_open else "in get_connection(): "
             if self.database.is_open:
                 self.database.rollback()
-        if self.interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
-            return Outcome("interrupted", reason=format_signal(self.interrupts.signal))
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and self.interrupts.signal is None:
             return Outcome("failed", NOT_AGAIN, error=error.problem)
-        return Outcome("failed", find_hint(error), error=step + format_one_line(error),
-                       traceback=format_traceback(error, self.verbose))
+        return make_failure(error, step, self.interrupts, self.verbose)
 
-    def _open(self, _tries: int = 0) -> None:
+    def _open(self) -> None:
         """Open the connection and the ledger on it, and create that if it is not there."""
         database = self.database
         database.begin()
@@ -4012,12 +4015,10 @@ class ItemWork:
 
     def _open_slip(self) -> None:
         if self.order.slip and self.order.items:
-            try:
-                os.makedirs(os.path.dirname(self.order.slip), 0o700, exist_ok=True)
-                self.slip_fd = os.open(self.order.slip, os.O_WRONLY | os.O_CREAT, 0o600)
-            except OSError as error:
-                self.step = "in the history: "
-                raise error
+            self.step = "in the history: "
+            os.makedirs(os.path.dirname(self.order.slip), 0o700, exist_ok=True)
+            self.slip_fd = os.open(self.order.slip, os.O_WRONLY | os.O_CREAT, 0o600)
+            self.step = ""
 
     def _close_slip(self) -> None:
         if self.slip_fd >= 0:
@@ -4118,29 +4119,29 @@ class ItemWork:
             self._do_singly(group, error.__cause__)
             return
         for rows, ending in self.new:
-            if ending is None:
-                self.passed += 1
-                self.rows = self.rows if rows is None else (self.rows or 0) + rows
-            elif ending.status == "done":  # by somebody else
-                self.elsewhere += 1
-            else:
-                self._note(ending)
-        del self.left[-len(group):]
+            self._count(rows, ending)
+        del self.left[:len(group)]
         self.at_work = None
 
-    def _note(self, ending: Ending) -> None:
-        """Note how an item ended. There is a row of it now, but one in memory is soon forgotten."""
-        is_seen = None if self.ledger.is_apart else True
-        self.endings.append(ending._replace(item=ending.item._replace(is_seen=is_seen)))
+    def _count(self, rows: Optional[int], ending: Optional[Ending]) -> None:
+        """Count how an item ended: well, if there is no Ending."""
+        if ending is None or ending.status == "success":
+            self.passed += 1
+            self.rows = self.rows if rows is None else (self.rows or 0) + rows
+        elif ending.status == "done":  # by somebody else
+            self.elsewhere += 1
+        else:  # there is a row of it now, but one in memory is soon forgotten
+            is_seen = None if self.ledger.is_apart else True
+            self.endings.append(ending._replace(item=ending.item._replace(is_seen=is_seen)))
 
-    def _attempt(self, tries: int, group: Sequence[Item]) -> None:
+    def _attempt(self, group: Sequence[Item]) -> None:
         """Do some items in one transaction."""
         self.step, self.is_own_fault, self.new = "", False, []
         if self.tool.commits:
             self.database.open()
         else:
             # A transaction that begins with a look at a row could not wait for the lock later.
-            is_urgent = tries > 1 or group[0].is_seen is None
+            is_urgent = self.tries > 1 or group[0].is_seen is None
             self.database.begin(is_urgent)
             self.ledger.begin(is_urgent)
         for item in group:
@@ -4149,31 +4150,28 @@ class ItemWork:
         self.step, self.is_own_fault = "at the commit: ", True
         self.database.commit()
 
-    def _insist(self, step: Callable[..., None], *args: Any) -> None:
+    def _insist(self, step: Callable[..., Any], *args: Any) -> Any:
         """Take a step in a transaction of its own, again and again while others are in the way.
 
-        It gets how often it was taken before. Raise ToolError from what else it raises, and
-        KeyboardInterrupt.
+        Return what it returns. Raise ToolError from what else it raises, and KeyboardInterrupt.
         """
-        started_s, tries, self.was_taken = time.monotonic(), 0, False
+        began_s, self.tries, self.was_taken = time.monotonic(), 0, False
         while True:
             try:
-                step(tries, *args)
-                return
+                return step(*args)
             except BaseException as error:
                 self._roll_back(error)
-                tries += 1
-                if isinstance(error, Taken) and tries < _TAKEN_TRIES:
+                self.tries += 1
+                if isinstance(error, Taken) and self.tries < _TAKEN_TRIES:
                     self.was_taken = True
-                elif is_locked(error) and time.monotonic() - started_s < LOCKED_S:
-                    self._wait(tries)
+                elif is_locked(error) and time.monotonic() - began_s < LOCKED_S:
+                    self._wait(self.tries)
                 else:
                     raise ToolError(self.step) from error
 
     def _roll_back(self, error: BaseException) -> None:
         """Undo a transaction. Raise ToolError if the connection is lost with it."""
-        if os.getpid() != self.pid:  # a copy of us that the tool forked came back from it
-            os._exit(EXIT_FAILED)
+        end_if_copy(self.pid)
         if self.ledger:
             self.ledger.guard.is_up = False
         is_closed = was_closed(self.database.conn)
@@ -4203,7 +4201,7 @@ class ItemWork:
             if at_fault is not None and item.name == at_fault.name:
                 self._charge(at_fault, self.step + format_one_line(error), error,
                              time.monotonic() - self.started_s)
-                self.left.pop()
+                del self.left[0]
             else:
                 self._do_group([item._replace(is_seen=None)])
 
@@ -4213,8 +4211,7 @@ class ItemWork:
         if item.is_seen is None:
             item, status, rows, problem = ledger.look(item)
             if status != "pending":
-                self.new.append((rows, None if status == "success" else
-                                 Ending(item, status, item.attempts, problem or "")))
+                self.new.append((rows, Ending(item, status, item.attempts, problem or "")))
                 return
         self.at_work = item
         if self.slip_fd >= 0:
@@ -4222,7 +4219,7 @@ class ItemWork:
         saves = self.is_watched and not (is_alone and ledger.kind == "sqlite")
         if saves:
             ledger.begin_item()
-        started_s = self.started_s = time.monotonic()
+        self.started_s = time.monotonic()
         context = self.context
         context.item, context.version, context.attempt = item.name, item.version, item.attempts + 1
         self.is_own_fault = True
@@ -4232,7 +4229,7 @@ class ItemWork:
                 self._release()
             self.step, self.is_own_fault = "in the ledger: ", False
             ledger.record(item, "success", item.attempts + 1, time.time(),
-                          time.monotonic() - started_s, rows)
+                          time.monotonic() - self.started_s, rows)
             self.step = ""
             self.new.append((rows, None))
         except Exception as error:
@@ -4241,7 +4238,8 @@ class ItemWork:
                 if self._undo(error) and not is_alone and not is_locked(error):
                     ending = self._make_ending(item, format_one_line(error), error)
                     self.is_own_fault = False
-                    self._record(ending, time.monotonic() - started_s)
+                    self._record(ending, time.monotonic() - self.started_s)
+                    self.step = ""
                     self._release()
                     self.new.append((None, ending))
                     return
@@ -4294,20 +4292,18 @@ class ItemWork:
             raise
         finally:
             guard.is_up = False
-        if os.getpid() != self.pid:
-            os._exit(EXIT_FAILED)
+        end_if_copy(self.pid)
         if guard.tried:
             raise PermissionError(_REFUSED % guard.tried)
-        self._check_transaction()
+        if self.is_watched:
+            self._check_transaction()
         return count_rows(result)
 
     def _check_transaction(self) -> None:
         """Raise RuntimeError if the transaction of an item is over or can not be committed."""
         conn, kind = self.ledger.raw, self.ledger.kind
-        if not self.is_watched:
-            return
         if kind == "sqlite":
-            if getattr(conn, "in_transaction", True) is False:
+            if not conn.in_transaction:
                 raise RuntimeError("SQLite undid its transaction after an error that was ignored")
         elif kind not in ("mysql", "mariadb") and is_aborted(conn):
             raise RuntimeError("an error of the database was caught and ignored, after which "
@@ -4327,41 +4323,30 @@ class ItemWork:
         self.step = "in the ledger: "
         self.ledger.record(ending.item, ending.status, ending.item.attempts, time.time(),
                            duration_s, error=ending.error)
-        self.step = ""
 
     def _charge(self, item: Item, text: str, error: Optional[BaseException] = None,
                 duration_s: Optional[float] = None, is_death: bool = False) -> None:
         """Record a failed try of an item, of which nothing is left, in a transaction."""
-        def record(_tries: int) -> None:
-            """Look whether it is recorded already, and record it if not."""
-            nonlocal found, status
+        def record() -> Tuple[bool, Ending]:
+            """Record it if it is not yet. Return whether it was not, and how the item ended."""
             self.database.begin()
             self.step = "in the ledger: "
             found, status = item, "pending"
             if item.is_seen is None or self.was_taken:
                 found, status, *_ = self.ledger.look(item)
+            ending = Ending(found, status, count_tries(found), text, "", is_death)
             # It may have been recorded before: its process ended then, or a former charge did.
-            if status == "pending" and count_tries(found) > count_tries(item):
-                status = "recorded"
-            if status == "pending":
-                self._record(self._make_ending(found, text, error, is_death), duration_s)
-            self.step = "in the ledger: "
+            is_new = status == "pending" and count_tries(found) <= count_tries(item)
+            if is_new:
+                ending = self._make_ending(found, text, error, is_death)
+                self._record(ending, duration_s)
             self.database.commit()
+            return is_new, ending
 
-        found, status = item, ""
         self.is_own_fault = False
-        self._insist(record)
-        if status == "pending":
-            self._note(self._make_ending(found, text, error, is_death))
-        elif self.order.is_listing:
-            pass  # what comes of it is listed
-        elif status == "success":
-            self.passed += 1
-        elif status == "done":
-            self.elsewhere += 1
-        else:
-            self._note(Ending(found, "pending" if status == "recorded" else status,
-                              count_tries(found), text, "", is_death))
+        is_new, ending = self._insist(record)
+        if is_new or not self.order.is_listing:  # else what becomes of it is listed
+            self._count(None, ending)
         self.step, self.at_work = "", None
 
 

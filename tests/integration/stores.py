@@ -250,5 +250,5 @@ BEFORE = patch(
      "            rows, saves = self.interrupts.call(self._call, item.name), False\n"
      "            if saves:"),
     ('            ledger.record(item, "success", item.attempts + 1, time.time(),\n'
-     "                          time.monotonic() - started_s, rows)\n", ""))
+     "                          time.monotonic() - self.started_s, rows)\n", ""))
 MUTANTS = {"DELETE and INSERT": DELETES, "ledger after": AFTER, "ledger before": BEFORE}
