@@ -2502,14 +2502,13 @@ class Dialect(NamedTuple):
 
 # MariaDB joins what has no key by comparing all with all. Not utf8mb4_bin, to which 'a' and 'a '
 # are the same.
-_MYSQL_SEQ = "INTEGER PRIMARY KEY AUTO_INCREMENT, KEY (item(100))"
+_MYSQL = Dialect("LONGTEXT", "CHAR", "NULL", "INTEGER PRIMARY KEY AUTO_INCREMENT, KEY (item(100))",
+                 " COLLATE utf8mb4_0900_bin", " ENGINE=InnoDB")
 _DIALECTS = {
     "sqlite": Dialect(cast="TEXT", numbers="NULL", more=" WITHOUT ROWID"),
     "postgresql": Dialect(cast="TEXT"),
-    "mysql": Dialect("LONGTEXT", "CHAR", "NULL", _MYSQL_SEQ, " COLLATE utf8mb4_0900_bin",
-                     " ENGINE=InnoDB"),
-    "mariadb": Dialect("LONGTEXT", "CHAR", "NULL", _MYSQL_SEQ, " COLLATE utf8mb4_nopad_bin",
-                       " ENGINE=InnoDB"),
+    "mysql": _MYSQL,
+    "mariadb": _MYSQL._replace(collate=" COLLATE utf8mb4_nopad_bin"),
 }
 _DRIVERS = {"psycopg": "postgresql", "psycopg2": "postgresql", "pg8000": "postgresql",
             "pymysql": "mysql", "MySQLdb": "mysql", "mysql": "mysql", "mariadb": "mysql",
@@ -2520,9 +2519,8 @@ def find_driver(conn: Any) -> Tuple[str, str]:
     """Return the kind of database behind a connection, and how its driver marks parameters
     (PEP 249: paramstyle).
     """
-    dialect = getattr(conn, "dialect", None)  # of SQLAlchemy
-    if hasattr(conn, "exec_driver_sql"):
-        return dialect.name, dialect.paramstyle
+    if hasattr(conn, "exec_driver_sql"):  # of SQLAlchemy
+        return conn.dialect.name, conn.dialect.paramstyle
     if is_sqlite(conn):
         return "sqlite", "qmark"
     for kind in type(conn).__mro__:
@@ -3647,8 +3645,7 @@ def find_function(module: Any, name: str, run: Any) -> Optional[Callable[..., An
 
 
 def check_item_options(tool: Tool, has_items: bool, run_takes: Parameters) -> None:
-    """Raise UserError if what TOOL_MAP says of a tool does not go with its having items, or not.
-    """
+    """Raise UserError if what TOOL_MAP says of a tool does not go with its items, or their lack."""
     where = f"TOOL_MAP[{tool.name!r}]"
     if not has_items and tool.each is None:
         if tool.batch != 1:
@@ -3919,8 +3916,9 @@ class ItemWork:
     error then is an item's; `is_watched`, whether an item may not commit; `tries`, how often a
     transaction was begun anew, and `was_taken`, whether to look at rows once more in it; `left`,
     the items that are not done; `at_work`, the one that is being done, since `started_s`;
-    `passed`, `rows`, `elsewhere` and `endings`, what came of those that are committed; `new`, the
-    same of those that are not.
+    `available`, the arguments for it, and `chosen`, those that run() takes; `passed`, `rows`,
+    `elsewhere` and `endings`, what came of those that are committed; `new`, the same of those
+    that are not.
     """
 
     def __init__(self, callee: Callee, database: Database, arguments: Mapping[str, Any],
@@ -3932,7 +3930,6 @@ class ItemWork:
         self.verbose, self.pid = verbose, os.getpid()
         self.ledger: Any = None
         self.slip_fd = -1
-        self.chosen: Optional[Dict[str, Any]] = None  # what run() gets, of which the item changes
         self.step, self.is_own_fault, self.is_watched = "", False, True
         self.tries, self.was_taken = 0, False
         self.left = [*order.items]
@@ -3995,7 +3992,7 @@ class ItemWork:
         self.ledger = Ledger(database.conn, self.ledger_path, self.pipeline, self.tool.name,
                              self.order.run_id, self.order.source)
         self.available = {**self.arguments, "conn": database.conn, "context": self.context}
-        self.chosen = None
+        self.chosen = choose_arguments(self.callee.run_takes, {**self.available, "item": None})
         if self.ledger.is_there():
             database.commit()
             return
@@ -4041,16 +4038,14 @@ class ItemWork:
         names: List[str] = []  # of the first that were given up
         page: List[Item] = []
         for item, given_up_in in ledger.find_pending():
-            if item.name in news or (given_up_in == self.order.run_id
-                                     and self.context.attempt > 1):  # it is counted already
-                pending += item.name in news  # until this very start
-                continue
-            if given_up_in is not None:
+            if item.name in news:
+                pending += 1  # until this very start
+            elif given_up_in is None:
+                pending += 1
+                page += [item] * (order.only in (None, item.name))
+            elif given_up_in != order.run_id or self.context.attempt == 1:  # else it is counted
                 given_up += 1
                 names += [item.name] * (given_up <= 3)
-                continue
-            pending += 1
-            page += [item] * (order.only in (None, item.name))
             if len(page) == _PAGE:
                 take(page)
                 page = []
@@ -4233,7 +4228,6 @@ class ItemWork:
             self.step = ""
             self.new.append((rows, None))
         except Exception as error:
-            ledger.guard.is_up = False
             if saves and self.is_own_fault and not isinstance(error, EndedEarly):
                 if self._undo(error) and not is_alone and not is_locked(error):
                     ending = self._make_ending(item, format_one_line(error), error)
@@ -4270,16 +4264,11 @@ class ItemWork:
     def _call(self, name: str) -> Optional[int]:
         """Return the rows of an item that run() has done and check() passed."""
         callee, available, guard = self.callee, self.available, self.ledger.guard
-        available["item"] = name
+        self.chosen["item"] = available["item"] = name
         guard.is_up, guard.tried = not self.tool.commits, ""
         try:
             try:
-                chosen = self.chosen
-                if chosen is None:
-                    chosen = self.chosen = choose_arguments(callee.run_takes, available)
-                if "item" in chosen:
-                    chosen["item"] = name
-                result = find_value(callee.run, callee.run(**chosen))
+                result = find_value(callee.run, callee.run(**self.chosen))
             except SystemExit as error:  # None and 0 mean success
                 if error.code not in (None, 0):
                     raise RuntimeError(format_one_line(error)) from error
