@@ -4560,7 +4560,6 @@ class Capture:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.streams = {1: sys.stdout, 2: sys.stderr} if folder else {}
-        self.errors: Dict[int, str] = {}
         self.spools: List[Spool] = []
         self.log, self.log_fd = "", -1
         self.error = ""  # what could not be written, if anything
@@ -4570,11 +4569,7 @@ class Capture:
         self.lock, self.stop = threading.RLock(), threading.Event()
         for fd, stream in self.streams.items():
             if is_own_fd(stream, fd) and not stream.isatty():
-                stream.flush()
-                self.spools.append(Spool(fd, os.path.join(self.folder, SPOOLS[fd - 1])))
-                self.errors[fd] = stream.errors
-                # A letter that the stdout of a cron job can not say is no reason to fail.
-                stream.reconfigure(line_buffering=True, errors="backslashreplace")
+                self.spools.append(Spool(stream, fd, os.path.join(self.folder, SPOOLS[fd - 1])))
             elif stream is not None:
                 self.set_stream(fd, Copier(stream, self.write_log))
         self.thread = threading.Thread(target=self.carry, daemon=True)
@@ -4592,9 +4587,6 @@ class Capture:
             for spool in self.spools:
                 spool.close()
                 self.error = self.error or spool.error
-                with contextlib.suppress(OSError, ValueError):  # the tool closed it
-                    self.streams[spool.fd].reconfigure(line_buffering=False,
-                                                       errors=self.errors[spool.fd])
             for fd, stream in self.streams.items():
                 self.set_stream(fd, stream)
 
@@ -4610,7 +4602,7 @@ class Capture:
     def drain(self) -> None:
         """Let what was printed until now reach the screen and the log."""
         for spool in self.spools:
-            flush(self.streams[spool.fd])
+            flush(spool.stream)
             with self.lock:
                 if spool.has_more():
                     spool.carry(self.write_log)
@@ -4651,9 +4643,13 @@ class Capture:
 
 
 class Spool:
-    """A file descriptor that leads into a file, from which carry() brings it to where it led."""
+    """A stream whose file descriptor leads into a file, from which carry() brings what is printed
+    to where it led.
+    """
 
-    def __init__(self, fd: int, path: str) -> None:
+    def __init__(self, stream: Any, fd: int, path: str) -> None:
+        stream.flush()
+        self.stream, self.stream_errors = stream, stream.errors
         self.fd, self.real = fd, os.dup(fd)
         into = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(into, fd)
@@ -4662,6 +4658,8 @@ class Spool:
         write_private(path + SHOWN)
         self.mark = open(path + SHOWN, "r+b", buffering=0)
         self.shown, self.error = 0, ""
+        # A letter that the stdout of a cron job can not say is no reason to fail.
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
     def set_shown(self, shown: int) -> None:
         """Note how much is carried, also for append_spools(), should this process be killed."""
@@ -4701,8 +4699,10 @@ class Spool:
         """Let the descriptor lead again to where it led."""
         for step in (lambda: os.dup2(self.real, self.fd), lambda: os.close(self.real),
                      self.file.close, lambda: os.unlink(self.file.name),
-                     self.mark.close, lambda: os.unlink(self.mark.name)):
-            with contextlib.suppress(OSError):  # a tool closed or removed it, or left it open
+                     self.mark.close, lambda: os.unlink(self.mark.name),
+                     lambda: self.stream.reconfigure(line_buffering=False,
+                                                     errors=self.stream_errors)):
+            with contextlib.suppress(OSError, ValueError):  # a tool closed, removed or kept it open
                 step()
 
 
@@ -5462,13 +5462,11 @@ class Attempt:
 
     `facts` are that last; `log` the file for what it prints, or ""; `has_logged` whether it used
     context.log; `lines` what it logged so in a worker, which joins the log when what it printed
-    has been shown; `items`, those of a tool that has some.
+    has been shown.
     """
 
-    def __init__(self, started_s: float, executor: Any, log: str, facts: Dict[str, Any],
-                 items: Optional["Items"]) -> None:
+    def __init__(self, started_s: float, executor: Any, log: str, facts: Dict[str, Any]) -> None:
         self.started_s, self.executor, self.log, self.facts = started_s, executor, log, facts
-        self.items = items
         self.in_worker = isinstance(executor, Workers)
         self.has_logged = False
         self.lines: List[str] = []
@@ -5741,8 +5739,8 @@ class Run:
     def find_timeout_s(self) -> float:
         """Return the seconds until something is due, but not more than a beat."""
         dues = [each.deadline_s for each in self.jobs.values()] + [at for at, _ in self.retries]
-        dues += [each.items.find_due_s() for each in self.open.values()
-                 if each.items and not each.items.jobs]
+        dues += [self.items[tool].find_due_s() for tool in self.open
+                 if tool in self.items and not self.items[tool].jobs]
         return max(0.0, min([_BEAT_S, *(due - self.clock.monotonic() for due in dues)]))
 
     def look_at_signals(self) -> None:
@@ -5804,8 +5802,7 @@ class Run:
         first = self.item_orders.get(tool)
         if first:
             self.items.setdefault(tool, Items(options.batch)).begin()
-        self.open[tool] = Attempt(self.clock.monotonic(), executor, log, self.find_facts(tool),
-                                  self.items.get(tool))
+        self.open[tool] = Attempt(self.clock.monotonic(), executor, log, self.find_facts(tool))
         self.tell_now("tool_started", tool, output=log if self.open[tool].in_worker else "")
         self.start_job(tool, first._replace(run_id=self.ledger_run_id,
                                             charges=self.find_deaths(tool)) if first else None)
@@ -5816,13 +5813,14 @@ class Run:
         timeout_s = self.pipeline.tools[tool].timeout_s
         name = tool
         if order:
-            attempt.items.numbers += 1
-            attempt.items.jobs += 1
-            name = f"{tool}\0{attempt.items.numbers}"
+            items = self.items[tool]
+            items.numbers += 1
+            items.jobs += 1
+            name = f"{tool}\0{items.numbers}"
             folder = self.history.folder or self.logs
             if folder:
                 order = order._replace(slip=os.path.join(
-                    find_slips(folder, tool), f"{attempt.items.numbers}-{order.source}"))
+                    find_slips(folder, tool), f"{items.numbers}-{order.source}"))
         self.jobs[name] = Job(tool, now_s,
                               float("inf") if timeout_s is None else now_s + timeout_s, order)
         attempt.executor.start(Order(
@@ -5834,7 +5832,7 @@ class Run:
         has not been changed since: that mended it, perhaps.
         """
         folder = find_slips(self.history.folder, tool) if self.history.folder else ""
-        charges = self.open[tool].items.charges
+        charges = self.items[tool].charges
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             slip = os.path.join(folder, name)
             item = read_slip(slip)
@@ -5850,8 +5848,8 @@ class Run:
         `is_first`.
         """
         now_s = self.clock.monotonic()
-        for tool, attempt in self.open.items():
-            items = attempt.items
+        for tool in self.open:
+            items = self.items.get(tool)
             while items and len(self.jobs) < self.plan.jobs and not self.is_interrupted \
                     and items.find_due_s() <= now_s and not (is_first and items.jobs) \
                     and self.schedule.take(tool):
@@ -5865,13 +5863,13 @@ class Run:
 
     def take_items(self, job: str, items: Sequence[Item]) -> None:
         """Take items that are pending from who lists them."""
-        self.open[self.jobs[job].tool].items.add(items)
+        self.items[self.jobs[job].tool].add(items)
 
     def items_ended(self, name: str, outcome: Outcome) -> None:
         """Take what came of some items, or of listing them."""
         job = self.jobs.pop(name)
         tool, order, now_s = job.tool, job.order, self.clock.monotonic()
-        items, tally = self.open[tool].items, outcome.result
+        items, tally = self.items[tool], outcome.result
         self.schedule.release(tool)
         items.jobs -= 1
         if isinstance(tally, Packed):
@@ -5934,7 +5932,7 @@ class Run:
 
     def item_ended(self, tool: str, ending: Ending, is_new: bool) -> None:
         """Take how an item ended that did not pass: it comes again, or has failed."""
-        options, items = self.pipeline.tools[tool], self.open[tool].items
+        options, items = self.pipeline.tools[tool], self.items[tool]
         text = f"{format_name(ending.item.name)}: {ending.error}"
         if ending.is_death:
             text += f"; it took its process down {ending.item.deaths} of {DEATHS_ALLOWED} times"
@@ -5963,8 +5961,8 @@ class Run:
 
     def end_items(self) -> None:
         """Settle the tools of whose items nothing is left to do."""
-        for tool, attempt in list(self.open.items()):
-            items = attempt.items
+        for tool in list(self.open):
+            items = self.items.get(tool)
             if not items or items.jobs or items.has_more() and not self.is_interrupted:
                 continue
             items.close()
@@ -6007,7 +6005,7 @@ class Run:
         nothing new. `verdict` is why it was ended, if it was.
         """
         attempt, options = self.open.pop(tool), self.pipeline.tools[tool]
-        if not attempt.items:
+        if tool not in self.items:
             self.schedule.release(tool)
         if outcome.status != "success" and verdict:
             outcome = Outcome("interrupted", format_signal(self.interrupts.signal)) \
