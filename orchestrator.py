@@ -3189,12 +3189,16 @@ def make_log(tool: str, tell: Callable[..., None]) -> Any:
     return logger
 
 
+_SAME_SIGNAL_S = 0.1  # nobody presses Ctrl-C twice in that
+
+
 class Interrupts:
     """Ctrl-C, SIGTERM and a closed terminal, while a run lasts and only on the main thread.
 
     The first one ends what the tool is doing, by KeyboardInterrupt, and is noted in `signal`;
     the engine's own steps are never torn, they look at `signal` between tools. The second one
-    ends the process at once, but for SIGHUP, of which a terminal that closes sends several. A
+    ends the process at once, but for SIGHUP, of which a terminal that closes sends several, and
+    for one that comes with the first, as timeout(1) signals its child and then all its group. A
     signal that was ignored before, as by nohup, stays ignored. A process that a tool forks takes
     signals as if there were no engine.
     """
@@ -3204,6 +3208,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.signal: Optional[int] = None
+        self.signal_s = 0.0  # when it came
         self.in_tool = False  # whether foreign code is being called
         self.before: Dict[int, Any] = {}
         self.before_exit: Callable[[], None] = lambda: None
@@ -3238,10 +3243,11 @@ class Interrupts:
         """Take a signal. Runs in the main thread, between any two instructions."""
         import signal
         if self.signal is None:
-            self.signal = number
+            self.signal, self.signal_s = number, time.monotonic()
             if self.in_tool:
                 raise KeyboardInterrupt(number)
-        elif number != getattr(signal, "SIGHUP", None):
+        elif number != getattr(signal, "SIGHUP", None) \
+                and time.monotonic() - self.signal_s > _SAME_SIGNAL_S:
             self.before_exit()
             os._exit(EXIT_SIGNAL + number)
 
@@ -4625,6 +4631,9 @@ class Capture:
 
     def carry(self) -> None:
         """Show again and again what is new. Runs in a thread."""
+        import signal
+        if hasattr(signal, "pthread_sigmask"):  # one that comes here would not wake a tool
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while not self.stop.wait(0.1):
             for spool in self.spools:
                 with self.lock:

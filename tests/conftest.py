@@ -244,6 +244,14 @@ def wait_until(is_true, timeout_s=20.0):
         time.sleep(0.005)
 
 
+def press_ctrl_c_again(process):
+    """Press Ctrl-C until the process ends: what comes at once after the first is taken for it."""
+    def press():
+        process.send_signal(signal.SIGINT)
+        return process.poll() is not None
+    wait_until(press)
+
+
 def summary(err):
     """Return the closing table of a run as {tool: its line}."""
     lines = err[err.rindex("\ntool "):].splitlines()[2:]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ENVIRONMENT, TOP, wait_until
+from conftest import ENVIRONMENT, TOP, press_ctrl_c_again, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork and SIGKILL")
 
@@ -662,7 +662,7 @@ def test_a_second_ctrl_c_ends_an_item_that_did_not_hear_the_first(sandbox, jobs)
     wait_until((sandbox.folder / "at").exists)
     process.send_signal(signal.SIGINT)
     wait_until((sandbox.folder / "heard").exists)
-    process.send_signal(signal.SIGINT)
+    press_ctrl_c_again(process)
     process.communicate(timeout=30)
     assert process.returncode == 130
     (sandbox.folder / "short").touch()

@@ -3,7 +3,7 @@ import signal
 import threading
 
 import pytest
-from conftest import SQLITE, summary, wait_until
+from conftest import SQLITE, press_ctrl_c_again, summary, wait_until
 
 from orchestrator import UserError, run_pipeline
 
@@ -277,9 +277,27 @@ def test_a_second_ctrl_c_ends_a_tool_that_ignores_the_first(sandbox):
     wait_until((sandbox.folder / "started").exists)
     process.send_signal(signal.SIGINT)
     wait_until((sandbox.folder / "heard").exists)
-    process.send_signal(signal.SIGINT)
+    press_ctrl_c_again(process)
     assert process.wait(timeout=20) == 130
     process.communicate()
+
+
+@POSIX
+def test_a_signal_that_comes_twice_at_once_is_one(sandbox):
+    """As timeout(1) sends it: to its child, and then to the group."""
+    sandbox.pipeline('TOOL_MAP = {"t": "t"}').tool("t", """
+        import pathlib, time
+        def run():
+            pathlib.Path("started").touch()
+            time.sleep(60)
+    """)
+    process = sandbox.start()
+    wait_until((sandbox.folder / "started").exists)
+    for number in (signal.SIGTERM, signal.SIGINT):  # two of one number would be one to the kernel
+        process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode in (130, 143)
+    assert summary(err)["t"].split()[1] == "interrupted"
 
 
 @POSIX
