@@ -3067,7 +3067,8 @@ class Results(Mapping[str, Any]):
             return result
         if result.content is None:
             raise TypeError(f"the result of {tool!r} is {result.kind}, which can not travel from "
-                            "one process to another; return data, or the name of a file or table")
+                            "one process or run to another; return data, or the name of a file or "
+                            f"table, or run {tool} in this run, too")
         import pickle
         return pickle.loads(result.content)  # noqa: S301 - from our own worker's pipe
 
@@ -6003,9 +6004,8 @@ class Run:
             success = None if need in self.steps else self.history.find_success(need)
             if need in self.results:
                 results[need] = self.results[need]
-            elif success and success.result is not None:
-                import json
-                results[need] = json.loads(success.result)
+            elif success:
+                results[need] = load_result(success)
         return results
 
     def ended(self, tool: str, outcome: Outcome, verdict: str = "",
@@ -6210,13 +6210,15 @@ def add_reason(outcome: Outcome, reason: str) -> Outcome:
     return outcome._replace(reason="; ".join(filter(None, [outcome.reason, reason])))
 
 
+def load_result(success: Success) -> Any:
+    """Return what a tool returned at a success, or what is known of that."""
+    import json
+    return Packed(None, success.kind) if success.result is None else json.loads(success.result)
+
+
 def make_cached(step: Step) -> Outcome:
     """Return the outcome of a tool whose last success still stands."""
-    import json
-    success = step.success
-    result = json.loads(success.result) if success.result is not None \
-        else Packed(None, success.kind)
-    return Outcome("cached", step.reason, result, success.rows)
+    return Outcome("cached", step.reason, load_result(step.success), step.success.rows)
 
 
 @contextlib.contextmanager

@@ -647,3 +647,16 @@ def test_reads_that_are_no_files_do_not_count(line):
     assert line.run("b") == []
     (line.folder / "nowhere.txt").write_text("now it is there")
     assert line.plan("b")["b"] == ("run", "named; nowhere.txt is new since run 1")
+
+
+def test_a_result_that_was_not_kept_is_told_so_to_a_tool_that_runs_alone(quick):
+    quick.pipeline('TOOL_MAP = {"a": "t:a", "b": {"module": "t:b", "needs": ["a"]}}').tool("t", """
+        def a():
+            return 1, 2
+        def b(context):
+            print(list(context.results), context.results["a"])
+    """)
+    assert quick.run().code == 0
+    ended = quick.run("b")
+    assert ended.code == 1 and ended.out == ""
+    assert "the result of 'a' is a tuple, which can not travel from one process or run" in ended.err
