@@ -3026,6 +3026,12 @@ class Callee(NamedTuple):
     items_takes: Parameters = Parameters()
 
     @property
+    def takes_conn(self) -> bool:
+        """Whether run() or check() gets the connection."""
+        return any(takes.takes_all or "conn" in takes.names
+                   for takes in (self.run_takes, self.check_takes))
+
+    @property
     def has_items(self) -> bool:
         """Whether run() is called once per item."""
         return self.items is not None or self.tool.each is not None
@@ -3844,11 +3850,13 @@ def run_attempt(callee: Callee, database: Database, arguments: Mapping[str, Any]
         result = interrupts.call(call_in_transaction, callee, database, arguments, context)
         end_if_copy(pid)
         step = "at the commit: "
-        database.commit()
+        if callee.takes_conn:
+            database.commit()
         return Outcome("success", result=result, rows=count_rows(result))
     except BaseException as error:
         end_if_copy(pid)
-        step = step if database.is_open else "in get_connection(): "
+        if callee.takes_conn and not database.is_open:
+            step = "in get_connection(): "
         had_ended = database.is_open and database.rollback()
         return make_failure(
             error, step, interrupts, verbose,
@@ -3873,10 +3881,11 @@ def make_failure(error: BaseException, step: str, interrupts: Interrupts, verbos
 def call_in_transaction(callee: Callee, database: Database, arguments: Mapping[str, Any],
                         context: Context) -> Any:
     """Return what run() returns, in a transaction that is left open, and passed by check()."""
-    if callee.tool.commits:
-        database.open()
-    else:
-        database.begin()
+    if callee.takes_conn:  # else it may go on beside one that holds the database
+        if callee.tool.commits:
+            database.open()
+        else:
+            database.begin()
     available = {**arguments, "conn": database.conn, "context": context}
     try:
         result = call_function(callee.run, callee.run_takes, available)

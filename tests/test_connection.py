@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SQLITE, wait_until
+from conftest import SQLITE, press_ctrl_c_again, wait_until
 
 from orchestrator import Database, run_pipeline
 
@@ -811,8 +811,25 @@ def run(conn):
     wait_until(lambda: Path(sandbox.folder, "ignored").exists())
     assert process.poll() is None
 
-    process.send_signal(signal.SIGINT)
+    press_ctrl_c_again(process)
     process.communicate(timeout=10)
 
     assert process.returncode == 130
     assert sandbox.query("SELECT name FROM sqlite_master") == []
+
+
+def test_a_tool_that_takes_no_connection_holds_no_lock_of_the_database(sandbox):
+    sandbox.pipeline("""
+        TOOL_MAP = {"t": "t"}
+        def get_connection():
+            import sqlite3
+            return sqlite3.connect("data.db", isolation_level="IMMEDIATE", timeout=0)
+    """).tool("t", """
+        import sqlite3
+        def run():
+            with sqlite3.connect("data.db", timeout=0) as conn:
+                conn.execute("CREATE TABLE mine (x)")
+    """)
+    ended = sandbox.run()
+    assert ended.code == 0, ended
+    assert sandbox.query("SELECT name FROM sqlite_master") == [("mine",)]
