@@ -1445,8 +1445,9 @@ LOG_CAP_BYTES = 10 * 2**20  # a longer log keeps its beginning and its end
 _WORKER_BYTES = 2**30  # byte 0 of the lock file is the run's, these many after it the workers'
 WORKERS_END_S = 5.0  # workers of a killed run are gone by then
 LOOK_S = 0.3  # and somebody who only looks whether a run goes on has let go of the lock
-_held: Dict[str, Any] = {}  # lock files that this very process holds, and by which Lock of it,
-#                             since the kernel only keeps processes apart
+# Lock files that this very process holds, and by which Lock of it, since the kernel only keeps
+# processes apart. A program has this module twice if a tool of it imports it by its name.
+_held: Dict[str, Any] = vars(sys).setdefault("_orchestrator_held", {})
 
 
 class Request(NamedTuple):

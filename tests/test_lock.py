@@ -420,3 +420,24 @@ def test_a_second_look_at_a_history_frees_no_lock_of_the_first(tmp_path, is_care
     tried = subprocess.run([sys.executable, "-c", TRY, first.path], capture_output=True, text=True)
     first.close()
     assert (tried.stdout, tried.stderr) == ("" if is_careless else "held\n", "")
+
+
+def test_a_tool_that_runs_its_own_pipeline_is_refused_and_does_not_free_the_lock(sandbox):
+    """Its engine is another copy of the module, __main__ and orchestrator, in one process."""
+    sandbox.pipeline('NAME = "one"\nTOOL_MAP = {"outer": "t:outer", "inner": "t:inner"}').tool(
+        "t", """
+        def inner():
+            print("inner")
+        def outer():
+            import orchestrator
+            try:
+                orchestrator.run_pipeline(["inner"], orchestrator.TOOL_MAP, name="one",
+                                          home=".orchestrator")
+            except orchestrator.Locked as error:
+                print(error)
+            import subprocess, sys
+            sys.exit(subprocess.call([sys.executable, "orchestrator.py", "inner"]) != 4)
+    """)
+    ended = sandbox.run("outer")
+    assert ended.code == 0 and "inner" not in ended.out.split(), ended
+    assert ended.out.startswith("Run 1 of this pipeline is not over")
