@@ -5330,19 +5330,24 @@ def output_to(file: str) -> Iterator[None]:
     try:
         yield
     finally:
+        closed = []  # by the tool
         for fd, name in ((1, "stdout"), (2, "stderr")):
             try:
                 getattr(sys, name).flush()
-            except (AttributeError, OSError, ValueError):  # the tool closed it
-                setattr(sys, name, make_stream(fd))
+            except (AttributeError, OSError, ValueError):
+                closed.append((fd, name))
         point_output(os.open(os.devnull, os.O_WRONLY))
+        for fd, name in closed:
+            setattr(sys, name, make_stream(fd))
 
 
 def point_output(into: int) -> None:
     """Let the file descriptors 1 and 2 lead to where another does, which is closed."""
+    os.set_inheritable(into, True)
     os.dup2(into, 1)
     os.dup2(into, 2)
-    os.close(into)
+    if into > 2:  # else a tool had closed that, and it was the next to be given
+        os.close(into)
 
 
 @contextlib.contextmanager

@@ -589,3 +589,21 @@ def test_threads_of_a_tool_that_log_at_once_tear_no_line(sandbox):
     assert ended.code == 0, ended.err[-2000:]
     lines = [line.split()[-1] for line in ended.err.splitlines() if len(line) > 50_000]
     assert sorted(lines) == [letter * 50_000 for letter in "abcd" for _ in range(50)]
+
+
+@LINUX
+def test_a_tool_that_closes_its_output_takes_it_from_no_other(sandbox):
+    sandbox.pipeline("""
+        TOOL_MAP = {name: {"module": "t:" + name, "isolate": True} for name in ("close", "say")}
+    """).tool("t", """
+        import os, sys
+        def close():
+            sys.stdout.close()
+            os.close(1)
+        def say():
+            print("python")
+            sys.stdout.flush()
+            os.system("echo shell")
+    """)
+    ended = sandbox.run()
+    assert (ended.code, ended.out) == (0, "python\nshell\n"), ended
