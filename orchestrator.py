@@ -7482,13 +7482,16 @@ def backfill(call: Call, history: History) -> int:
         codes[period.start] = code = carry_out(call, history, period)
         if code > EXIT_SIGNAL or code and call.options.fail_fast:
             break
-    failed = [start for start, code in codes.items() if code]
+    cut_off = [start for start, code in codes.items() if code > EXIT_SIGNAL]
+    failed = [start for start, code in codes.items() if code and start not in cut_off]
     failed += [p.start for p in periods if p.action == "skip" and "failed" in p.reason]
-    done = sum(not code for code in codes.values())
+    done, not_begun = sum(not code for code in codes.values()), len(left) - len(codes)
     say(f"\nBackfill: {format_plural(done, 'period')} done now, {len(periods) - len(left)} left "
-        f"alone, {len(failed)} failed" + (": " + ", ".join(failed[:10]) if failed else ""))
-    if failed:
-        again = [] if call.options.reprocess else ["--reprocess", "failed"]
+        f"alone, {len(failed)} failed" + (": " + ", ".join(failed[:10]) if failed else "")
+        + "".join(f", {start} cut off" for start in cut_off)
+        + f", {not_begun} not begun" * bool(not_begun))
+    if failed or cut_off:
+        again = [] if call.options.reprocess or cut_off else ["--reprocess", "failed"]
         say("Next: " + format_command(*call.argv, *again))
     return max(codes.values(), default=EXIT_SUCCESS) or (EXIT_FAILED if failed else EXIT_SUCCESS)
 
@@ -7512,8 +7515,10 @@ def find_plan(call: Call, history: NoHistory,
         history = history if isinstance(history, History) else need_history(call)
         run = history.find_resumable(options.resume or None)
         request = make_request(run)
-        words = run["words"]
-        arguments = read_arguments(run, None if words is None else call.parse(words, True)[1])
+        said, now = (None, None) if run["words"] is None else call.parse(run["words"], True)
+        arguments = read_arguments(run, now)
+        if said and options.item is None:
+            options.item = said.item
         done = history.find_done(run["run_id"])
     has_database = call.pipeline.get_connection is not no_connection
     described: Dict[Any, str] = {}  # tools may share a module, which is read once
@@ -7797,9 +7802,10 @@ def make_next_command(result: RunResult, call: Call) -> str:
         return ""
     argv, options = call.argv, call.options
     if not options.no_history:
-        flags = ["--force"] * options.force
+        flags, named = ["--force"] * options.force, read_retries(options.retry_items)
         for tool, o in result.outcomes.items():  # of whose items some have no try left
-            flags += ["--retry-items", tool] * bool(o.items and o.items["failed"])
+            if o.items and o.items["failed"]:
+                flags += ["--retry-items", tool, *named.get(tool, ())]
         flags += ["--jobs", str(options.jobs)] if options.jobs != 1 else []
         return format_command("--resume", *flags)
     words = [word for i, word in enumerate(argv) if not word.startswith("--from=")

@@ -188,11 +188,15 @@ def test_a_backfill_that_was_cut_off_goes_on_where_it_was(sandbox, number):
     ran = sandbox.folder / "ran"
     wait_until(lambda: ran.exists() and "b 2024-02-29" in ran.read_text())
     process.send_signal(number)
-    process.communicate(timeout=30)
+    _, err = process.communicate(timeout=30)
     (sandbox.folder / "go").touch()
     ran.write_text("")
     if number == signal.SIGINT:
         assert process.returncode == 130
+        end = err[err.index("Backfill: "):].splitlines()
+        assert end[0].startswith("Backfill: 1 period done now, 0 left alone, 0 failed")
+        assert end[0].endswith(", 2024-02-29 cut off, 1 not begun")
+        assert end[1].startswith("Next: ") and "--reprocess" not in end[1]
     assert plan(sandbox, *THREE)[1][1:] == ("resume", "interrupted in run 2")
     assert sandbox.run(*THREE).code == 0
     assert [" ".join(each.split()[:2]) for each in ran.read_text().splitlines()] == [

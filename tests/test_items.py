@@ -1198,3 +1198,27 @@ def test_some_items_can_be_asked_for(quick):
     assert "No nosuch of t has been tried." in quick.run("--items", "t", "nosuch").err
     assert "given twice" in quick.run("t", "--item", "a", "--item", "b").err
     assert "each item at least once" in quick.run("--plan").out
+
+
+def test_what_was_asked_of_one_item_is_resumed_for_that_item(quick):
+    quick.pipeline('TOOL_MAP = {"t": "t"}' + SQLITE).tool("t", """
+        import pathlib
+        def items():
+            return ["a", "b", "c"]
+        def run(conn, item):
+            print(item)
+            if not pathlib.Path("mended").exists():
+                raise ValueError("not yet")
+    """)
+    ended = quick.run("--item", "b")
+    assert ended.out == "b\n" and ended.err.rstrip().endswith("--resume --retry-items t"), ended
+    (quick.folder / "mended").touch()
+    assert quick.run("--resume", "--retry-items", "t").out == "b\n"
+
+
+def test_the_next_command_tries_the_items_again_that_were_named(quick):
+    quick.pipeline('TOOL_MAP = {"t": "t"}' + SQLITE).tool(
+        "t", "def items(): return ['a', 'b']\ndef run(conn, item): raise ValueError(item)")
+    quick.run()
+    ended = quick.run("--retry-items", "t", "b")
+    assert ended.err.rstrip().endswith("--resume --retry-items t b"), ended
