@@ -4627,6 +4627,8 @@ class Capture:
     def end(self) -> str:
         """Let what is printed from now on go into no log any more; return the log, if it is made.
         """
+        if not self.folder:
+            return ""
         with self.lock:  # the thread may be at a piece that belongs to this log
             self.drain()
             for spool in self.spools:
