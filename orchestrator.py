@@ -5765,10 +5765,12 @@ class Run:
 
     def find_timeout_s(self) -> float:
         """Return the seconds until something is due, but not more than a beat."""
-        dues = [each.deadline_s for each in self.jobs.values()] + [at for at, _ in self.retries]
-        dues += [self.items[tool].find_due_s() for tool in self.open
+        now_s = self.clock.monotonic()
+        items = [self.items[tool].find_due_s() for tool in self.open
                  if tool in self.items and not self.items[tool].jobs]
-        return max(0.0, min([_BEAT_S, *(due - self.clock.monotonic() for due in dues)]))
+        dues = [due_s for due_s in items if due_s > now_s]  # what is past that waits for room
+        dues += [each.deadline_s for each in self.jobs.values()] + [at for at, _ in self.retries]
+        return max(0.0, min([_BEAT_S, *(due_s - now_s for due_s in dues)]))
 
     def look_at_signals(self) -> None:
         """After the first signal, start nothing more and end what runs within the grace."""
@@ -7396,8 +7398,9 @@ def find_new_lines(row: Row, log: str, shown: Dict[str, int],
         shown[log] = shown.get(log, 0) + len(content)
         lines = clean(content.decode("utf-8", "replace")).splitlines()
     if options.json:
-        yield {"run_id": str(row["run_id"]), "tool": row["tool"], "attempt": row["attempt"],
-               "status": row["status"], "path": log, "lines": lines}
+        if is_new or lines:
+            yield {"run_id": str(row["run_id"]), "tool": row["tool"], "attempt": row["attempt"],
+                   "status": row["status"], "path": log, "lines": lines}
         return
     if is_new and not options.operand:
         show(make_style(sys.stdout).bold(f"{row['tool']}, attempt {row['attempt']} ({log}):"))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ENVIRONMENT, SQLITE, TOP
+from conftest import ENVIRONMENT, SQLITE, TOP, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork and SIGKILL")
 
@@ -268,8 +268,11 @@ TOOL_MAP = {{name: {{"module": "step", "needs": []}} for name in {STEPS!r}}}
                          "AND status IN ('success', 'cached')")}
         before, jobs = len(started.read_text().split()), str(1 + kills % 2)
         process = sandbox.start(*([] if is_new else ["--resume"]), "-j", jobs)
+        newest = last[0][0] if last else 0
+        wait_until(lambda than=newest, process=process: process.poll() is not None or look(
+            sandbox, f"SELECT 1 FROM runs WHERE run_id > {than}"))
         try:
-            _, err = process.communicate(timeout=chance.uniform(0.1, 0.24) if kills > 0 else 30)
+            _, err = process.communicate(timeout=chance.uniform(0, 0.12) if kills > 0 else 30)
             assert process.returncode == 0, err
             assert set(started.read_text().split()) == set(STEPS)
             assert not look(sandbox, "SELECT 1 FROM runs WHERE status = 'running'")

@@ -3,6 +3,7 @@ import os
 import signal
 import sqlite3
 import sys
+import time
 from contextlib import closing
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import SQLITE, wait_until
 from test_items import open_world
 
 import orchestrator
-from orchestrator import ItemWork
+from orchestrator import ItemWork, run_pipeline
 
 RUN = """
     import os, pathlib, signal, time
@@ -489,3 +490,33 @@ def test_a_worker_that_is_ended_when_it_just_had_is_given_nothing_more(world, mo
                               "t": {"module": "t", "isolate": True}})
     assert (ended, result.status, result.succeeded) == (["a"], "success", ["a", "t"])
     assert world.done() == LETTERS
+
+
+@linux
+def test_an_item_that_is_due_and_has_no_room_is_not_asked_for_all_the_time(modules):
+    folder = modules(it="""
+        def items():
+            return ["x"]
+        def run(item, context):
+            assert context.attempt > 1
+    """, slow="""
+        import pathlib, time
+        def run():
+            while not pathlib.Path(__file__).with_name("go").exists():
+                time.sleep(0.01)
+    """)
+    ticks = []
+
+    def on_event(event):
+        if event.kind == "tick":
+            ticks.append(time.monotonic())
+        if len(ticks) == 6:
+            (folder / "go").touch()
+
+    result = run_pipeline(
+        [], {"it": {"module": "it", "needs": [], "retries": 1, "retry_delay": 0.2,
+                    "uses": {"db": 1}},
+             "slow": {"module": "slow", "needs": [], "uses": {"db": 1}}},
+        jobs=2, limits={"db": 1}, on_event=on_event)
+    assert result.status == "success"
+    assert ticks[5] - ticks[0] > 0.3  # a beat is 0.1 s; without beats it is some microseconds

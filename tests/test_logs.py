@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from conftest import ENVIRONMENT, Ended, wait_until
 
 import orchestrator
 from orchestrator import (
-    SHOWN, SPOOLS, Capture, append_spools, clean, read_tail, run_pipeline, trim_log,
+    SHOWN, SPOOLS, Capture, append_spools, clean, find_new_lines, read_tail, run_pipeline, trim_log,
 )
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="file descriptors of POSIX")
@@ -497,3 +498,15 @@ def test_a_run_that_printed_nothing_leaves_no_folder_behind(pipe, words):
     assert sandbox.run(*words).code == 0
     folder, = (sandbox.folder / ".orchestrator").glob("*/logs")
     assert list(folder.iterdir()) == []
+
+
+def test_a_log_that_is_followed_is_told_again_only_if_it_has_grown(tmp_path):
+    row = {"run_id": 1, "tool": "t", "attempt": 1, "status": "running"}
+    options, shown = types.SimpleNamespace(json=True, tail=None), {}
+    log = tmp_path / "t.1.log"
+    told = []
+    for text in ("one\n", "", "two\n"):
+        with log.open("a") as file:
+            file.write(text)
+        told += find_new_lines(row, str(log), shown, options)
+    assert [each["lines"] for each in told] == [["one"], ["two"]]
