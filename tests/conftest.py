@@ -244,12 +244,12 @@ def wait_until(is_true, timeout_s=20.0):
         time.sleep(0.005)
 
 
-def press_ctrl_c_again(process):
+def press_ctrl_c_again(process, timeout_s=20.0):
     """Press Ctrl-C until the process ends: what comes at once after the first is taken for it."""
     def press():
         process.send_signal(signal.SIGINT)
         return process.poll() is not None
-    wait_until(press)
+    wait_until(press, timeout_s)
 
 
 def summary(err):

@@ -5,7 +5,7 @@ import sys
 import threading
 
 import pytest
-from conftest import SQLITE, summary, wait_until
+from conftest import SQLITE, press_ctrl_c_again, summary, wait_until
 
 from orchestrator import (
     Interrupts, Results, UserError, load_pipeline, make_plan, run_pipeline, run_plan,
@@ -472,8 +472,8 @@ def test_a_second_signal_ends_all_at_once(sandbox):
     process = start_long(sandbox, "stubborn", "parent", lines=3)
     process.send_signal(signal.SIGINT)
     wait_until((sandbox.folder / "heard").exists)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=5)  # the grace would take longer
+    press_ctrl_c_again(process, timeout_s=5)  # the grace would take longer
+    process.communicate(timeout=5)
     assert process.returncode == 130
     wait_until(lambda: not any(map(is_alive, read_pids(sandbox.folder))), timeout_s=5)
 
