@@ -1122,8 +1122,9 @@ def sort_by_needs(reasons: Dict[str, str], needs: Mapping[str, Any]) -> List[str
     order: Dict[str, None] = {}
 
     def needs_in_order(tool: str) -> Iterator[str]:
-        needed = () if needs[tool] == ALL_BEFORE else needs[tool]
-        return iter(sorted((n for n in needed if n in position), key=position.__getitem__))
+        if needs[tool] == ALL_BEFORE or not needs[tool]:
+            return iter(())
+        return iter(sorted((n for n in needs[tool] if n in position), key=position.__getitem__))
 
     for first in position:
         # each tool of the path is needed by the one before it, and placed after its own needs
@@ -1155,9 +1156,8 @@ def find_critical_path(steps: Sequence[Step]) -> Tuple[str, ...]:
     via: Dict[str, Optional[str]] = {}
     latest: Optional[str] = None  # the tool so far that ends last
     for step in steps:
-        waits_for = [latest] if step.needs == ALL_BEFORE else step.needs
-        via[step.tool] = max((tool for tool in waits_for if tool in end_s),
-                             key=lambda tool: end_s[tool], default=None)
+        via[step.tool] = latest if step.needs == ALL_BEFORE else max(
+            (tool for tool in step.needs if tool in end_s), key=end_s.__getitem__, default=None)
         end_s[step.tool] = durations_s[step.tool] + end_s.get(via[step.tool] or "", 0.0)
         if latest is None or end_s[step.tool] >= end_s[latest]:
             latest = step.tool
@@ -3029,8 +3029,8 @@ class Callee(NamedTuple):
     @property
     def takes_conn(self) -> bool:
         """Whether run() or check() gets the connection."""
-        return any(takes.takes_all or "conn" in takes.names
-                   for takes in (self.run_takes, self.check_takes))
+        run, check = self.run_takes, self.check_takes
+        return run.takes_all or check.takes_all or "conn" in run.names or "conn" in check.names
 
     @property
     def has_items(self) -> bool:
@@ -4618,9 +4618,9 @@ class Capture:
 
     def drain(self) -> None:
         """Let what was printed until now reach the screen and the log."""
-        for spool in self.spools:
-            flush(spool.stream)
-            with self.lock:
+        with self.lock:
+            for spool in self.spools:
+                flush(spool.stream)
                 if spool.has_more():
                     spool.carry(self.write_log)
 
