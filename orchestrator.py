@@ -5238,6 +5238,7 @@ class Server:
         shown_s = 0.0
 
         def tell(kind: str, _tool: str, **what: Any) -> None:
+            """Send an event to the run; of those that tell of progress, ten a second."""
             nonlocal shown_s
             if kind == "progress":
                 now_s = time.monotonic()
