@@ -219,12 +219,14 @@ class Success(NamedTuple):
 class Past(NamedTuple):
     """What planning may ask of history, in functions. `now` is in seconds since the epoch.
 
-    `find_change` tells what changed in a tool itself since a success of it, or "". `done` are
-    the tools that ended well in the run that is resumed. `is_forced` overrides cache, freshness
-    and missing needs.
+    `find_whole_success` is of a success that says something of all the data with the arguments of
+    this run: see History. `find_change` tells what changed in a tool itself since a success of it,
+    or "". `done` are the tools that ended well in the run that is resumed. `is_forced` overrides
+    cache, freshness and missing needs.
     """
     now: float
     find_success: Callable[[str], Optional[Success]]
+    find_whole_success: Callable[[str], Optional[Success]]
     find_expected_s: Callable[[str], Optional[float]]
     find_change: Callable[[Tool, Success], str]
     done: Mapping[str, Success] = {}
@@ -965,6 +967,12 @@ def find_staleness(tool: Tool, past: Past) -> str:
     success = past.find_success(tool.name)
     if success is None:
         return "has never succeeded"
+    if tool.fresh_for_s == float("inf"):
+        return ""
+    success = past.find_whole_success(tool.name)
+    if success is None:
+        return (f"has no success to be fresh for {format_duration(tool.fresh_for_s)}: other "
+                "arguments, a backfill, a single item, and some of its items only, do not count")
     if is_young(success, tool.fresh_for_s, past.now):
         return ""
     return (f"succeeded {format_age(success, past.now)}, in run {success.run_id}, and is fresh "
@@ -1312,6 +1320,13 @@ class Period(NamedTuple):
 
 
 PERIOD_ARGUMENTS = ("period_start", "period_end")
+
+
+def has_period(arguments: Mapping[str, Any]) -> bool:
+    """Return whether a run with these arguments is one of a backfill."""
+    return any(arguments.get(name) is not None for name in PERIOD_ARGUMENTS)
+
+
 STEPS = ("day", "week", "month")
 
 
@@ -1382,7 +1397,7 @@ def expand_target(pipeline: Pipeline, name: str) -> Tuple[str, ...]:
 # of a status is committed before the next thing happens. What is read from there is data: nothing
 # of it is unpickled or evaluated. It never touches other people's databases.
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x6F726368  # "orch" in the header of the file says whose it is
 
 SCHEMA = """
@@ -1395,6 +1410,8 @@ CREATE TABLE runs (
     targets       TEXT NOT NULL,     -- JSON list of stages and tools; [] means the default
     exclude       TEXT NOT NULL,     -- JSON list
     start_from    TEXT,              -- what --from said; NULL if it was not given
+    item          TEXT,              -- what --item said; NULL if it was not given; '' for one of
+                                     -- before version 3, of which `words` tell
     arguments     TEXT NOT NULL,     -- JSON object: what tools got by name; {"repr": ...} for
                                      -- what JSON can not say
     words         TEXT,              -- JSON list: the command line; NULL for a run from Python
@@ -1438,6 +1455,10 @@ CREATE INDEX attempts_of_tool ON attempts (tool);
 """
 UPGRADES: Dict[int, str] = {  # schema version -> the statements that lead to the next one
     1: "ALTER TABLE attempts ADD COLUMN items TEXT",
+    2: """
+ALTER TABLE runs ADD COLUMN item TEXT;
+UPDATE runs SET item = '' WHERE words LIKE '%"-' || '-item"%' OR words LIKE '%"-' || '-item=%'
+""",  # two hyphens side by side would begin a comment
 }
 
 RESULT_CAP_BYTES = 2**20  # a longer result is not kept
@@ -1457,6 +1478,7 @@ class Request(NamedTuple):
     start_from: Optional[str] = None
     words: Optional[Tuple[str, ...]] = None
     resumes: Optional[int] = None
+    item: Optional[str] = None
 
 
 class Versions(NamedTuple):
@@ -1698,7 +1720,12 @@ class NoHistory:
         """Return the last success of a tool."""
 
     def find_last_success_at(self, tool: str) -> Optional[float]:
-        """Return when the last successful attempt of a tool began."""
+        """Return when the last success of a tool with the arguments of this run began."""
+
+    def find_whole_success(self, tool: str, arguments: str) -> Optional[Success]:
+        """Return the last success of a tool that says something of all the data: not of a period,
+        not of a single item, and with these arguments, as they are recorded.
+        """
 
     def find_expected_s(self, tool: str) -> Optional[float]:
         """Return the seconds that a tool is expected to take."""
@@ -1717,6 +1744,15 @@ _SUCCESS = """
                     LEFT JOIN runs r ON r.run_id = w.run_id
 """
 
+# A period is among the arguments, so one with others is of no backfill, unless these have one.
+_WHOLE = ("WHERE a.tool = ? AND a.status = 'success' AND r.item IS NULL AND r.arguments = ? "
+          "ORDER BY a.attempt_id DESC LIMIT 1")
+_CHAIN = """
+    WITH RECURSIVE chain (run_id) AS (
+        SELECT ? UNION
+        SELECT r.resumes FROM runs r JOIN chain USING (run_id) WHERE r.resumes IS NOT NULL)
+"""  # a run, and those that it goes on with
+
 
 def make_success(row: Sequence[Any]) -> Success:
     """Return a row of _SUCCESS as a Success."""
@@ -1733,8 +1769,9 @@ class History(NoHistory):
 
     `base` is the folder from which the pipeline names files. State: `run_id` of the run that is
     recorded; `open`, the attempt_id of each attempt that runs; `successes`, the last success of
-    each tool that was asked for; `killed`, the run that reads as interrupted, though it is
-    recorded as running, until the next start records that.
+    each tool that was asked for; `arguments` of the run, as recorded, or None for a backfill, which
+    has no last success; `marks`, when that began, of each tool that asked; `killed`, the run that
+    reads as interrupted, though it is recorded as running, until the next start records that.
     """
 
     def __init__(self, folder: str, base: str) -> None:
@@ -1746,6 +1783,8 @@ class History(NoHistory):
         self.run_id = 0
         self.open: Dict[str, int] = {}
         self.successes: Dict[str, Optional[Success]] = {}
+        self.arguments: Optional[str] = None
+        self.marks: Dict[str, Optional[float]] = {}
         self.killed: Optional[int] = None
 
     def change(self, sql: str, values: Sequence[Any]) -> Any:
@@ -1810,14 +1849,16 @@ class History(NoHistory):
                   versions: Versions, at: float) -> str:
         """Record a run, with the tools that it need not do, and return its id."""
         import json
+        text = format_arguments(arguments)
+        self.arguments, self.marks = None if has_period(arguments) else text, {}
         self.do("BEGIN IMMEDIATE")
         row = self.do("SELECT coalesce(max(attempt_id), 0) + 1 FROM attempts").fetchone()
         self.run_id = self.do(
-            "INSERT INTO runs (status, resumes, targets, exclude, start_from, arguments, words, "
-            "planned, started_at, pid, first_attempt, version, git_commit, tables, sources) "
-            "VALUES ('running', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO runs (status, resumes, targets, exclude, start_from, item, arguments, "
+            "words, planned, started_at, pid, first_attempt, version, git_commit, tables, sources) "
+            "VALUES ('running', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (request.resumes, json.dumps(request.targets), json.dumps(request.exclude),
-             request.start_from, format_arguments(arguments),
+             request.start_from, request.item, text,
              None if request.words is None else json.dumps(request.words), len(plan.steps), at,
              os.getpid(), row[0], VERSION, find_git_commit(self.base), versions.tables,
              json.dumps(versions.sources))).lastrowid
@@ -1879,7 +1920,8 @@ class History(NoHistory):
     def prune(self, before: float) -> List[str]:
         """Forget the runs that began before a moment; return the ids of those that are gone.
 
-        The newest run, and those that hold the last success of a tool, stay.
+        The newest run, and those that hold the last success of a tool, stay: also the last that
+        is of no backfill and of no single item, which is what tools and `fresh_for` look at.
         """
         import shutil
         self.do("BEGIN IMMEDIATE")
@@ -1888,7 +1930,11 @@ class History(NoHistory):
                AND run_id < (SELECT max(run_id) FROM runs)
                AND run_id NOT IN (
                    SELECT run_id FROM attempts WHERE attempt_id IN (
-                       SELECT max(work) FROM attempts WHERE work IS NOT NULL GROUP BY tool))
+                       SELECT max(work) FROM attempts WHERE work IS NOT NULL GROUP BY tool
+                       UNION
+                       SELECT max(attempt_id) FROM attempts JOIN runs USING (run_id)
+                       WHERE attempts.status = 'success' AND item IS NULL
+                          AND arguments NOT LIKE '%"period_start": "%' GROUP BY tool))
             """, (before,)).fetchall()
         for row in rows:
             self.do("DELETE FROM attempts WHERE attempt_id >= (SELECT first_attempt FROM runs "
@@ -1924,10 +1970,33 @@ class History(NoHistory):
         return self.successes[tool]
 
     def find_last_success_at(self, tool: str) -> Optional[float]:
-        """Return when the last successful attempt of a tool began."""
-        row = self.do("SELECT started_at FROM attempts WHERE tool = ? AND status = 'success' "
-                      "ORDER BY attempt_id DESC LIMIT 1", (tool,)).fetchone()
-        return row[0] if row else None
+        """Return when the last success of a tool with the arguments of this run began."""
+        if self.arguments is not None and tool not in self.marks:
+            row = self.do("SELECT a.started_at FROM attempts a CROSS JOIN runs r USING (run_id) "
+                          + _WHOLE, (tool, self.arguments)).fetchone()
+            self.marks[tool] = row[0] if row else None
+        return self.marks.get(tool)
+
+    def find_whole_success(self, tool: str, arguments: str) -> Optional[Success]:
+        """Return the last success of a tool that says something of all the data: not of a period,
+        not of a single item, and with these arguments, as they are recorded.
+        """
+        row = self.do(_SUCCESS + _WHOLE, (tool, arguments)).fetchone()
+        return make_success(row) if row else None
+
+    def find_started_at(self, tool: str, run_id: int) -> float:
+        """Return when the last attempt of a tool began in a run or in those that it goes on with;
+        if there was none, when the first of these runs began.
+        """
+        row = self.do(_CHAIN + "SELECT started_at FROM attempts WHERE tool = ? AND attempt > 0 "
+                      "AND run_id IN chain ORDER BY attempt_id DESC LIMIT 1",
+                      (run_id, tool)).fetchone()
+        return row[0] if row else self.find_began_at(run_id)
+
+    def find_began_at(self, run_id: int) -> float:
+        """Return when a run began, or the first of those that it goes on with."""
+        return self.do(_CHAIN + "SELECT min(started_at) FROM runs WHERE run_id IN chain",
+                       (run_id,)).fetchone()[0]
 
     def find_expected_s(self, tool: str) -> Optional[float]:
         """Return the median of the seconds that a tool's last successes took."""
@@ -1961,12 +2030,14 @@ class History(NoHistory):
 
     def find_last_like(self, request: Request,
                        arguments: Mapping[str, Any]) -> Tuple[Optional[int], str]:
-        """Return the id and status of the last run of the same targets and arguments."""
+        """Return the id and status of the last run of the same targets, item and arguments."""
         import json
         return self.do("SELECT run_id, status FROM runs WHERE targets = ? AND exclude = ? "
-                       "AND start_from IS ? AND arguments = ? ORDER BY run_id DESC LIMIT 1",
+                       "AND start_from IS ? AND item IS ? AND arguments = ? "
+                       "ORDER BY run_id DESC LIMIT 1",
                        (json.dumps(request.targets), json.dumps(request.exclude),
-                        request.start_from, format_arguments(arguments))).fetchone() or (None, "")
+                        request.start_from, request.item,
+                        format_arguments(arguments))).fetchone() or (None, "")
 
     def find_running(self) -> Optional[Dict[str, Any]]:
         """Return the row of the run that is not recorded as ended: it goes on, or was killed."""
@@ -2017,7 +2088,8 @@ class History(NoHistory):
         good = self.do(
             "SELECT a.run_id FROM runs a, runs b WHERE b.run_id = ? AND a.run_id >= b.run_id "
             "AND a.status = 'success' AND a.targets = b.targets AND a.exclude = b.exclude "
-            "AND a.start_from IS b.start_from AND a.arguments = b.arguments LIMIT 1",
+            "AND a.start_from IS b.start_from AND a.item IS b.item "
+            "AND a.arguments = b.arguments LIMIT 1",
             (run["run_id"],)).fetchone()
         if good:
             raise Settled(f"There is nothing to resume: run {good[0]} did all of "
@@ -3121,8 +3193,9 @@ class Context:
     run_id: text. tool: its name. item, version: of the item that is done, or None. attempt: which
     try of the item, or else of the tool, it is: 1, 2, ... results: what the tools that it waits for
     returned, by name, to read only. last_success: the moment in UTC, a `datetime`, at which the
-    last successful attempt of this tool began, so that what came later has not been seen; None
-    if there was none, or no history is kept.
+    last success of this tool with the same arguments began, so that what came later has not been
+    seen; None if there was none, in a backfill, or if no history is kept. Not counted are successes
+    of a backfill, of a single item, and of some items only.
     """
 
     def __init__(self, run_id: str, tool: str, attempt: int, results: Mapping[str, Any],
@@ -3137,7 +3210,7 @@ class Context:
 
     @property
     def last_success(self) -> Any:
-        """When the last successful attempt began, as a `datetime` in UTC, or None."""
+        """When the last success with these arguments began, a `datetime` in UTC, or None."""
         from datetime import datetime, timezone
         at = self._find_last_success_at(self.tool)
         return None if at is None else datetime.fromtimestamp(at, timezone.utc)
@@ -5403,16 +5476,15 @@ class Clock(NamedTuple):
 def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
              history: NoHistory = NoHistory(), request: Request = Request(),
              fail_fast: bool = False, verbose: bool = False, keep_results: bool = True,
-             grace_s: float = GRACE_S, only_item: Optional[str] = None,
+             grace_s: float = GRACE_S,
              retry_items: Optional[Mapping[str, Tuple[str, ...]]] = {},
              on_event: Optional[Callable[[Event], None]] = None,
              clock: Clock = Clock()) -> RunResult:
     """Carry out a plan and return how it ended.
 
-    only_item: the one item to do. retry_items: by tool, the items that are to be tried again
-    though they were given up; all of them where there are no names, and of all tools if it is
-    None. Raise UserError, before anything has run, if a module can not be imported or called;
-    and if the history can not be written.
+    retry_items: by tool, the items that are to be tried again though they were given up; all of
+    them where there are no names, and of all tools if it is None. Raise UserError, before anything
+    has run, if a module can not be imported or called; and if the history can not be written.
     """
     tools = [pipeline.tools[step.tool] for step in plan.steps if not step.success]
     check_modules_exist(tools)
@@ -5422,7 +5494,7 @@ def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
     try:
         with Interrupts() as interrupts:
             callees = interrupts.call(load_callees, tools, arguments)
-            item_orders = make_item_orders(callees, plan, only_item, retry_items)
+            item_orders = make_item_orders(callees, plan, request.item, retry_items)
             database = Database(pipeline.get_connection, lambda: interrupts.signal is not None)
             run = Run(pipeline, plan, interrupts, on_event, clock, fail_fast, keep_results,
                       grace_s, history, item_orders)
@@ -6302,12 +6374,15 @@ def make_request(run: Mapping[str, Any]) -> Request:
     """Return what a resume of a run asks for."""
     words = run["words"]
     return Request(tuple(run["targets"]), tuple(run["exclude"]), run["start_from"],
-                   None if words is None else tuple(words), run["run_id"])
+                   None if words is None else tuple(words), run["run_id"], run["item"] or None)
 
 
 def mark_done(pipeline: Pipeline, plan: Plan, request: Request, arguments: Mapping[str, Any],
               history: History, tools: Sequence[str], now: float) -> List[str]:
     """Record a run in which nothing was done but these tools, by hand; return what is left.
+
+    Each keeps the start of its attempt that failed: what came in after that, the next run will
+    still have to see.
 
     Raise UserError for a tool that is not in the plan, or that needs one that is not done.
     """
@@ -6327,7 +6402,9 @@ def mark_done(pipeline: Pipeline, plan: Plan, request: Request, arguments: Mappi
     history.begin_run(plan, request, arguments,
                       find_versions(pipeline, [pipeline.tools[tool] for tool in steps]), now)
     for tool in marked:
-        history.begin_attempt(tool, 1, now, os.getpid())
+        started_at = history.find_started_at(tool, request.resumes)
+        known_at = history.find_last_success_at(tool) or started_at  # of a run since, by itself
+        history.begin_attempt(tool, 1, max(started_at, known_at), os.getpid())
         history.end_attempt(tool, Outcome("success", "marked as done by hand", duration_s=None), {})
     history.end_run("failed" if open_tools else "success", 0.0)
     return open_tools
@@ -6340,6 +6417,14 @@ def make_past(pipeline: Pipeline, history: NoHistory, arguments: Mapping[str, An
     tools run one after another and nobody looks at the plan.
     """
     mine = format_arguments(arguments)
+    texts = [mine]
+    if has_period(arguments):  # then a run of all periods will do, too
+        texts.append(format_arguments({name: value for name, value in arguments.items()
+                                       if name not in PERIOD_ARGUMENTS}))
+
+    def find_whole_success(tool: str) -> Optional[Success]:
+        found = [history.find_whole_success(tool, text) for text in texts]
+        return max(filter(None, found), key=lambda success: success.work, default=None)
 
     def find_change(tool: Tool, success: Success) -> str:
         if success.arguments != mine:
@@ -6349,7 +6434,8 @@ def make_past(pipeline: Pipeline, history: NoHistory, arguments: Mapping[str, An
         return find_changed_file(tool, history.base, success.inputs)
 
     find_expected_s = history.find_expected_s if wants_durations else NoHistory().find_expected_s
-    return Past(now, history.find_success, find_expected_s, find_change, done, is_forced)
+    return Past(now, history.find_success, find_whole_success, find_expected_s, find_change, done,
+                is_forced)
 
 
 def count_jobs(jobs: Any) -> int:
@@ -6454,12 +6540,13 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
             request, arguments, done = find_request(history, request, arguments, resume)
             past = make_past(pipeline, history, arguments or {}, Clock().wall(), done, force,
                              count_jobs(jobs) > 1)
+        if item is not None:
+            request = request._replace(item=item)
         plan = make_plan(pipeline, request.targets, exclude=request.exclude, past=past,
                          start_from=request.start_from, jobs=count_jobs(jobs))
         result = run_plan(pipeline, plan, arguments or {}, history=history, request=request,
                           fail_fast=fail_fast, verbose=verbose, grace_s=grace_s,
-                          only_item=item, retry_items=make_retries(retry_items),
-                          on_event=on_event)
+                          retry_items=make_retries(retry_items), on_event=on_event)
     if result.signal is not None:
         import signal
         signal.raise_signal(result.signal)
@@ -7461,7 +7548,8 @@ def command_run(call: Call) -> int:
 def find_periods(call: Call, history: NoHistory) -> List[Period]:
     """Return the periods of --backfill, in order, with what is to be done of each."""
     options = call.options
-    request = Request(tuple(options.targets), tuple(options.exclude), options.start_from)
+    request = Request(tuple(options.targets), tuple(options.exclude), options.start_from,
+                      item=options.item)
     tools = [call.pipeline.tools[step.tool] for step in make_plan(
         call.pipeline, request.targets, exclude=request.exclude,
         start_from=request.start_from).steps]
@@ -7509,7 +7597,7 @@ def find_plan(call: Call, history: NoHistory,
     """
     options, arguments, done = call.options, call.arguments, {}
     request = Request(tuple(options.targets), tuple(options.exclude), options.start_from,
-                      tuple(call.argv))
+                      tuple(call.argv), item=options.item)
     if period:
         arguments = {**arguments, **period.arguments()}
         if period.action == "resume":
@@ -7523,8 +7611,10 @@ def find_plan(call: Call, history: NoHistory,
         request = make_request(run)
         said, now = (None, None) if run["words"] is None else call.parse(run["words"], True)
         arguments = read_arguments(run, now)
-        if said and options.item is None:
-            options.item = said.item
+        if options.item is not None:
+            request = request._replace(item=options.item)
+        elif said and request.item is None:
+            request = request._replace(item=said.item)
         done = history.find_done(run["run_id"])
     has_database = call.pipeline.get_connection is not no_connection
     described: Dict[Any, str] = {}  # tools may share a module, which is read once
@@ -7585,7 +7675,7 @@ def carry_out(call: Call, history: NoHistory, period: Optional[Period] = None) -
     gc.freeze()  # what is here will stay: no collection during the run need walk it
     result = run_plan(call.pipeline, plan, arguments, history=history, request=request,
                       fail_fast=options.fail_fast, verbose=options.verbose, keep_results=False,
-                      only_item=options.item, retry_items=None if period and options.reprocess
+                      retry_items=None if period and options.reprocess
                       else read_retries(options.retry_items),
                       on_event=screen.on_event)
     if not options.quiet or result.status != "success":

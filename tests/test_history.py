@@ -177,7 +177,7 @@ def test_run_pipeline_keeps_no_history_without_a_home(modules):
 def test_the_file_is_plain_sqlite_that_says_whose_it_is(line):
     line.run()
     with open_history(line.folder) as conn:
-        assert conn.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION == 2
+        assert conn.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION == 3
         assert conn.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
         assert conn.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
         assert conn.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
@@ -219,8 +219,8 @@ def test_a_history_of_a_newer_engine_is_refused_with_both_versions(line):
             conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 6}")
 
     path, content = write_history(line, make_newer)
-    check_refused(line, path, content, "has schema version 8, and this engine, " + VERSION,
-                  "knows 2.", "Use the newer orchestrator.py that wrote it.")
+    check_refused(line, path, content, "has schema version 9, and this engine, " + VERSION,
+                  "knows 3.", "Use the newer orchestrator.py that wrote it.")
 
 
 def test_the_database_of_something_else_is_refused_and_left_alone(line):
