@@ -1327,6 +1327,15 @@ def has_period(arguments: Mapping[str, Any]) -> bool:
     return any(arguments.get(name) is not None for name in PERIOD_ARGUMENTS)
 
 
+def find_day(at: float) -> str:
+    """Return the day of a moment, in local time, as `2024-01-31`.
+
+    To ask for the day of a moment, and not for the moment at which a day ends, is right also where
+    clocks are changed at midnight, and that day has none, or two.
+    """
+    return time.strftime("%Y-%m-%d", time.localtime(at))
+
+
 STEPS = ("day", "week", "month")
 
 
@@ -1355,15 +1364,43 @@ def make_periods(span: str, step: str) -> List[Period]:
     return periods
 
 
-def decide_period(period: Period, run_id: Optional[int], status: str, reprocess: str) -> Period:
-    """Return a period with what is to be done of it, by the last run of it and --reprocess."""
-    if run_id is None:
-        return period
-    is_left = status == "success" or status == "failed" and reprocess != "failed"
-    action = "run" if reprocess == "all" else "skip" if is_left else "resume"
-    how = {"success": "done", "failed": "failed"}.get(status, "interrupted")
-    reason = ("again, " * (how == "done" and action == "run") + f"{how} in run {run_id}"
-              + "; see --reprocess" * (how == "failed" and action == "skip"))
+def check_begun(span: str, periods: Sequence[Period], today: str) -> None:
+    """Raise UserError if some of the periods of a span have not begun, naming its last good day."""
+    from datetime import date, timedelta
+    begun = [period for period in periods if period.start <= today]
+    if len(begun) == len(periods):
+        return
+    last = str(date.fromisoformat(begun[-1].end) - timedelta(1)) if begun else today
+    future = periods[len(begun)]
+    raise UserError(f"--backfill: {span!r} reaches into the future: the period from {future.start} "
+                    f"to {future.end} has not begun.",
+                    (f"Write {begun[0].start}..{last}. " if begun else "")
+                    + f"The last day that can be given is {last}; days end in local time.")
+
+
+def decide_period(period: Period, last: Optional[Tuple[int, str, float]], reprocess: str,
+                  today: str) -> Period:
+    """Return a period with what is to be done of it, by the last run of it and --reprocess.
+
+    `last` is the id of that run, its status, and when it began, or the first of those that it goes
+    on with. What began before the period was over may have missed the rest: then it is not done,
+    and what is done of it is no use to a resume.
+    """
+    action, reason, run_id = period.action, period.reason, None
+    if last is not None:
+        run_id, status, began_at = last
+        is_early = find_day(began_at) < period.end
+        is_left = status == "success" and not is_early or status == "failed" \
+            and reprocess != "failed"
+        action = "run" if reprocess == "all" else "skip" if is_left \
+            else "run" if is_early else "resume"
+        how = {"success": "done", "failed": "failed"}.get(status, "interrupted")
+        reason = ("again, " * (how == "done" and reprocess == "all") + f"{how} in run {run_id}"
+                  + "; see --reprocess" * (how == "failed" and action == "skip"))
+        if is_early and action == "run":
+            reason += ", which ran before the period was over"
+    if action != "skip" and today < period.end:
+        reason += "; it is not over yet"
     return period._replace(action=action, reason=reason, run_id=run_id)
 
 
@@ -2028,16 +2065,18 @@ class History(NoHistory):
                             if newest else "Nothing has been run yet.")
         return run
 
-    def find_last_like(self, request: Request,
-                       arguments: Mapping[str, Any]) -> Tuple[Optional[int], str]:
-        """Return the id and status of the last run of the same targets, item and arguments."""
+    def find_last_like(self, request: Request, arguments: Mapping[str, Any]
+                       ) -> Optional[Tuple[int, str, float]]:
+        """Return the last run of the same targets, item and arguments: its id, its status, and
+        when it began, or the first of those that it goes on with.
+        """
         import json
-        return self.do("SELECT run_id, status FROM runs WHERE targets = ? AND exclude = ? "
-                       "AND start_from IS ? AND item IS ? AND arguments = ? "
-                       "ORDER BY run_id DESC LIMIT 1",
-                       (json.dumps(request.targets), json.dumps(request.exclude),
-                        request.start_from, request.item,
-                        format_arguments(arguments))).fetchone() or (None, "")
+        row = self.do("SELECT run_id, status FROM runs WHERE targets = ? AND exclude = ? "
+                      "AND start_from IS ? AND item IS ? AND arguments = ? "
+                      "ORDER BY run_id DESC LIMIT 1",
+                      (json.dumps(request.targets), json.dumps(request.exclude),
+                       request.start_from, request.item, format_arguments(arguments))).fetchone()
+        return row and (*row, self.find_began_at(row[0]))
 
     def find_running(self) -> Optional[Dict[str, Any]]:
         """Return the row of the run that is not recorded as ended: it goes on, or was killed."""
@@ -6429,6 +6468,8 @@ def make_past(pipeline: Pipeline, history: NoHistory, arguments: Mapping[str, An
     def find_change(tool: Tool, success: Success) -> str:
         if success.arguments != mine:
             return "arguments changed"
+        if find_day(success.started_at) < str(arguments.get(PERIOD_ARGUMENTS[1]) or ""):
+            return "its period has gone on"
         if hash_source(tool) != success.source:
             return "its source changed"
         return find_changed_file(tool, history.base, success.inputs)
@@ -7558,10 +7599,12 @@ def find_periods(call: Call, history: NoHistory) -> List[Period]:
                         "each period would be the same.",
                         "Write `def run(conn, period_start=None, period_end=None):`.")
     periods = make_periods(options.backfill, options.step or "day")
-    if isinstance(history, History):
-        periods = [decide_period(period, *history.find_last_like(
-            request, {**call.arguments, **period.arguments()}), options.reprocess or "")
-            for period in periods]
+    today = find_day(Clock().wall())
+    check_begun(options.backfill, periods, today)
+    find_last = history.find_last_like if isinstance(history, History) else lambda *_: None
+    periods = [decide_period(period, find_last(
+        request, {**call.arguments, **period.arguments()}), options.reprocess or "", today)
+        for period in periods]
     return periods[::-1] if options.reverse else periods
 
 
@@ -7570,10 +7613,15 @@ def backfill(call: Call, history: History) -> int:
     periods = find_periods(call, history)
     left = [period for period in periods if period.action != "skip"]
     codes: Dict[str, int] = {}
+    not_over = ""
     for number, period in enumerate(left, 1):
         if not call.options.quiet:
             say(f"\nPeriod {period.start} to {period.end} ({number} of {len(left)})")
+        is_early = find_day(Clock().wall()) < period.end
         codes[period.start] = code = carry_out(call, history, period)
+        if is_early and not code:
+            not_over = (f"; the period from {period.start} is not over yet, and will be run again "
+                        "when it is")
         if code > EXIT_SIGNAL or code and call.options.fail_fast:
             break
     cut_off = [start for start, code in codes.items() if code > EXIT_SIGNAL]
@@ -7583,7 +7631,7 @@ def backfill(call: Call, history: History) -> int:
     say(f"\nBackfill: {format_plural(done, 'period')} done now, {len(periods) - len(left)} left "
         f"alone, {len(failed)} failed" + (": " + ", ".join(failed[:10]) if failed else "")
         + "".join(f", {start} cut off" for start in cut_off)
-        + f", {not_begun} not begun" * bool(not_begun))
+        + f", {not_begun} not begun" * bool(not_begun) + not_over)
     if failed or cut_off:
         again = [] if call.options.reprocess or cut_off else ["--reprocess", "failed"]
         say("Next: " + format_command(*call.argv, *again))

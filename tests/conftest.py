@@ -119,6 +119,7 @@ class QuickSandbox(Sandbox):
                 for fd, errors in ((1, "strict"), (2, "backslashreplace")))
             os.environ.clear()
             os.environ.update({**ENVIRONMENT, **env})
+            time.tzset()
             os.chdir(self.folder)
             logging.getLogger().handlers.clear()  # pytest's own
             sys.dont_write_bytecode = True  # a module may be written twice in a second

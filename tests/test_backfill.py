@@ -1,6 +1,12 @@
 """A backfill: a plan run once per period, each period recorded, resumable and told."""
+import contextlib
+import datetime
 import json
+import os
 import signal
+import sqlite3
+import time
+import zoneinfo
 
 import pytest
 from conftest import SQLITE, wait_until
@@ -224,6 +230,197 @@ def test_items_may_be_found_by_period_and_are_each_done_once(line):
     line.run(*THREE, "--reprocess", "all")
     assert [each for each in line.ran() if each.startswith("a")] == [
         f"a {day}/{i}" for day in ("2024-02-28", "2024-02-29", "2024-03-01") for i in range(2)]
+
+
+# --- periods that are not over ---
+
+class Noon:
+    """The pipeline in a zone where it is about noon, so that no test is at work at midnight.
+
+    `day(-1)` is yesterday there, `period(0)` the words for today alone.
+    """
+
+    def __init__(self, line):
+        self.line = line
+        behind = time.gmtime().tm_hour - 12  # UTC-5 is written TEST5
+        self.zone = {"TZ": f"TEST{behind}"}
+        self.today = (datetime.datetime.now(datetime.timezone.utc)
+                      - datetime.timedelta(hours=behind)).date()
+
+    def day(self, number):
+        return str(self.today + datetime.timedelta(number))
+
+    def period(self, first, last=None):
+        return "--backfill", f"{self.day(first)}..{self.day(first if last is None else last)}"
+
+    def run(self, *words, code=0):
+        """Run the pipeline, and return what ran; the process is in `ended`."""
+        self.ended = self.line.run(*words, env=self.zone)
+        assert self.ended.code == code, self.ended
+        return self.line.ran()
+
+    def plan(self, *words):
+        shown = json.loads(self.line.run(*words, "--plan", "--json", env=self.zone).out)
+        return [(each["action"], each["reason"]) for each in shown["periods"]]
+
+    def let_pass(self, hours, run_id=None):
+        """Let the runs, or one of them, have begun so many hours earlier."""
+        file, = self.line.folder.glob("**/history.db")
+        with contextlib.closing(sqlite3.connect(file)) as conn, conn:
+            for table in ("runs", "attempts"):
+                conn.execute(f"UPDATE {table} SET started_at = started_at - ? "
+                             "WHERE ?2 IS NULL OR run_id = ?2", (hours * 3600, run_id))
+
+
+@pytest.fixture
+def noon(line):
+    return Noon(line)
+
+
+def test_a_period_that_goes_on_is_run_each_time_and_says_that_it_is_not_over(noon):
+    today = f"a {noon.day(0)}", f"b {noon.day(0)}"
+    assert noon.plan(*noon.period(0)) == [("run", "never run; it is not over yet")]
+    for _ in range(2):
+        assert noon.run(*noon.period(0)) == [*today]
+        assert (f"; the period from {noon.day(0)} is not over yet, and will be run again when it "
+                "is") in noon.ended.err
+    assert noon.plan(*noon.period(-1, 0)) == [
+        ("run", "never run"),
+        ("run", "done in run 2, which ran before the period was over; it is not over yet")]
+
+
+def test_what_ran_before_its_period_was_over_is_not_done_when_it_is(noon):
+    noon.run(*noon.period(-2, -1))
+    noon.let_pass(13, 2)  # to yesterday, before midnight
+    reason = "done in run 2, which ran before the period was over"
+    assert noon.plan(*noon.period(-2, -1)) == [("skip", "done in run 1"), ("run", reason)]
+    assert reason in noon.line.run(*noon.period(-2, -1), "--plan", env=noon.zone).out
+    assert noon.plan(*noon.period(-1), "--reprocess", "failed") == [("run", reason)]
+    assert noon.plan(*noon.period(-1), "--reprocess", "all") == [("run", "again, " + reason)]
+    assert noon.run(*noon.period(-2, -1)) == [f"a {noon.day(-1)}", f"b {noon.day(-1)}"]
+    assert "1 period done now, 1 left alone" in noon.ended.err and "not over" not in noon.ended.err
+    assert noon.run(*noon.period(-2, -1)) == []
+
+
+@pytest.mark.parametrize("hours, action", [(11, "skip"), (13, "run")])
+def test_a_day_ends_at_midnight_in_local_time(noon, hours, action):
+    noon.run(*noon.period(-1))
+    noon.let_pass(hours)
+    assert noon.plan(*noon.period(-1))[0][0] == action
+
+
+@pytest.mark.parametrize("step", ["week", "month"])
+def test_a_week_and_a_month_are_over_after_their_last_day(noon, step):
+    noon.run(*noon.period(-6, -1), "--step", step)  # a month is cut off by the span
+    noon.let_pass(13)
+    last = noon.plan(*noon.period(-6, -1), "--step", step)[-1]
+    assert last[0] == "run" and last[1].endswith("which ran before the period was over")
+    noon.run(*noon.period(-6, -1), "--step", step)
+    assert noon.run(*noon.period(-6, -1), "--step", step) == []
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="zones by name")
+@pytest.mark.parametrize("zone, at, end", [
+    # summer time began and ended at midnight, so that the day began at 01:00, or 23:00 came twice
+    ("America/Sao_Paulo", "2018-11-04T03:00:00+00:00", "2018-11-04"),
+    ("America/Sao_Paulo", "2019-02-17T03:00:00+00:00", "2019-02-17"),
+    ("America/Havana", "2024-11-03T04:00:00+00:00", "2024-11-03"),  # where 00:00 came twice
+    ("Europe/Berlin", "2024-03-30T23:00:00+00:00", "2024-03-31"),
+    ("Europe/Berlin", "2024-03-31T22:00:00+00:00", "2024-04-01"),
+    ("Asia/Kathmandu", "2024-01-31T18:15:00+00:00", "2024-02-01"),
+])
+def test_a_day_ends_when_it_ends_where_clocks_are_changed(line, zone, at, end):
+    if not any(os.path.exists(os.path.join(folder, zone)) for folder in zoneinfo.TZPATH):
+        pytest.skip("this system has no such zone")
+    last = str(datetime.date.fromisoformat(end) - datetime.timedelta(1))
+    noon = Noon(line)
+    noon.zone, words = {"TZ": zone}, ("--backfill", f"{last}..{last}")
+    noon.run(*words)
+    moment = datetime.datetime.fromisoformat(at).timestamp()
+    file, = line.folder.glob("**/history.db")
+    for before_s, action in ((1, "run"), (0, "skip")):
+        with contextlib.closing(sqlite3.connect(file)) as conn, conn:
+            conn.execute("UPDATE runs SET started_at = ?", (moment - before_s,))
+        assert noon.plan(*words)[0][0] == action
+
+
+def test_what_was_cut_off_before_its_period_was_over_is_run_anew_and_not_resumed(noon):
+    noon.line.break_at(f"b {noon.day(-1)}")
+    noon.run(*noon.period(-1), code=1)
+    noon.let_pass(13)
+    noon.line.break_at()
+    assert noon.plan(*noon.period(-1)) == [("skip", "failed in run 1; see --reprocess")]
+    assert noon.plan(*noon.period(-1), "--reprocess", "failed") == [
+        ("run", "failed in run 1, which ran before the period was over")]
+    file, = noon.line.folder.glob("**/history.db")
+    with contextlib.closing(sqlite3.connect(file)) as conn, conn:
+        conn.execute("UPDATE runs SET status = 'interrupted'")
+    assert noon.plan(*noon.period(-1)) == [
+        ("run", "interrupted in run 1, which ran before the period was over")]
+    assert noon.run(*noon.period(-1)) == [f"a {noon.day(-1)}", f"b {noon.day(-1)}"]
+    assert noon.plan(*noon.period(-1)) == [("skip", "done in run 2")]
+
+
+@pytest.mark.parametrize("mend", [("--resume",), ("--mark-done", "b")])
+def test_what_goes_on_with_a_run_from_before_the_end_of_its_period_is_not_done(noon, mend):
+    noon.line.break_at(f"b {noon.day(-1)}")
+    noon.run(*noon.period(-1), code=1)
+    noon.let_pass(13)
+    noon.line.break_at()
+    noon.run(*mend)
+    assert noon.plan(*noon.period(-1)) == [
+        ("run", "done in run 2, which ran before the period was over")]
+    assert noon.run(*noon.period(-1)) == [f"a {noon.day(-1)}", f"b {noon.day(-1)}"]
+    assert noon.run(*noon.period(-1)) == []
+
+
+def test_a_cached_tool_is_run_again_when_its_period_is_over(noon):
+    head = HEAD.replace("'module': 'b'", "'module': 'b', 'cache': True").replace(
+        "'a': 'a'", "'a': {'module': 'a', 'cache': True, 'needs': []}")
+    noon.line.pipeline(head + SQLITE)
+    noon.run(*noon.period(-2, -1))
+    noon.let_pass(13, 2)
+    assert noon.run(*noon.period(-1)) == [f"a {noon.day(-1)}", f"b {noon.day(-1)}"]
+    assert noon.run(*noon.period(-1), "--reprocess", "all") == []
+
+
+def test_a_period_that_has_not_begun_is_refused_with_the_last_day_that_can_be_given(noon):
+    for look in ([], ["--plan"], ["--plan", "--json"], ["--reverse"]):
+        assert noon.run(*noon.period(-1, 2), *look, code=2) == []
+        assert noon.ended.err == (
+            f"--backfill: '{noon.day(-1)}..{noon.day(2)}' reaches into the future: the period "
+            f"from {noon.day(1)} to {noon.day(2)} has not begun.\n  Write {noon.day(-1)}.."
+            f"{noon.day(0)}. The last day that can be given is {noon.day(0)}; days end in local "
+            "time.\n")
+    assert noon.run(*noon.period(-1, 0)) != []
+
+
+@pytest.mark.parametrize("step", ["day", "week", "month"])
+def test_a_span_that_is_all_future_is_refused_with_today(noon, step):
+    for first, last in ((1, 1), (1, 40), (90000, 90000)):
+        assert noon.run(*noon.period(first, last), "--step", step, code=2) == []
+        assert noon.ended.err.endswith(
+            f" has not begun.\n  The last day that can be given is {noon.day(0)}; days end in "
+            "local time.\n")
+
+
+def test_a_week_that_has_begun_may_end_in_the_future_and_the_next_may_not(noon):
+    week = ("--step", "week")
+    assert noon.run(*noon.period(0, 7), *week, code=2) == []
+    assert f"The last day that can be given is {noon.day(6)}; " in noon.ended.err
+    assert noon.run(*noon.period(0, 6), *week) == [f"a {noon.day(0)}", f"b {noon.day(0)}"]
+    assert noon.plan(*noon.period(0, 6), *week)[0][0] == "run"
+
+
+@pytest.mark.parametrize("behind", [-14, 12])
+def test_today_is_a_day_of_the_zone(noon, behind):
+    now = datetime.datetime.now(datetime.timezone.utc)
+    if (now.hour - behind) % 24 == 23:
+        behind += 1  # there, midnight might come in between
+    noon.zone = {"TZ": f"TEST{behind}"}  # where one day is over, or the next one has begun
+    noon.today = (now - datetime.timedelta(hours=behind)).date()
+    noon.run(*noon.period(0))
+    noon.run(*noon.period(1), code=2)
 
 
 # --- what is refused ---
