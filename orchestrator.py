@@ -73,6 +73,7 @@ _YOURS = dict(globals())  # your names, before the engine adds its own: see the 
 
 import argparse
 import contextlib
+import errno
 import gc
 import operator
 import os
@@ -288,7 +289,8 @@ class Tally(NamedTuple):
 
     `elsewhere` counts those that somebody else did meanwhile; `left` are those that were not
     done, and `at_work` the one of these that was being done; `charged` is how many of the
-    charges in the order are recorded.
+    charges in the order are recorded; `has_lost` whether an item lost the connection, and there
+    was no other to record that, so that its slip stays.
     """
     passed: int = 0
     rows: Optional[int] = None
@@ -297,6 +299,7 @@ class Tally(NamedTuple):
     left: Tuple[Item, ...] = ()
     at_work: Optional[Item] = None
     charged: int = 0
+    has_lost: bool = False
 
 
 class Outcome(NamedTuple):
@@ -2600,6 +2603,18 @@ _PAGE = 1000  # rows that are read at a time
 NAME_LENGTH = 500  # letters; an index of PostgreSQL takes 2,700 bytes
 _LOCKED_STATES = ("40001", "40P01", "55P03")  # SQLSTATE: serialization, deadlock, lock not there
 _LOCKED_NUMBERS = (1020, 1205, 1213)  # the same of MySQL and MariaDB
+_PLACE_ERRNOS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE,
+                 getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota of that name
+# SQLSTATE: no connection; files, disk or connections used up; a server that ends or begins; its
+# system, but not a file that an item names; and a server that only reads. Memory that is used up
+# is none of it: an item may want too much.
+_PLACE_STATES = re.compile("08|53[013]|57P0|58(?!P)|25006")
+# of MySQL and MariaDB: disk full, table full, connections used up, server not there, read only
+_PLACE_NUMBERS = (1021, 1114, 1040, 1203, 2002, 2003, 1290, 1836)
+# Not SQLite's "unable to open database file", which may be one that an item opens: where it is
+# the pipeline's own, nothing can be charged in it either.
+_PLACE_TEXTS = (r"^database or disk is full|^disk I/O error|^attempt to write a readonly database"
+                r"|No space left on device")
 
 
 class Dialect(NamedTuple):
@@ -2670,19 +2685,47 @@ def make_ledger_key(name: str) -> str:
 
 def is_locked(error: Optional[BaseException]) -> bool:
     """Return whether an error only says that another was at the same rows at that moment."""
+    for each in find_chain(error):
+        number = each.args[0] if each.args else None
+        kinds = {kind.__name__ for kind in type(each).__mro__}
+        if "DatabaseError" in kinds and (
+                find_sqlstate(each) in _LOCKED_STATES or number in _LOCKED_NUMBERS
+                or re.search(r"database (table |schema )?is locked", str(each))):
+            return True
+    return False
+
+
+def find_chain(error: Optional[BaseException]) -> List[BaseException]:
+    """Return an error and those behind it, up to the end of a transaction that came too early."""
     seen: List[BaseException] = []
     # People can make a ring of such a chain.
     while error is not None and error not in seen and not isinstance(error, EndedEarly):
         seen.append(error)
-        state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-        number = error.args[0] if error.args else None
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        if "DatabaseError" in kinds and (
-                state in _LOCKED_STATES or number in _LOCKED_NUMBERS
-                or re.search(r"database (table |schema )?is locked", str(error))):
-            return True
         error = error.__cause__ or error.__context__
-    return False
+    return seen
+
+
+def find_sqlstate(error: BaseException) -> Optional[str]:
+    """Return the SQLSTATE of an error of a driver that gives one: psycopg, psycopg2."""
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+
+
+def is_of_place(error: Optional[BaseException]) -> bool:
+    """Return whether an error tells of the place where all items are done, and so of no item: its
+    disk is full or broken, or takes no writing; its database lets nobody in.
+    """
+    return any(
+        isinstance(each, OSError) and each.errno in _PLACE_ERRNOS
+        or any(kind.__name__ == "DatabaseError" for kind in type(each).__mro__)
+        and (_PLACE_STATES.match(find_sqlstate(each) or "")
+             or each.args and each.args[0] in _PLACE_NUMBERS
+             or re.search(_PLACE_TEXTS, str(each)))
+        for each in find_chain(error))
+
+
+def count_tries(item: Item) -> int:
+    """Return how often an item was tried, as far as it is recorded."""
+    return item.attempts + item.deaths
 
 
 class Taken(Exception):
@@ -2886,8 +2929,9 @@ class Ledger:
         return [row[0] for row in self.read(
             "SELECT DISTINCT pipeline FROM orchestrator_items WHERE tool = ?", self.key[1:])]
 
-    def find_pending(self) -> Iterator[Tuple[Item, Optional[str]]]:
-        """Yield the items that are not done, in order, each with the run that gave it up, or None.
+    def find_pending(self) -> Iterator[Tuple[Item, str, str]]:
+        """Yield the items that are not done, in order, each with the status of the last try of
+        this version, "" if there was none, and the run of that.
 
         The database finds them.
         """
@@ -2917,8 +2961,7 @@ class Ledger:
                 is_seen = attempts is not None
                 if status is None:  # there is no row of this version and source
                     attempts = deaths = 0
-                yield (Item(name, version, is_seen, attempts, deaths),
-                       run_id if status in ("failed", "quarantined") else None)
+                yield Item(name, version, is_seen, attempts, deaths), status or "", run_id or ""
             if len(rows) < _PAGE:
                 break
         self.do("DELETE FROM orchestrator_pending")
@@ -2928,6 +2971,11 @@ class Ledger:
         sql = "SELECT count(*) FROM orchestrator_listed"
         rows = self.read(sql) if only is None else self.read(sql + " WHERE item = ?", (only,))
         return rows[0][0]
+
+    def has_passed(self) -> bool:
+        """Return whether any item ever passed."""
+        return bool(self.read("SELECT 1 FROM orchestrator_items WHERE pipeline = ? AND tool = ? "
+                              "AND passed IS NOT NULL LIMIT 1", self.key))
 
     # --- how one ended ---
 
@@ -2946,6 +2994,8 @@ class Ledger:
             return item, "success" if is_ours else "done", rows, None
         if (version, source) != (item.version, self.source):
             return item, "pending", None, None
+        if attempts + deaths <= count_tries(item):  # as it was when it was listed
+            status = "pending"
         return (item._replace(attempts=attempts, deaths=deaths),
                 status if is_ours or status == "pending" else "done", rows, error)
 
@@ -4033,6 +4083,11 @@ class ToolError(Exception):
     """What fails a tool and is charged to no item: `__cause__`, at the step that is its text."""
 
 
+class Lost(Exception):
+    """An item lost the connection, by `__cause__`."""
+
+
+_GONE = "the connection is gone: "
 LOCKED_S = 60.0  # how long an item comes again because others are at the same rows
 _TAKEN_TRIES = 20  # and how often because somebody else wrote its row
 
@@ -4044,7 +4099,8 @@ class ItemWork:
     State: `step`, what is being done, if it is not the tool itself; `is_own_fault`, whether an
     error then is an item's; `is_watched`, whether an item may not commit; `tries`, how often a
     transaction was begun anew, and `was_taken`, whether to look at rows once more in it; `left`,
-    the items that are not done; `at_work`, the one that is being done, since `started_s`;
+    the items that are not done; `at_work`, the one that is being done, since `started_s`; `lost`,
+    one that lost the connection, until there is another, which its slip outlasts;
     `available`, the arguments for it, and `chosen`, those that run() takes; `passed`, `rows`,
     `elsewhere` and `endings`, what came of those that are committed; `new`, the same of those
     that are not.
@@ -4063,6 +4119,7 @@ class ItemWork:
         self.tries, self.was_taken = 0, False
         self.left = [*order.items]
         self.at_work: Optional[Item] = None
+        self.lost: Optional[Item] = None
         self.started_s = 0.0
         self.passed, self.elsewhere, self.charged = 0, 0, 0
         self.rows: Optional[int] = None
@@ -4098,7 +4155,7 @@ class ItemWork:
                 self.ledger.close()
         return outcome._replace(result=Tally(self.passed, self.rows, tuple(self.endings),
                                              self.elsewhere, tuple(self.left), self.at_work,
-                                             self.charged))
+                                             self.charged, self.lost is not None))
 
     def _fail(self, error: BaseException) -> Outcome:
         """Return the outcome of an order that could not be carried out to its end."""
@@ -4149,7 +4206,8 @@ class ItemWork:
     def _close_slip(self) -> None:
         if self.slip_fd >= 0:
             with contextlib.suppress(OSError):  # the tool closed it
-                write_slip(self.slip_fd, NO_ITEM)
+                if self.lost is None:
+                    write_slip(self.slip_fd, NO_ITEM)
                 os.close(self.slip_fd)
 
     def _list(self, take: Callable[[List[Item]], None]) -> Outcome:
@@ -4166,13 +4224,14 @@ class ItemWork:
         news = {ending.item.name for ending in self.endings if ending.status == "quarantined"}
         names: List[str] = []  # of the first that were given up
         page: List[Item] = []
-        for item, given_up_in in ledger.find_pending():
+        for item, status, run_id in ledger.find_pending():
+            is_of_this_run = run_id == order.run_id
             if item.name in news:
                 pending += 1  # until this very start
-            elif given_up_in is None:
+            elif not self._is_given_up(item, status, is_of_this_run):
                 pending += 1
                 page += [item] * (order.only in (None, item.name))
-            elif given_up_in != order.run_id or self.context.attempt == 1:  # else it is counted
+            elif not is_of_this_run or self.context.attempt == 1:  # else it is counted
                 given_up += 1
                 names += [item.name] * (given_up <= 3)
             if len(page) == _PAGE:
@@ -4182,12 +4241,13 @@ class ItemWork:
         listed = ledger.count_listed()
         if order.only is not None and not ledger.count_listed(order.only):
             raise UserError(f"there is no item {order.only!r} among the {listed} that are listed")
+        is_hopeless = given_up > 0 and not ledger.has_passed()
         self.database.commit()
         self.step = ""
         reasons = []
         if given_up:
             reasons.append(f"{count_items(given_up)} given up before: "
-                           + format_names(names, given_up))
+                           f"{format_names(names, given_up)}; {format_retry(self.tool.name)}")
         if ledger.doubles:
             reasons.append("left out, since the name came before: "
                            + format_names(ledger.doubles[:3], len(ledger.doubles)))
@@ -4195,7 +4255,16 @@ class ItemWork:
             reasons.append(f"the ledger has items of this tool in pipeline {others[0]!r}, not in "
                            f"{self.pipeline!r}: its NAME says which it is")
         counts = {"listed": listed, "pending": pending, "given_up": given_up}
-        return Outcome("success", "; ".join(reasons), items=counts)
+        # An error only if nothing comes of those that are pending either: see make_outcome().
+        hopeless = "all that was tried is given up, and none ever passed" * is_hopeless
+        return Outcome("success", "; ".join(reasons), items=counts, error=hopeless)
+
+    def _is_given_up(self, item: Item, status: str, is_of_this_run: bool) -> bool:
+        """Return whether an item that is not done is left alone: until it changes, or somebody
+        asks for it. Without retries one that failed comes again in the next run.
+        """
+        return status == "quarantined" or status == "failed" and (
+            is_of_this_run or 0 < self.tool.retries < item.attempts)
 
     def _give_back(self) -> None:
         """Let items have their tries again that were given up, where that was asked for."""
@@ -4237,8 +4306,12 @@ class ItemWork:
         """
         try:
             self._insist(self._attempt, group)
+        except Lost as error:
+            self._do_without(group, error.__cause__)
+            return
         except ToolError as error:
-            if not self.is_own_fault or not self.database.is_open or is_locked(error.__cause__):
+            if not self.is_own_fault or not self.database.is_open \
+                    or is_locked(error.__cause__) or is_of_place(error.__cause__):
                 raise
             self._do_singly(group, error.__cause__)
             return
@@ -4260,7 +4333,7 @@ class ItemWork:
 
     def _attempt(self, group: Sequence[Item]) -> None:
         """Do some items in one transaction."""
-        self.step, self.is_own_fault, self.new = "", False, []
+        self.step, self.is_own_fault, self.new, self.at_work = "", False, [], None
         if self.tool.commits:
             self.database.open()
         else:
@@ -4305,11 +4378,15 @@ class ItemWork:
             raise KeyboardInterrupt from error
         if self.database.is_open or self.ledger is None and is_locked(error):
             return
-        if not isinstance(error, EndedEarly):
-            raise ToolError("" if self.ledger else "in get_connection(): ") from error
-        if not is_closed:
-            raise ToolError("the connection is gone: ") from error.__cause__
-        self._open()  # `with conn:` of psycopg 3 commits and closes
+        if isinstance(error, EndedEarly):
+            if is_closed:
+                self._open()  # `with conn:` of psycopg 3 commits and closes
+                return
+            error = error.__cause__
+        # SQLite has no server that could go away: what breaks it is its disk.
+        if self.at_work and not (self.ledger.kind == "sqlite" and is_of_place(error)):
+            raise Lost from error
+        raise ToolError("" if self.ledger else "in get_connection(): ") from error
 
     def _wait(self, tries: int) -> None:
         """Wait a little, and not as long as others do."""
@@ -4329,6 +4406,28 @@ class ItemWork:
             else:
                 self._do_group([item._replace(is_seen=None)])
 
+    def _do_without(self, group: Sequence[Item], error: BaseException) -> None:
+        """Charge the item that lost the connection with a death, over a new one, and do the others
+        of its group.
+        """
+        lost = self.lost = self.at_work
+        self.at_work = None
+        text = _GONE + format_one_line(error)
+        self.ledger.close()
+        self.ledger = None
+        try:
+            self._insist(self._open)
+        except ToolError as problem:
+            raise ToolError(f"at {format_name(lost.name)}: {text}; {problem}"
+                            ) from problem.__cause__
+        self._charge(lost._replace(is_seen=None), text, error, time.monotonic() - self.started_s,
+                     is_death=True)
+        self.lost = None
+        self.left = [item for item in self.left if item.name != lost.name]
+        for item in group:
+            if item.name != lost.name:
+                self._do_group([item._replace(is_seen=None)])
+
     def _do_item(self, item: Item, is_alone: bool) -> None:
         """Do an item and write its row, within a transaction that is open."""
         ledger = self.ledger
@@ -4337,13 +4436,13 @@ class ItemWork:
             if status != "pending":
                 self.new.append((rows, Ending(item, status, item.attempts, problem or "")))
                 return
-        self.at_work = item
         if self.slip_fd >= 0:
             write_slip(self.slip_fd, item)
         saves = self.is_watched and not (is_alone and ledger.kind == "sqlite")
         if saves:
+            self.at_work = None  # a connection that was lost before is no item's fault
             ledger.begin_item()
-        self.started_s = time.monotonic()
+        self.at_work, self.started_s = item, time.monotonic()
         context = self.context
         context.item, context.version, context.attempt = item.name, item.version, item.attempts + 1
         self.is_own_fault = True
@@ -4358,7 +4457,8 @@ class ItemWork:
             self.new.append((rows, None))
         except Exception as error:
             if saves and self.is_own_fault and not isinstance(error, EndedEarly):
-                if self._undo(error) and not is_alone and not is_locked(error):
+                if self._undo(error) and not is_alone \
+                        and not is_locked(error) and not is_of_place(error):
                     ending = self._make_ending(item, format_one_line(error), error)
                     self.is_own_fault = False
                     self._record(ending, time.monotonic() - self.started_s)
@@ -4432,8 +4532,10 @@ class ItemWork:
         """Return how a try of an item failed, and what becomes of the item."""
         tries = item.attempts + (not is_death)
         deaths = item.deaths + is_death
-        is_final = isinstance(error, EndedEarly) or tries > self.tool.retries and not is_death
-        status = "quarantined" if deaths >= DEATHS_ALLOWED else "failed" if is_final else "pending"
+        is_final = tries > self.tool.retries and not is_death
+        # One that ended its transaction may have been done: it is not done again unasked.
+        is_left = deaths >= DEATHS_ALLOWED or isinstance(error, EndedEarly)
+        status = "quarantined" if is_left else "failed" if is_final else "pending"
         return Ending(item._replace(attempts=tries, deaths=deaths), status, tries + deaths, text,
                       format_traceback(error, self.verbose) if error else "", is_death)
 
@@ -4461,16 +4563,11 @@ class ItemWork:
             self.database.commit()
             return is_new, ending
 
-        self.is_own_fault = False
+        self.is_own_fault, self.at_work = False, None
         is_new, ending = self._insist(record)
         if is_new or not self.order.is_listing:  # else what becomes of it is listed
             self._count(None, ending)
-        self.step, self.at_work = "", None
-
-
-def count_tries(item: Item) -> int:
-    """Return how often an item was tried, as far as it is recorded."""
-    return item.attempts + item.deaths
+        self.step = ""
 
 
 def until_exit(found: Iterable[Any]) -> Iterator[Any]:
@@ -4480,6 +4577,13 @@ def until_exit(found: Iterable[Any]) -> Iterator[Any]:
     except SystemExit as error:
         if error.code not in (None, 0):
             raise
+
+
+def format_retry(tool: str) -> str:
+    """Return what to type to have the items of a tool tried again that are given up."""
+    import shlex
+    word = f'"{tool}"' if os.name == "nt" and " " in tool else shlex.quote(tool)
+    return f"--retry-items {word} tries again"
 
 
 def count_items(count: int) -> str:
@@ -5661,7 +5765,7 @@ class Items:
         self.charges: List[Tuple[str, Ending]] = []
         self.numbers = self.jobs = 0
         self.problem: Optional[Outcome] = None
-        self.reason = ""  # of those given up before
+        self.reason = self.hopeless = ""  # of those given up before
         self.ended_before = self.count_ended()
 
     def add(self, items: Sequence[Item]) -> None:
@@ -5759,6 +5863,8 @@ class Items:
             reasons.append(f"none of {count_items(self.counts['listed'])} is pending"
                            if self.counts["listed"] else "no items")
         reasons.append(self.reason)
+        if self.hopeless and not tried and not self.elsewhere:
+            return Outcome("failed", "; ".join(filter(None, reasons)), error=self.hopeless)
         status = "success" if not self.failed else "partial" if self.passed else "failed"
         result = {"items": self.passed, "failed": self.failed, "rows": self.rows or 0}
         return Outcome(status, "; ".join(filter(None, reasons)), result, self.rows, self.error)
@@ -6017,7 +6123,7 @@ class Run:
             tally = Results({tool: tally})[tool]
         if isinstance(tally, Tally):
             died_at = None
-            self.forget_slips(items, order, tally.charged)
+            self.forget_slips(items, order, tally.charged, tally.has_lost)
         else:  # it did not say, or could not even begin
             died_at = read_slip(order.slip)
             tally = Tally(left=tuple(item._replace(is_seen=None) for item in order.items))
@@ -6028,6 +6134,7 @@ class Run:
         if outcome.status == "success":
             if order.is_listing:
                 items.counts, items.reason = outcome.items, outcome.reason
+                items.hopeless = outcome.error
                 self.history.note_items(tool, outcome.items)
                 # what was given back is not given back once more
                 self.item_orders[tool] = self.item_orders[tool]._replace(retry=None)
@@ -6053,12 +6160,14 @@ class Run:
                       total=items.ended_before + items.counts["pending"])
 
     @staticmethod
-    def forget_slips(items: Items, order: ItemOrder, charged: int) -> None:
-        """Remove the slips of an order that is over, and of the deaths that it has recorded."""
+    def forget_slips(items: Items, order: ItemOrder, charged: int, has_lost: bool = False) -> None:
+        """Remove the slips of the deaths that an order has recorded, and that of the order itself,
+        unless that tells of one that is not.
+        """
         recorded = order.charges[:charged]
         slips = [slip for slip, charge in items.charges if charge in recorded]
         items.charges = [each for each in items.charges if each[1] not in recorded]
-        for slip in [*slips, order.slip]:
+        for slip in [*slips, *[order.slip] * (not has_lost)]:
             with contextlib.suppress(OSError):
                 os.unlink(slip)
 
@@ -6076,7 +6185,8 @@ class Run:
         options, items = self.pipeline.tools[tool], self.items[tool]
         text = f"{format_name(ending.item.name)}: {ending.error}"
         if ending.is_death:
-            text += f"; it took its process down {ending.item.deaths} of {DEATHS_ALLOWED} times"
+            what = "connection" if ending.error.startswith(_GONE) else "process"
+            text += f"; it took its {what} down {ending.item.deaths} of {DEATHS_ALLOWED} times"
         elif options.retries:
             text += f"; try {ending.attempt} of {options.retries + 1}"
         if ending.status == "pending" and is_new:
@@ -7945,16 +8055,20 @@ def make_next_command(result: RunResult, call: Call) -> str:
     if not left:
         return ""
     argv, options = call.argv, call.options
+    retries, named = [], read_retries(options.retry_items)
+    for tool, o in result.outcomes.items():  # of whose items some have no try left
+        if o.items and o.status not in DONE and (o.items["failed"] or o.items["given_up"]):
+            names = named.get(tool, ())
+            # All of the tool, unless the named are for sure those that have failed.
+            are_those = o.items["failed"] == o.items["pending"] == len(names)
+            retries += ["--retry-items", tool, *(names if are_those else ())]
     if not options.no_history:
-        flags, named = ["--force"] * options.force, read_retries(options.retry_items)
-        for tool, o in result.outcomes.items():  # of whose items some have no try left
-            if o.items and o.items["failed"]:
-                flags += ["--retry-items", tool, *named.get(tool, ())]
+        flags = ["--force"] * options.force + retries
         flags += ["--jobs", str(options.jobs)] if options.jobs != 1 else []
         return format_command("--resume", *flags)
     words = [word for i, word in enumerate(argv) if not word.startswith("--from=")
              and word != "--from" and (i == 0 or argv[i - 1] != "--from")]
-    return format_command(*words, "--from", left[0])
+    return format_command(*words, *retries, "--from", left[0])
 
 
 def format_command(*words: str) -> str:

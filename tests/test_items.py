@@ -28,6 +28,7 @@ TOOL = """
             raise ValueError("broken " + item)
         return 2
 """
+RETRIED = {"t": {"module": "t", "retries": 1, "retry_delay": 0}}  # so that items are given up
 both = pytest.mark.parametrize("jobs", [1, 3])
 batches = pytest.mark.parametrize("batch", [1, 4])
 MODERN = sys.version_info >= (3, 12)
@@ -590,14 +591,15 @@ def test_a_failing_item_fails_alone_and_its_tool_is_partial(world, jobs, batch):
 
 def test_items_given_up_before_change_no_status_but_are_named(world):
     world.set("broken", "b")
-    world.run("a", "b")
-    result = world.run("a", "b", "c")
+    world.run("a", "b", tools=RETRIED)
+    result = world.run("a", "b", "c", tools=RETRIED)
     assert result.status == "success"
-    assert result.outcomes["t"].reason == "1 item done; 1 item given up before: b"
+    before = "1 item given up before: b; --retry-items t tries again"
+    assert result.outcomes["t"].reason == f"1 item done; {before}"
     assert result.results["t"] == {"items": 1, "failed": 0, "rows": 2}
-    result = world.run()
-    assert result.outcomes["t"].reason == ("none of 3 items is pending; "
-                                           "1 item given up before: b")
+    result = world.run(tools=RETRIED)
+    assert (result.status, result.outcomes["t"].reason) == (
+        "success", f"none of 3 items is pending; {before}")
 
 
 def test_a_tool_all_of_whose_items_fail_has_failed_and_its_needers_are_skipped(world):
@@ -670,30 +672,33 @@ def test_a_delay_is_waited_for_while_other_tools_go_on(world):
 
 
 def test_a_failed_item_gets_its_tries_back_by_a_new_version_or_source_or_when_asked_for(world):
+    def run(*items, **how):
+        return world.run(*items, tools=RETRIED, **how)
+
     world.set("broken", "b")
-    world.run("a", ["b", 1], "c")
+    run("a", ["b", 1], "c")
     world.set("broken")
-    world.run()
+    run()
     assert world.done() == ["a", "c"]
     world.tool("t", TOOL + "    # a comment\n")
-    world.run()
+    run()
     assert world.done() == ["a", "c"]
-    world.run("a", ["b", 2])
+    run("a", ["b", 2])
     assert world.done() == ["a", "c", "b"]
 
     world.set("broken", "b")
-    world.run(["b", 3])
+    run(["b", 3])
     world.set("broken")
     world.tool("t", TOOL + "    CHANGED = 1\n")
-    world.run()
+    run()
     assert world.done() == ["a", "c", "b", "b"]
 
     world.set("broken", "x", "y", "z")
-    world.run("x", "y", "z")
+    run("x", "y", "z")
     world.set("broken")
-    assert world.run(retry_items={"t": ["y"]}).results["t"]["items"] == 1
+    assert run(retry_items={"t": ["y"]}).results["t"]["items"] == 1
     assert world.done()[4:] == ["y"]
-    assert world.run(retry_items={"t": []}).results["t"]["items"] == 2
+    assert run(retry_items={"t": []}).results["t"]["items"] == 2
     assert world.done()[5:] == ["x", "z"]
 
 
@@ -926,7 +931,11 @@ def line(quick):
         (quick.folder / "items").write_text(json.dumps(names))
         (quick.folder / "broken").write_text(json.dumps(broken))
 
-    quick.set = set_items
+    def retry():
+        """Give the tool a retry, so that its items are given up when that is used up."""
+        quick.pipeline(f'TOOL_MAP = {{**{RETRIED}, "after": "after"}}\nSTAGES = {{}}\n' + SQLITE)
+
+    quick.set, quick.retry = set_items, retry
     set_items("a", "b c", "d", broken=["b c"])
     return quick
 
@@ -961,15 +970,19 @@ def test_a_partial_run_says_so_and_what_to_type_next(line):
 
 
 def test_a_resume_without_that_leaves_what_was_given_up(line):
+    line.retry()
     line.run()
     line.set("a", "b c", "d")
     ended = line.run("--resume")
     assert ended.code == 0
-    assert "1 item given up before: 'b c'" in ended.err
+    assert "1 item given up before: 'b c'; --retry-items t tries again" in ended.err
     assert done_of(line) == ["a", "d"]
+    assert line.run("--retry-items", "t").code == 0
+    assert done_of(line) == ["a", "d", "b c"]
 
 
 def test_items_are_tried_again_by_name_or_all_of_a_tool(line):
+    line.retry()
     line.set("a", "b", "c", broken=["a", "b", "c"])
     assert line.run().code == 1
     line.set("a", "b", "c")
@@ -1003,9 +1016,12 @@ def test_the_status_counts_the_items(line):
     counts = {"success": 2, "failed": 1, "quarantined": 0, "pending": 0}
     assert statuses(line) == {"t": counts, "after": None}
     assert "2 done, 1 failed" in line.run("--status").out
-    line.set("a", "b c", "d", "e")
+    line.set("a", "b c", "d", "e", broken=["b c"])
     line.run()
     assert statuses(line)["t"] == {**counts, "success": 3}
+    line.set("a", "b c", "d", "e")
+    line.run()
+    assert statuses(line)["t"] == {**counts, "success": 4, "failed": 0}
 
 
 def test_the_status_does_not_forget_what_is_pending_beside_one_item(line):
@@ -1180,12 +1196,17 @@ def test_every_failure_has_its_traceback_in_the_log(world):
 
 def test_an_item_that_closes_the_connection_is_named(world):
     world.tool("t", """
-        def items(): return ["a", "b"]
+        def items(): return ["a", "b", "c"]
         def run(conn, item):
+            conn.execute("INSERT INTO done VALUES ('t', ?, 0, 0)", (item,))
             if item == "b":
                 conn.close()
     """)
-    assert world.run().errors["t"].startswith("at b: ")
+    result = world.run()
+    assert result.partial == ["t"]
+    assert result.errors["t"].startswith("b: the connection is gone: ProgrammingError: ")
+    assert world.done() == ["a", "c"]
+    assert world.ledger()["b"] == ("quarantined", 0)
 
 
 def test_some_items_can_be_asked_for(quick):
@@ -1217,7 +1238,7 @@ def test_what_was_asked_of_one_item_is_resumed_for_that_item(quick):
 
 
 def test_the_next_command_tries_the_items_again_that_were_named(quick):
-    quick.pipeline('TOOL_MAP = {"t": "t"}' + SQLITE).tool(
+    quick.pipeline(f"TOOL_MAP = {RETRIED}" + SQLITE).tool(
         "t", "def items(): return ['a', 'b']\ndef run(conn, item): raise ValueError(item)")
     quick.run()
     ended = quick.run("--retry-items", "t", "b")

@@ -47,7 +47,7 @@ def pending(ledger, found=None, each=None):
     """Return the names, or names and versions, of what is pending of what was found."""
     ledger.list_items(found, each)
     return [(item.name, item.version) if item.version else item.name
-            for item, given_up_in in ledger.find_pending() if given_up_in is None]
+            for item, status, _ in ledger.find_pending() if status in ("", "pending")]
 
 
 def done(ledger, name, version="", status="success", attempts=1, deaths=0, is_seen=None):
@@ -216,14 +216,14 @@ def test_an_item_that_was_given_up_comes_back_only_if_asked_for_or_changed(open_
     done(ledger, "a", "v", status, attempts=2, deaths=1)
     ledger.list_items([("a", "v"), "b"], None)
     found = list(ledger.find_pending())
-    assert [(item.name, run_id) for item, run_id in found] == [("a", "1"), ("b", None)]
+    assert [(item.name, *tried) for item, *tried in found] == [("a", status, "1"), ("b", "", "")]
     assert pending(open_ledger(source="new"), [("a", "v")]) == [("a", "v")]
     assert pending(ledger, [("a", "w")]) == [("a", "w")]
     assert ledger.give_back(["b", "z"]) == ["b", "z"]  # which were not given up
     assert pending(ledger, [("a", "v"), "b"]) == ["b"]
     assert ledger.give_back(names) == []
     ledger.list_items([("a", "v")], None)
-    assert list(ledger.find_pending()) == [(Item("a", "v", True, 0, 0), None)]
+    assert list(ledger.find_pending()) == [(Item("a", "v", True, 0, 0), "pending", "1")]
 
 
 def test_what_failed_once_keeps_its_tries_only_for_its_version_and_source(open_ledger):
@@ -231,7 +231,7 @@ def test_what_failed_once_keeps_its_tries_only_for_its_version_and_source(open_l
 
     def counts(ledger, version):
         ledger.list_items([("a", version)], None)
-        return [(item.attempts, item.deaths) for item, _ in ledger.find_pending()]
+        return [(item.attempts, item.deaths) for item, *_ in ledger.find_pending()]
 
     assert counts(open_ledger(), "v") == [(2, 1)]
     assert counts(open_ledger(), "w") == [(0, 0)]

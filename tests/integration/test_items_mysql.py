@@ -69,13 +69,13 @@ def test_a_statement_that_commits_fails_its_item_for_good_and_nothing_is_done_tw
     pipeline.run(code=1)
     pipeline.run()
     assert sorted(store.work()) == list("abcde")
-    assert dict(store.ledger()) == {**dict.fromkeys("abde", "success"), "c": "failed"}
+    assert dict(store.ledger()) == {**dict.fromkeys("abde", "success"), "c": "quarantined"}
     assert "may have been done" in dict(store.ledger("item, error"))["c"]
 
 
 @pytest.mark.parametrize("batch", [1, 500])
 @pytest.mark.parametrize("end", ["do(conn, 'SELECT 1')", "raise ValueError('mine')", "pass"])
-def test_a_lost_connection_is_charged_to_no_item(quick, store, end, batch):
+def test_a_lost_connection_is_a_death_of_one_item_and_all_are_done(quick, store, end, batch):
     pipeline = Pipeline(quick, store, batch=batch)
     pipeline.tool(f"""
 flag = Path(__file__).with_name("lost")
@@ -87,12 +87,52 @@ if item == "c" and not flag.exists():
     other.close()
     {end}
 """, top="from pathlib import Path\n" + store.source)
-    first = pipeline.run(code=1)
-    assert "may have been done" not in first.err
-    assert store.work() == (["a", "b"] if batch == 1 else []), first
-    pipeline.run()
+    ended = pipeline.run()
+    assert "may have been done" not in ended.err
+    assert "it took its connection down 1 of 3 times; again" in ended.err
+    assert store.work() == list("abdec")
+    assert store.ledger("item, status, attempts, deaths") == [
+        (item, "success", 1, int(item == "c")) for item in "abcde"]
+
+
+@pytest.mark.parametrize("words, batch", [((), 1), ((), 500), (("--jobs", "2"), 2)])
+@pytest.mark.parametrize("end", ["pass", "raise"])
+def test_an_item_that_always_ends_its_connection_is_quarantined(quick, store, end, words, batch):
+    pipeline = Pipeline(quick, store, batch=batch)
+    pipeline.tool(f"""
+        note(conn, item)
+        if item == "b":
+            try:
+                do(conn, "KILL CONNECTION_ID()")
+                do(conn, "SELECT 1")
+            except Exception:
+                {end}
+    """)
+    ended = pipeline.run(*words, code=1)
+    assert sorted(store.work()) == list("acde"), ended
+    assert store.ledger("item, status, attempts, deaths") == [
+        (item, "success", 1, 0) if item != "b" else ("b", "quarantined", 0, 3)
+        for item in "abcde"]
+    assert "1 item given up before: b; --retry-items tool tries again" in pipeline.run(*words).err
+
+
+@pytest.mark.parametrize("batch", [1, 500])
+@pytest.mark.parametrize("number", [1021, 1040, 1114, 1290, 1836])
+def test_a_fault_of_the_server_is_charged_to_no_item(quick, store, number, batch):
+    pipeline = Pipeline(quick, store, batch=batch)
+    pipeline.tool(f"""
+        note(conn, item)
+        if item == "c" and not Path(__file__).with_name("well").exists():
+            do(conn, "SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = {number}")
+    """, top="from pathlib import Path")
+    ended = pipeline.run(code=1)
+    assert "at c: " in ended.err
+    assert store.work() == (["a", "b"] if batch == 1 else [])
+    quick.folder.joinpath("well").touch()
+    pipeline.run("--resume")
     assert store.work() == list("abcde")
-    assert store.ledger("item, status, attempts") == [(item, "success", 1) for item in "abcde"]
+    assert store.ledger("item, status, attempts, deaths") == [
+        (item, "success", 1, 0) for item in "abcde"]
 
 
 @pytest.mark.parametrize("batch", [1, 5])

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 from conftest import wait_until
-from stores import MEET, MUTANTS, Pipeline, Two, contend, make_alchemy, make_psycopg, patch
+from stores import MEET, MUTANTS, Pipeline, Store, Two, contend, make_alchemy, make_psycopg, patch
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the cluster needs a Unix socket")
 
@@ -15,6 +15,16 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="the cluster needs a 
 def store(request, cluster):
     pytest.importorskip(request.param)
     store = make_psycopg(request.param, False, cluster.dsn)
+    store.clear()
+    return store
+
+
+def make_postgres(driver, cluster, body=""):
+    """Return a store of PostgreSQL, empty, by a driver or SQLAlchemy."""
+    for module in ("sqlalchemy", "psycopg") if driver == "alchemy" else (driver,):
+        pytest.importorskip(module)
+    store = Store("postgresql", body) if body else make_alchemy(cluster.url, "postgresql") \
+        if driver == "alchemy" else make_psycopg(driver, False, cluster.dsn)
     store.clear()
     return store
 
@@ -115,26 +125,118 @@ LOSE = """
     pytest.param("pass", id="first-seen-at-the-end"),
     pytest.param("try: do(conn, 'SELECT 1')\n    except Exception: pass", id="swallowed"),
 ])
-def test_a_lost_backend_is_charged_to_no_item(quick, cluster, driver, batch, end):
-    module = pytest.importorskip({"alchemy": "psycopg"}.get(driver, driver)).__name__
-    if driver == "alchemy":
-        pytest.importorskip("sqlalchemy")
-        store = make_alchemy(cluster.url, "postgresql")
-    else:
-        store = make_psycopg(driver, False, cluster.dsn)
-    store.clear()
+def test_a_lost_backend_is_a_death_of_one_item_and_all_are_done(quick, cluster, driver, batch,
+                                                                end):
+    module = {"alchemy": "psycopg"}.get(driver, driver)
+    store = make_postgres(driver, cluster)
     pipeline = Pipeline(quick, store, batch=batch)
     pipeline.tool(f'note(conn, item)\nif item == "c" and not Path(__file__).with_name("lost")'
                   f'.exists():\n    lose(conn)\n    {end}', "",
                   LOSE.format(driver=module, dsn=cluster.dsn))
-    first = pipeline.run(code=1)
-    assert "may have been done" not in first.err
-    done = store.work()
-    assert done == (["a", "b"] if batch == 1 else []), first
-    pipeline.run()
+    ended = pipeline.run()
+    assert "may have been done" not in ended.err
+    assert "it took its connection down 1 of 3 times; again" in ended.err
+    assert store.work() == list("abdec")
+    assert store.ledger("item, status, attempts, deaths") == [
+        (item, "success", 1, int(item == "c")) for item in "abcde"]
+
+
+END_BACKEND = "do(conn, 'SELECT pg_terminate_backend(pg_backend_pid(), 5000)')"
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "alchemy"])
+@pytest.mark.parametrize("words, batch", [((), 1), ((), 500), (("--jobs", "2"), 1),
+                                          (("--jobs", "2"), 500)])
+@pytest.mark.parametrize("end", [
+    pytest.param(END_BACKEND, id="seen"),
+    pytest.param(f"try: {END_BACKEND}\n    except Exception: pass", id="swallowed"),
+    pytest.param(f"try: {END_BACKEND}\n    except Exception as e: raise KeyError(item) from e",
+                 id="wrapped"),
+])
+def test_an_item_that_always_ends_its_backend_is_quarantined_and_the_others_are_done(
+        quick, cluster, driver, words, batch, end):
+    store = make_postgres(driver, cluster)
+    pipeline = Pipeline(quick, store, batch=batch)
+    pipeline.tool(f"note(conn, item)\nif item == 'b':\n    {end}")
+    ended = pipeline.run(*words, code=1)
+    assert sorted(store.work()) == list("acde"), ended
+    assert "b: the connection is gone: " in ended.err
+    assert "it took its connection down 3 of 3 times; quarantined" in ended.err
+    assert store.ledger("item, status, attempts, deaths") == [
+        (item, "success", 1, 0) if item != "b" else ("b", "quarantined", 0, 3)
+        for item in "abcde"]
+    assert "1 item given up before: b; --retry-items tool tries again" in pipeline.run(*words).err
+
+    pipeline.tool("note(conn, item)\nif item == 'none': pass").run(*words, "--retry-items", "tool")
+    assert sorted(store.work()) == list("abcde")
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+@pytest.mark.parametrize("batch", [1, 500])
+def test_a_server_that_is_gone_for_good_fails_the_tool_and_the_next_start_counts_a_death(
+        quick, cluster, driver, batch):
+    gone = quick.folder / "gone"
+    store = make_postgres(driver, cluster, f"""
+        from pathlib import Path
+        import {driver}
+        if Path({str(gone)!r}).exists():
+            return {driver}.connect("host=/nowhere user=postgres dbname=postgres")
+        return {driver}.connect({cluster.dsn!r})
+    """)
+    pipeline = Pipeline(quick, store, batch=batch)
+    pipeline.tool(f"note(conn, item)\nif item == 'b':\n    Path({str(gone)!r}).touch()\n"
+                  f"    {END_BACKEND}", top="from pathlib import Path")
+    for times in range(1, 4):
+        ended = pipeline.run(code=1)
+        gone.unlink()
+        assert "at b: the connection is gone: " in ended.err
+        assert "in get_connection(): OperationalError: " in ended.err
+        assert times == 1 or ("b", "pending", 0, times - 1) in store.ledger(
+            "item, status, attempts, deaths")
+    pipeline.run(code=1)
+    assert sorted(store.work()) == list("acde")
+    assert store.ledger("item, status, attempts, deaths")[1] == ("b", "quarantined", 0, 3)
+
+
+# --- faults of the place -------------------------------------------------------------------------
+
+PLACES = {
+    **{state: f"do(conn, \"DO $$ BEGIN RAISE SQLSTATE '{state}'; END $$\")"
+       for state in ("08006", "53000", "53100", "53300", "58030")},
+    "read-only": "do(conn, 'SET TRANSACTION READ ONLY')\n    note(conn, 'more')",
+}
+
+
+@pytest.mark.parametrize("driver, batch", [("psycopg", 1), ("psycopg", 500), ("psycopg2", 500),
+                                           ("alchemy", 1), ("alchemy", 500)])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_fault_of_the_server_is_charged_to_no_item(quick, cluster, driver, batch, place):
+    store = make_postgres(driver, cluster)
+    pipeline = Pipeline(quick, store, batch=batch)
+    pipeline.tool(f"note(conn, item)\nif item == 'c' and not Path(__file__).with_name('well')"
+                  f".exists():\n    {PLACES[place]}", top="from pathlib import Path")
+    ended = pipeline.run(code=1)
+    assert "at c: " in ended.err
+    assert store.work() == (["a", "b"] if batch == 1 else [])
+    quick.folder.joinpath("well").touch()
+    pipeline.run("--resume")
     assert store.work() == list("abcde")
-    assert store.ledger("item, status, attempts") == [
-        (item, "success", 1) for item in "abcde"]
+    assert store.ledger("item, status, attempts, deaths") == [
+        (item, "success", 1, 0) for item in "abcde"]
+
+
+@pytest.mark.parametrize("batch", [1, 500])
+@pytest.mark.parametrize("own", [
+    "do(conn, \"DO $$ BEGIN RAISE SQLSTATE '53200'; END $$\")",  # it wants too much memory
+    "do(conn, \"COPY work (item) FROM '/nowhere/b.csv'\")"])  # 58P01
+def test_what_may_be_an_items_own_fault_fails_that_alone_and_is_tried_in_the_next_run(
+        quick, store, own, batch):
+    pipeline = Pipeline(quick, store, batch=batch)
+    pipeline.tool(f"note(conn, item)\nif item == 'b' and context.attempt == 1:\n    {own}")
+    pipeline.run(code=1)
+    assert store.work() == list("acde")
+    pipeline.run()
+    assert store.work() == list("acdeb")
 
 
 def test_a_tool_with_retries_goes_on_after_its_backend_was_lost(quick, cluster, psycopg_store):
@@ -142,12 +244,12 @@ def test_a_tool_with_retries_goes_on_after_its_backend_was_lost(quick, cluster, 
     pipeline.tool("note(conn, item)\nif item == 'c': lose(conn)", "",
                   LOSE.format(driver="psycopg", dsn=cluster.dsn))
     pipeline.run()
-    assert psycopg_store.work() == list("abcde")
+    assert psycopg_store.work() == list("abdec")
     assert psycopg_store.ledger("item, attempts") == [(item, 1) for item in "abcde"]
 
 
 @pytest.mark.parametrize("blow", ["terminate", "restart"])
-def test_a_server_that_goes_away_again_and_again_costs_nothing(
+def test_a_server_that_goes_away_again_and_again_costs_no_item(
         sandbox, cluster, psycopg_store, blow):
     store, count = psycopg_store, 200
     pipeline = Pipeline(sandbox, store)
@@ -176,8 +278,10 @@ def test_a_server_that_goes_away_again_and_again_costs_nothing(
     assert ended.code == 0, ended
     assert store.query("SELECT item FROM work GROUP BY item HAVING count(*) <> 2") == []
     assert done() == 2 * count
-    assert store.query("SELECT DISTINCT status, attempts, deaths FROM orchestrator_items") == [
-        ("success", 1, 0)]
+    assert store.query("SELECT DISTINCT status, attempts FROM orchestrator_items") == [
+        ("success", 1)]
+    # One for each worker and blow: that of the item that was at work.
+    assert store.query("SELECT sum(deaths) FROM orchestrator_items")[0][0] <= 8
 
 
 # --- others at the same rows ---------------------------------------------------------------------
@@ -225,7 +329,7 @@ def test_an_item_that_commits_and_then_meets_a_serialization_failure_is_not_run_
     """)
     pipeline.run(code=1)
     assert sorted(store.work()) == list("abcde")
-    assert dict(store.ledger())["c"] == "failed"
+    assert dict(store.ledger())["c"] == "quarantined"
 
 
 def test_a_constraint_that_fails_at_commit_fails_the_one_item_of_a_batch(quick, store):
@@ -247,6 +351,6 @@ def test_an_item_that_commits_and_closes_fails_for_good_and_the_others_are_done_
     pipeline.tool(f"note(conn, item)\nif item == 'c':\n    {end}")
     ended = pipeline.run(code=1)
     assert sorted(set(store.work()) - {"more"}) == list("abcde"), ended
-    assert dict(store.ledger()) == {**dict.fromkeys("abde", "success"), "c": "failed"}
+    assert dict(store.ledger()) == {**dict.fromkeys("abde", "success"), "c": "quarantined"}
     pipeline.run()
     assert len(set(store.work())) == len(store.work())
