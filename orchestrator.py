@@ -2420,6 +2420,9 @@ class Database:
             if is_cursor(conn):
                 raise TypeError("it returned a cursor, through which nothing can be "
                                 "committed: return the connection itself")
+            if isinstance(conn, bool):
+                raise TypeError(f"it returned {conn}: return a connection, or None for a pipeline "
+                                "without a database")
             self.conn, self.is_open = conn, True
             self.autocommit = getattr(self.conn, "autocommit", None)
             self.is_sqlite = is_sqlite(conn)
@@ -3186,6 +3189,7 @@ class Callee(NamedTuple):
     check_takes: Parameters
     items: Optional[Callable[..., Any]] = None
     items_takes: Parameters = Parameters()
+    is_main: bool = False  # whether what run() returns is an exit code
 
     @property
     def takes_conn(self) -> bool:
@@ -3802,7 +3806,8 @@ def load_callee(tool: Tool, available: Iterable[str]) -> Callee:
     check, items = (find_function(module, name, run) for name in ("check", "items"))
     callee = Callee(tool, run, find_parameters(run),
                     check, find_parameters(check) if check else Parameters(),
-                    items, find_parameters(items) if items else Parameters())
+                    items, find_parameters(items) if items else Parameters(),
+                    "main" in (tool.function, getattr(run, "__name__", "")))
     if not callee.has_items and "item" in callee.run_takes.required and hasattr(module, "items"):
         raise UserError(f"{where}: items of {tool.module} is {format_type(module.items)}, not a "
                         "function.", "Write `def items(conn):` and return it there.")
@@ -3972,6 +3977,60 @@ def choose_arguments(takes: Parameters, available: Mapping[str, Any]) -> Dict[st
     return dict(available)
 
 
+class SaysFailed(Exception):
+    """What a tool returned says that it failed; the text is all that there is to tell."""
+
+
+def take_result(callee: Callee, result: Any) -> Any:
+    """Return the result of run(); of a main(), which returns an exit code, None.
+
+    Raise SaysFailed if it is False, or an exit code with which a console script would have failed.
+    """
+    if result is None:
+        return None
+    name = "main" if callee.is_main else callee.tool.function
+    if is_false(result):  # of a main() too, though as an exit code False is 0
+        raise SaysFailed(f"{name}() returned False")
+    if not callee.is_main:
+        return result
+    if not is_good_exit(result):
+        shown = repr(result) if isinstance(result, (int, str)) else format_type(result)
+        raise SaysFailed(f"main() returned {shown}: what it returns is an exit code, of which 0 "
+                         "and None say success")
+    return None
+
+
+def call_check(callee: Callee, available: Mapping[str, Any]) -> None:
+    """Call check(), if there is one. Raise SaysFailed if it says no, or what may be yes or no."""
+    if callee.check is None:
+        return
+    result = call_function(callee.check, callee.check_takes, available)
+    if result is None or result is True:
+        return
+    if is_false(result):
+        raise SaysFailed("check() returned False")
+    from numbers import Number
+    if isinstance(result, Number):  # how SQLite says yes and no, or a count of what is wrong
+        raise SaysFailed(f"check() returned {result}, which may mean yes or no: let it return "
+                         "True or False, or raise")
+
+
+def is_false(value: Any) -> bool:
+    """Return whether a value is False, or what numpy and its like have for that."""
+    if value is False:
+        return True
+    try:
+        return getattr(value, "shape", None) == () and str(value.dtype).endswith("bool") \
+            and not value
+    except Exception:
+        return False
+
+
+def is_good_exit(code: Any) -> bool:
+    """Return whether sys.exit() with this code ends a program well: with 0 or None."""
+    return code is None or isinstance(code, int) and code == 0
+
+
 def call_function(function: Callable[..., Any], takes: Parameters,
                   available: Mapping[str, Any]) -> Any:
     """Return what a function returns, or what the coroutine that it returns comes to."""
@@ -4051,13 +4110,12 @@ def call_in_transaction(callee: Callee, database: Database, arguments: Mapping[s
             database.begin()
     available = {**arguments, "conn": database.conn, "context": context}
     try:
-        result = call_function(callee.run, callee.run_takes, available)
-    except SystemExit as error:  # ends the tool, not the run; None and 0 mean success
-        if error.code not in (None, 0):
+        result = take_result(callee, call_function(callee.run, callee.run_takes, available))
+    except SystemExit as error:  # ends the tool, not the run
+        if not is_good_exit(error.code):
             raise
         result = None
-    if callee.check:
-        call_function(callee.check, callee.check_takes, available)
+    call_check(callee, available)
     return result
 
 
@@ -4283,8 +4341,8 @@ class ItemWork:
                 found = self.callee.items(**choose_arguments(self.callee.items_takes,
                                                              self.available))
                 found = wait_for(found) if hasattr(found, "__await__") else found
-            except SystemExit as error:  # None and 0 mean that there are none
-                if error.code not in (None, 0):
+            except SystemExit as error:  # there are none
+                if not is_good_exit(error.code):
                     raise
             if isinstance(found, Mapping):
                 raise TypeError("items() returned a dict; for names and versions, return its "
@@ -4498,12 +4556,12 @@ class ItemWork:
         try:
             try:
                 result = find_value(callee.run, callee.run(**self.chosen))
-            except SystemExit as error:  # None and 0 mean success
-                if error.code not in (None, 0):
+                result = take_result(callee, result)
+            except SystemExit as error:
+                if not is_good_exit(error.code):
                     raise RuntimeError(format_one_line(error)) from error
                 result = None
-            if callee.check:
-                call_function(callee.check, callee.check_takes, available)
+            call_check(callee, available)
         except Exception as error:
             if guard.tried:
                 raise PermissionError(_REFUSED % guard.tried) from error
@@ -4575,7 +4633,7 @@ def until_exit(found: Iterable[Any]) -> Iterator[Any]:
     try:
         yield from found
     except SystemExit as error:
-        if error.code not in (None, 0):
+        if not is_good_exit(error.code):
             raise
 
 
@@ -4643,7 +4701,8 @@ def format_one_line(error: BaseException) -> str:
         line = f"sys.exit({error.code!r})"
     else:
         text = "".join(c if c.isprintable() else " " for c in clean(text))
-        line = ": ".join(filter(None, [type(error).__name__, " ".join(text.split())]))
+        kind = "" if isinstance(error, SaysFailed) else type(error).__name__
+        line = ": ".join(filter(None, [kind, " ".join(text.split())]))
     return line if len(line) <= _LINE_LENGTH else line[:_LINE_LENGTH - 3] + "..."
 
 
@@ -4679,8 +4738,13 @@ TRACEBACK_CAP = 2**16  # letters; a longer one keeps its beginning and its end
 
 
 def format_traceback(error: BaseException, verbose: bool = False) -> str:
-    """Return an exception's traceback without the engine's frames; with them if verbose."""
+    """Return an exception's traceback without the engine's frames; with them if verbose.
+
+    What a tool says by what it returns has none.
+    """
     import traceback
+    if isinstance(error, SaysFailed):
+        return ""
     whole = traceback.TracebackException.from_exception(error)
     left = [] if verbose else [whole]
     while left:
@@ -7084,8 +7148,8 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
             say(format_traceback(error.__cause__, verbose))
         say(str(error))
         return error.exit_code
-    except SystemExit as done:  # argparse, after --help and --version
-        return done.code if isinstance(done.code, int) else EXIT_SUCCESS
+    except SystemExit as done:  # argparse, after --help and --version; or add_arguments()
+        return end_by_exit(done.code)
     except KeyboardInterrupt as error:
         number = next((each for each in error.args if isinstance(each, int)), SIGINT)
         is_run = call is None or call.options.command is command_run
@@ -7098,6 +7162,14 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
     except Exception as error:
         say(format_traceback(error, verbose=True) + format_bug(argv))
         return EXIT_BUG
+
+
+def end_by_exit(code: Any) -> int:
+    """Return the exit code that sys.exit() has for what it is given, of which it says a text."""
+    if code is None or isinstance(code, int):
+        return int(code or EXIT_SUCCESS)
+    say(str(code))
+    return EXIT_FAILED
 
 
 def find_name() -> str:

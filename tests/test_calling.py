@@ -40,9 +40,9 @@ def test_run_gets_the_arguments_that_it_names_or_all(modules, signature, given):
 def test_without_a_database_conn_goes_only_to_a_run_that_names_it(modules, signature, gets_conn):
     outcome = run_one(modules, f"""
         def run({signature}):
-            return "conn" in dict(locals(), **locals()["kwargs"])
+            return ["conn" in dict(locals(), **locals()["kwargs"])]
     """)
-    assert outcome.result is gets_conn
+    assert outcome.result == [gets_conn]
 
 
 def test_a_decorated_run_gets_what_the_function_inside_names(modules):

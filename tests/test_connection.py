@@ -327,9 +327,9 @@ def test_a_tool_that_commits_itself_is_in_no_transaction(base, mode, sql):
     result = base.run(mode, options={"commits": True}, tool=f"""
         def run(conn):
             conn.execute({sql!r})
-            return conn.in_transaction
+            return [conn.in_transaction]
     """)
-    assert (result.errors, result.results) == ({}, {"tool": False})
+    assert (result.errors, result.results) == ({}, {"tool": [False]})
 
 
 @pytest.mark.parametrize("mode", [DEFAULT, NO_LEVEL, AUTO])
