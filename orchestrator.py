@@ -3375,6 +3375,9 @@ class Interrupts:
     for one that comes with the first, as timeout(1) signals its child and then all its group. A
     signal that was ignored before, as by nohup, stays ignored. A process that a tool forks takes
     signals as if there were no engine.
+
+    What foreign code makes of sys.argv ends with it, too, there where signals come: on the main
+    thread, since sys.argv is the whole process's.
     """
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all of them
     lasting: List["Interrupts"] = []  # those of this process; empty in one that was forked from it
@@ -3384,13 +3387,15 @@ class Interrupts:
         self.signal: Optional[int] = None
         self.signal_s = 0.0  # when it came
         self.in_tool = False  # whether foreign code is being called
+        self.is_on_main_thread = False
         self.before: Dict[int, Any] = {}
         self.before_exit: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "Interrupts":
         import signal
         import threading
-        if threading.current_thread() is threading.main_thread():
+        self.is_on_main_thread = threading.current_thread() is threading.main_thread()
+        if self.is_on_main_thread:
             for number in (getattr(signal, n) for n in self.NAMES if hasattr(signal, n)):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self.before[number] = signal.signal(number, self.on_signal)
@@ -3427,13 +3432,25 @@ class Interrupts:
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return what foreign code returns, which the first signal may interrupt."""
-        self.in_tool = True
+        argv = sys.argv
         try:
-            if self.signal is not None:  # it came in the instant before
-                raise KeyboardInterrupt(self.signal)
-            return function(*args)
-        finally:
-            self.in_tool = False
+            self.in_tool = True
+            try:
+                if self.signal is not None:  # it came in the instant before
+                    raise KeyboardInterrupt(self.signal)
+                return function(*args)
+            finally:
+                self.in_tool = False
+        finally:  # also if the signal came between these two
+            if self.is_on_main_thread:
+                sys.argv = argv
+
+    def own_argv(self, tool: Tool) -> None:
+        """Let sys.argv be a tool's name alone, until call() returns: the words of the command line
+        are the orchestrator's, and a tool that reads it would take `--force` for its own.
+        """
+        if self.is_on_main_thread:
+            sys.argv = [tool.name]
 
     def finish(self, step: Callable[..., Any], *args: Any) -> Any:
         """Return what a step of the engine returns that foreign code asked for, never torn."""
@@ -3758,7 +3775,8 @@ def is_constant(node: Any, safe: Iterable[str]) -> bool:
     return isinstance(node, ast.Constant)
 
 
-def load_callees(tools: Sequence[Tool], available: Iterable[str]) -> Dict[str, Callee]:
+def load_callees(tools: Sequence[Tool], available: Iterable[str],
+                 interrupts: Interrupts) -> Dict[str, Callee]:
     """Return the tools imported and ready to be called, by name.
 
     `available` are the names of the arguments that there will be. Raise UserError with all that
@@ -3774,7 +3792,7 @@ def load_callees(tools: Sequence[Tool], available: Iterable[str]) -> Dict[str, C
         # and what it must be like depends on these options
         key = tool.module, tool.function, tool.each is None, tool.batch, tool.cache_s
         if key not in loaded:
-            loaded[key] = load_callee(tool, known)
+            loaded[key] = load_callee(tool, known, interrupts)
         return loaded[key]._replace(tool=tool)
 
     callees = make_all(errors, load, {tool.name: tool for tool in tools})
@@ -3783,16 +3801,18 @@ def load_callees(tools: Sequence[Tool], available: Iterable[str]) -> Dict[str, C
     return callees
 
 
-def load_callee(tool: Tool, available: Iterable[str]) -> Callee:
+def load_callee(tool: Tool, available: Iterable[str], interrupts: Interrupts) -> Callee:
     """Return one tool, imported. Raise UserError if that can not be done."""
     import importlib
     where = f"TOOL_MAP[{tool.name!r}]"
+    interrupts.own_argv(tool)
     try:
         module = importlib.import_module(tool.module)
     except SystemExit as error:
         raise UserError(f"{where}: importing {tool.module} called {format_one_line(error)}, "
                         f"{format_place(error, tool)}.",
-                        'Put that under `if __name__ == "__main__":`.') from error
+                        join_reasons('Put that under `if __name__ == "__main__":`',
+                                     explain_exit(error)) + ".") from error
     except Exception as error:
         raise UserError(f"{where}: importing {tool.module} failed, {format_place(error, tool)}:\n"
                         f"  {format_one_line(error)}",
@@ -4000,10 +4020,11 @@ def take_result(callee: Callee, result: Any) -> Any:
     return None
 
 
-def call_check(callee: Callee, available: Mapping[str, Any]) -> None:
+def call_check(callee: Callee, available: Mapping[str, Any], interrupts: Interrupts) -> None:
     """Call check(), if there is one. Raise SaysFailed if it says no, or what may be yes or no."""
     if callee.check is None:
         return
+    interrupts.own_argv(callee.tool)
     result = call_function(callee.check, callee.check_takes, available)
     if result is None or result is True:
         return
@@ -4069,7 +4090,8 @@ def run_attempt(callee: Callee, database: Database, arguments: Mapping[str, Any]
     pid = os.getpid()
     step = ""  # of the engine's own, if it is one that fails
     try:
-        result = interrupts.call(call_in_transaction, callee, database, arguments, context)
+        result = interrupts.call(call_in_transaction, callee, database, arguments, context,
+                                 interrupts)
         end_if_copy(pid)
         step = "at the commit: "
         if callee.takes_conn:
@@ -4096,12 +4118,34 @@ def make_failure(error: BaseException, step: str, interrupts: Interrupts, verbos
     """Return how an attempt ended of which a step has failed, or that a signal has ended."""
     if interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
         return Outcome("interrupted", reason=format_signal(interrupts.signal))
-    return Outcome("failed", "; ".join(filter(None, [find_hint(error), reason])),
+    return Outcome("failed", join_reasons(find_hint(error), explain_exit(error), reason),
                    error=step + format_one_line(error), traceback=format_traceback(error, verbose))
 
 
+def join_reasons(*reasons: str) -> str:
+    """Return in one line those of some reasons that there are."""
+    return "; ".join(filter(None, reasons))
+
+
+_PARSERS = ("argparse", "optparse", "click", "typer", "fire", "docopt", "absl")
+
+
+def explain_exit(error: BaseException) -> str:
+    """Return why a parser of command lines has ended a tool, if one did; else ""."""
+    last = error.__traceback__
+    if not isinstance(error, SystemExit) or last is None:
+        return ""
+    while last.tb_next is not None:
+        last = last.tb_next
+    parser = str(last.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    if parser not in _PARSERS:
+        return ""
+    return (f"{parser} found nothing in sys.argv, which is the tool's name alone: declare what it "
+            "needs in add_arguments(), and let its function take that by name")
+
+
 def call_in_transaction(callee: Callee, database: Database, arguments: Mapping[str, Any],
-                        context: Context) -> Any:
+                        context: Context, interrupts: Interrupts) -> Any:
     """Return what run() returns, in a transaction that is left open, and passed by check()."""
     if callee.takes_conn:  # else it may go on beside one that holds the database
         if callee.tool.commits:
@@ -4109,13 +4153,14 @@ def call_in_transaction(callee: Callee, database: Database, arguments: Mapping[s
         else:
             database.begin()
     available = {**arguments, "conn": database.conn, "context": context}
+    interrupts.own_argv(callee.tool)  # not for get_connection(), which is part of the program
     try:
         result = take_result(callee, call_function(callee.run, callee.run_takes, available))
     except SystemExit as error:  # ends the tool, not the run
         if not is_good_exit(error.code):
             raise
         result = None
-    call_check(callee, available)
+    call_check(callee, available, interrupts)
     return result
 
 
@@ -4336,6 +4381,7 @@ class ItemWork:
     def _find_items(self) -> None:
         """Call items(), and bring what it gives into the database."""
         found: Any = ()
+        self.interrupts.own_argv(self.tool)
         if self.callee.items is not None:
             try:
                 found = self.callee.items(**choose_arguments(self.callee.items_takes,
@@ -4553,15 +4599,17 @@ class ItemWork:
         callee, available, guard = self.callee, self.available, self.ledger.guard
         self.chosen["item"] = available["item"] = name
         guard.is_up, guard.tried = not self.tool.commits, ""
+        self.interrupts.own_argv(self.tool)
         try:
             try:
                 result = find_value(callee.run, callee.run(**self.chosen))
                 result = take_result(callee, result)
             except SystemExit as error:
                 if not is_good_exit(error.code):
-                    raise RuntimeError(format_one_line(error)) from error
+                    raise RuntimeError(join_reasons(format_one_line(error),
+                                                    explain_exit(error))) from error
                 result = None
-            call_check(callee, available)
+            call_check(callee, available, self.interrupts)
         except Exception as error:
             if guard.tried:
                 raise PermissionError(_REFUSED % guard.tried) from error
@@ -5535,8 +5583,8 @@ class Server:
         with output_to(order.output), bounded_memory(tool.memory_bytes):
             try:
                 if order.tool not in callees:
-                    callees[order.tool] = interrupts.call(load_callee, tool,
-                                                          {*self.arguments, "conn", "context"})
+                    known = {*self.arguments, "conn", "context"}
+                    callees[order.tool] = interrupts.call(load_callee, tool, known, interrupts)
             except KeyboardInterrupt:
                 return Outcome("interrupted")
             except UserError as error:
@@ -5700,7 +5748,7 @@ def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
     workers = make_workers(pipeline, plan, arguments, verbose, history)
     try:
         with Interrupts() as interrupts:
-            callees = interrupts.call(load_callees, tools, arguments)
+            callees = interrupts.call(load_callees, tools, arguments, interrupts)
             item_orders = make_item_orders(callees, plan, request.item, retry_items)
             database = Database(pipeline.get_connection, lambda: interrupts.signal is not None)
             run = Run(pipeline, plan, interrupts, on_event, clock, fail_fast, keep_results,
@@ -7136,7 +7184,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         pipeline = load(tool_map, stages, get_connection, name=name or find_name(), limits=limits)
         base = find_base(get_connection)
         home = home or os.environ.get("ORCHESTRATOR_HOME") or os.path.join(base, ".orchestrator")
-        call = Call(pipeline, options, arguments, argv, base,
+        call = Call(pipeline, options, arguments, argv, find_program(), base,
                     find_pipeline_folder(home, pipeline.name),
                     lambda *how: parse_arguments(add_arguments, *how))
         code = options.command(call)
@@ -7458,13 +7506,15 @@ def parse_arguments(add_arguments: Optional[Callable[[Any], None]], argv: Sequen
 
 
 class Call(NamedTuple):
-    """A call of the program. `folder` is that of its history; `parse` reads words anew, with or
-    without the defaults of add_arguments().
+    """A call of the program: `program` are the words that started it, `argv` those after them.
+    `folder` is that of its history; `parse` reads words anew, with or without the defaults of
+    add_arguments().
     """
     pipeline: Pipeline
     options: Any
     arguments: Dict[str, Any]
     argv: List[str]
+    program: Tuple[str, ...]
     base: str
     folder: str
     parse: Callable[[Sequence[str], bool], Tuple[Any, Dict[str, Any]]]
@@ -7741,7 +7791,7 @@ def command_mark_done(call: Call) -> int:
                          Clock().wall())
     say("Marked as done: " + ", ".join(call.options.operand) + ".")
     say(f"Left to do: {', '.join(left)}. Next: "
-        + format_command("--resume") if left else "Nothing is left to do.")
+        + format_command(call, "--resume") if left else "Nothing is left to do.")
     return EXIT_SUCCESS
 
 
@@ -7816,7 +7866,7 @@ def backfill(call: Call, history: History) -> int:
         + f", {not_begun} not begun" * bool(not_begun) + not_over)
     if failed or cut_off:
         again = [] if call.options.reprocess or cut_off else ["--reprocess", "failed"]
-        say("Next: " + format_command(*call.argv, *again))
+        say("Next: " + format_command(call, *call.argv, *again))
     return max(codes.values(), default=EXIT_SUCCESS) or (EXIT_FAILED if failed else EXIT_SUCCESS)
 
 
@@ -8137,19 +8187,25 @@ def make_next_command(result: RunResult, call: Call) -> str:
     if not options.no_history:
         flags = ["--force"] * options.force + retries
         flags += ["--jobs", str(options.jobs)] if options.jobs != 1 else []
-        return format_command("--resume", *flags)
+        return format_command(call, "--resume", *flags)
     words = [word for i, word in enumerate(argv) if not word.startswith("--from=")
              and word != "--from" and (i == 0 or argv[i - 1] != "--from")]
-    return format_command(*words, *retries, "--from", left[0])
+    return format_command(call, *words, *retries, "--from", left[0])
 
 
-def format_command(*words: str) -> str:
-    """Return how one would start this program with other words, in the system's shell:
-    `python orchestrator.py --resume`, or `python -m package --resume`.
+def find_program() -> Tuple[str, ...]:
+    """Return the words that start this program: `python orchestrator.py`, `python -m package`.
+
+    To be asked before a tool is imported, which may change what they are made of.
     """
     python = os.path.basename(sys.executable or "python")
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    words = (python, "-m", spec.name, *words) if spec else (python, sys.argv[0], *words)
+    return (python, "-m", spec.name) if spec else (python, *sys.argv[:1])
+
+
+def format_command(call: Call, *words: str) -> str:
+    """Return how one would start this program with other words, in the system's shell."""
+    words = (*call.program, *words)
     if os.name == "nt":
         from subprocess import list2cmdline
         return list2cmdline(words)

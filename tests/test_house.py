@@ -231,7 +231,8 @@ def test_every_hook_that_the_last_lines_take_is_one_whose_misspelling_is_told():
 # --- effects ---
 
 @pytest.mark.parametrize("names, rooms", [
-    (("print", "input", "exit", "sys.argv"), {"DOOR"}),
+    (("print", "input", "exit"), {"DOOR"}),
+    (("sys.argv",), {"CALLING", "DOOR"}),  # which a tool has for itself
     (("sys.exit",), {"MARK", "DOOR"}),  # at the mark, of a Python that is too old
     (("sys.stdout", "sys.stdin"), {"WORKERS", "DOOR"}),  # a worker's lead to a file
     (("sys.stderr",), {"MARK", "WORKERS", "DOOR"}),
