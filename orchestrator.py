@@ -201,8 +201,9 @@ class Success(NamedTuple):
     """A tool's last success, as history knows it, or what passed of its items.
 
     `work` is the id of the attempt that did it, which stays the same while the tool is cached.
-    `needed` gives the work that each tool it needs had done by then; `source` and `inputs` what
-    its module and files were like. `result` is JSON, or None if that could not say it.
+    `needed` gives the work that each tool it needs had done by then; `source` what ran, as
+    describe_source() says, and `inputs` what its files were like: both are empty where that is
+    not recorded. `result` is JSON, or None if that could not say it.
     """
     work: int
     run_id: str
@@ -212,7 +213,7 @@ class Success(NamedTuple):
     result: Optional[str] = None
     kind: str = ""
     arguments: str = ""
-    source: str = ""
+    source: Mapping[str, Any] = {}
     inputs: str = ""
     needed: Mapping[str, int] = {}
 
@@ -1033,7 +1034,12 @@ def decide(pipeline: Pipeline, tool: str, running: Mapping[str, None], redo: Map
         return "run", f"again, because {ran} will run", None
     if done:
         return "skip", f"succeeded in run {done.run_id}", done
-    if find_needed_works(pipeline, tool, past.find_success) != success.needed:
+    if not success.source:
+        return "run", f"what it was in run {success.run_id} is not recorded", None
+    needed = find_needed_works(pipeline, tool, past.find_success)
+    if {*needed} != {*success.needed}:
+        return "run", f"its needs changed since run {success.run_id}", None
+    if needed != success.needed:
         return "run", f"what it needs has run since run {success.run_id}", None
     if not is_young(success, cache_s, past.now):
         return "run", f"succeeded {format_age(success, past.now)}", None
@@ -1485,7 +1491,7 @@ CREATE TABLE attempts (
     error         TEXT,              -- one line; NULL if there was none
     traceback     TEXT,
     log           TEXT,              -- file, seen from this folder; NULL if nothing was printed
-    source        TEXT,              -- cached tools: fingerprint of the module as syntax tree
+    source        TEXT,              -- cached tools: JSON, what ran: see describe_source()
     inputs        TEXT,              -- cached tools: JSON, the files that they read and write
     needed        TEXT,              -- cached tools: JSON object, needed tool -> its work then
     items         TEXT               -- JSON object, counts of its items: see Outcome; NULL for a
@@ -1800,8 +1806,16 @@ def make_success(row: Sequence[Any]) -> Success:
     (work, run_id, started_at, duration_s, rows, result, kind, arguments, source, inputs,
      needed) = row[2:]
     return Success(work, str(run_id), started_at, started_at + (duration_s or 0.0), rows, result,
-                   kind or "", arguments, source or "", inputs or "",
+                   kind or "", arguments, load_source(source), inputs or "",
                    json.loads(needed) if needed else {})
+
+
+def load_source(text: Optional[str]) -> Dict[str, Any]:
+    """Return what ran at a success; {} where that is not recorded, or only the fingerprint of a
+    syntax tree: engines before this one did not say which function they had called, nor how.
+    """
+    import json
+    return json.loads(text) if text and text[0] == "{" else {}
 
 
 class History(NoHistory):
@@ -2589,7 +2603,7 @@ CREATE TABLE orchestrator_items (
                                           -- pending, if it failed and comes again
     attempts   INTEGER NOT NULL,          -- tries of this version by this source
     deaths     INTEGER NOT NULL,          -- and those of them that took their process down
-    source     VARCHAR(20) NOT NULL,      -- fingerprint of the tool's module
+    source     VARCHAR(20) NOT NULL,      -- fingerprint of the tool's function and its module
     run_id     VARCHAR(40) NOT NULL,      -- the run of the last try: 7.3f2a for run 7, with a
                                           -- random part, since each history counts its own
     ended_at   DOUBLE PRECISION NOT NULL, -- of the last try, in seconds since 1970, UTC
@@ -2771,7 +2785,7 @@ class Ledger:
     """
 
     def __init__(self, conn: Any, path: str, pipeline: str, tool: str, run_id: str,
-                 source: str) -> None:
+                 source: str, former: str = "") -> None:
         self.is_apart = not keeps_ledger(conn)
         if self.is_apart:
             import sqlite3
@@ -2779,6 +2793,7 @@ class Ledger:
         self.conn = conn
         self.key = (make_ledger_key(pipeline), make_ledger_key(tool))
         self.run_id, self.source = run_id, source
+        self.sources = source, former  # the same, as this engine says it and as former ones did
         self.kind, self.style = find_driver(conn)
         self.guard = Guard()
         self.has_savepoints = self.kind != "duckdb"
@@ -2942,12 +2957,12 @@ class Ledger:
                      "run_id VARCHAR(40)")
         sql = ("INSERT INTO orchestrator_pending "
                "SELECT l.seq, l.item, l.version, "
-               "CASE WHEN d.version = l.version AND d.source = ? THEN d.status END, "
+               "CASE WHEN d.version = l.version AND d.source IN (?, ?) THEN d.status END, "
                "d.attempts, d.deaths, d.run_id "
                "FROM orchestrator_listed l LEFT JOIN orchestrator_items d "
                "ON d.pipeline = ? AND d.tool = ? AND d.item = l.item "
                "WHERE (d.passed IS NULL OR d.passed <> l.version)")
-        self.do(sql, (self.source, *self.key))
+        self.do(sql, (*self.sources, *self.key))
         double = dict(self.read(
             "SELECT p.seq, p.item FROM orchestrator_listed e "
             "JOIN orchestrator_pending p ON p.item = e.item AND e.seq < p.seq"))
@@ -2995,7 +3010,7 @@ class Ledger:
         item, is_ours = item._replace(is_seen=True), run_id == self.run_id
         if passed == item.version:
             return item, "success" if is_ours else "done", rows, None
-        if (version, source) != (item.version, self.source):
+        if version != item.version or source not in self.sources:
             return item, "pending", None, None
         if attempts + deaths <= count_tries(item):  # as it was when it was listed
             status = "pending"
@@ -3542,17 +3557,110 @@ def find_base(get_connection: Optional[Callable[[], Any]]) -> str:
     return os.path.dirname(os.path.abspath(file))
 
 
-def hash_source(tool: Tool) -> str:
-    """Return a fingerprint of a tool's module as syntax tree: comments and blanks do not count.
+class Sources:
+    """Fingerprints of the files of tools' modules, each of which is read once.
 
-    A module without source has that of its file.
+    Bytes count, since a syntax tree is another in each version of Python; only the ends of lines
+    do not, which a checkout may change, and which mean the same to Python. Nor does what a module
+    imports. `is_of_run`: they tell what this process runs, which is what a file held when it was
+    imported; asked for before that, so that who changes it meanwhile has changed it since.
     """
-    import ast
+    imported: Dict[str, Tuple[Any, str]] = {}  # of this process: module -> its spec, fingerprint
+
+    def __init__(self, is_of_run: bool = False) -> None:
+        self.is_of_run = is_of_run
+        self._known: Dict[str, str] = {}
+        self._former: Dict[str, str] = {}
+
+    def find(self, tool: Tool) -> str:
+        """Return the fingerprint of a tool's module; "" of one without a file.
+
+        Raise UserError if the module is not there.
+        """
+        module = tool.module
+        if module not in self._known:
+            spec, digest = self.imported.get(module, (None, ""))
+            is_same = self.is_of_run and spec and spec is find_imported_spec(module)
+            self._known[module] = digest if is_same else hash_module(tool)
+        return self._known[module]
+
+    def note_imported(self) -> None:
+        """Keep what the modules held that this process has imported, however long it lives."""
+        for module, digest in self._known.items():
+            spec = find_imported_spec(module)
+            if spec is not None:
+                self.imported[module] = spec, digest
+
+    def find_former(self, tool: Tool) -> str:
+        """Return the fingerprint that former engines gave to a module, that of its syntax tree:
+        by it the rows are known that they wrote into ledgers.
+        """
+        if tool.module not in self._former:
+            import ast
+            from hashlib import sha256
+            self._former[tool.module] = self.find(tool)
+            with contextlib.suppress(UserError):  # it is no Python any more
+                _, tree = read_module(tool)
+                if tree is not None:
+                    self._former[tool.module] = sha256(ast.dump(tree).encode()).hexdigest()
+        return self._former[tool.module]
+
+
+def find_imported_spec(module: str) -> Any:
+    """Return the spec with which a module was imported, or last reloaded; None if it was not."""
+    return getattr(sys.modules.get(module), "__spec__", None)
+
+
+def hash_module(tool: Tool) -> str:
+    """Return a fingerprint of the bytes of a module's file, "" if it has none.
+
+    Raise UserError if the module is not there.
+    """
     from hashlib import sha256
-    path, tree = read_module(tool)
-    if tree is None:
-        return hash_file(path) if os.path.isfile(path) else ""
-    return sha256(ast.dump(tree).encode()).hexdigest()
+    spec = find_module(tool.module)
+    if spec is None:
+        raise missing_module(tool)
+    path = getattr(spec, "origin", None) or getattr(spec, "__file__", None) or ""
+    loader = getattr(spec, "loader", None) or getattr(spec, "__loader__", None)
+    try:
+        content = loader.get_data(path)  # which reads in archives, too
+    except (AttributeError, OSError):
+        return ""
+    if path.endswith(".py"):
+        content = content.replace(b"\r\n", b"\n")
+    return sha256(content).hexdigest()
+
+
+def describe_source(tool: Tool, sources: Sources) -> Dict[str, Any]:
+    """Return what of a tool itself decides what it does: the function, the source of its module,
+    and those options that change more than when, how often and where it runs.
+
+    Needs are not among them: they are recorded with what they had done. An option that says what
+    is so without it is left out, so that one which a later engine knows changes nothing.
+    """
+    given = tool._asdict()
+    options = {name: given[name] for name in ("commits", "reads", "writes") if given[name]}
+    options.update({name: sorted(names) for name, names in options.items() if name != "commits"})
+    return {"calls": f"{tool.module}:{tool.function}", "options": options,
+            "source": sources.find(tool)}
+
+
+def find_changed_source(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return what changed of a tool itself, as describe_source() says, in words, or ""."""
+    if was["calls"] != now["calls"]:
+        return f"it calls another function, {now['calls']},"
+    old, new = was["options"], now["options"]
+    names = sorted(name for name in {**old, **new} if old.get(name) != new.get(name))
+    if names:
+        return f"its options changed ({', '.join(names)})"
+    return "its source changed" if was["source"] != now["source"] else ""
+
+
+def hash_item_source(tool: Tool, sources: Sources) -> str:
+    """Return a short fingerprint of what the tries of an item are of: a change gives them back."""
+    from hashlib import sha256
+    what = tool.module, tool.function, tool.commits, sources.find(tool)
+    return sha256(repr(what).encode()).hexdigest()[:16]
 
 
 def find_versions(pipeline: Pipeline, tools: Iterable[Tool]) -> Versions:
@@ -4168,9 +4276,10 @@ class ItemOrder(NamedTuple):
     """What to do of a tool's items: to list them all, or to do some.
 
     `charges` are tries to record first, which failed with the process that they were in. `slip`
-    is the file that tells which item is at work, or ""; `run_id` that of the ledger. `only`: none
-    but this item. `retry`: the items to try again that were given up; all if it is empty, none if
-    it is None.
+    is the file that tells which item is at work, or ""; `run_id` that of the ledger; `source` the
+    fingerprint of the tool, and `former` that which rows of former engines have. `only`: none but
+    this item. `retry`: the items to try again that were given up; all if it is empty, none if it
+    is None.
     """
     is_listing: bool
     source: str
@@ -4180,6 +4289,7 @@ class ItemOrder(NamedTuple):
     slip: str = ""
     only: Optional[str] = None
     retry: Optional[Tuple[str, ...]] = None
+    former: str = ""
 
 
 class ToolError(Exception):
@@ -4279,7 +4389,7 @@ class ItemWork:
         database = self.database
         database.begin()
         self.ledger = Ledger(database.conn, self.ledger_path, self.pipeline, self.tool.name,
-                             self.order.run_id, self.order.source)
+                             self.order.run_id, self.order.source, self.order.former)
         self.available = {**self.arguments, "conn": database.conn, "context": self.context}
         self.chosen = choose_arguments(self.callee.run_takes, {**self.available, "item": None})
         if self.ledger.is_there():
@@ -5746,13 +5856,18 @@ def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
     check_each(pipeline, tools)
     # Workers come first, before anything is opened: neither threads nor connections are inherited.
     workers = make_workers(pipeline, plan, arguments, verbose, history)
+    sources = Sources(is_of_run=True)
     try:
         with Interrupts() as interrupts:
+            for tool in tools:
+                if tool.cache_s is not None:
+                    sources.find(tool)
             callees = interrupts.call(load_callees, tools, arguments, interrupts)
-            item_orders = make_item_orders(callees, plan, request.item, retry_items)
+            item_orders = make_item_orders(callees, plan, request.item, retry_items, sources)
+            sources.note_imported()
             database = Database(pipeline.get_connection, lambda: interrupts.signal is not None)
             run = Run(pipeline, plan, interrupts, on_event, clock, fail_fast, keep_results,
-                      grace_s, history, item_orders)
+                      grace_s, history, item_orders, sources)
             run.begin(request, arguments, find_versions(pipeline, tools))
             with Capture(run.logs) as capture, contextlib.closing(database):
                 here = Here(callees, database, arguments, interrupts, verbose, run.tell_now,
@@ -5782,8 +5897,8 @@ def make_workers(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any],
 
 
 def make_item_orders(callees: Mapping[str, Callee], plan: Plan, only_item: Optional[str],
-                     retry_items: Optional[Mapping[str, Tuple[str, ...]]]
-                     ) -> Dict[str, ItemOrder]:
+                     retry_items: Optional[Mapping[str, Tuple[str, ...]]],
+                     sources: Sources) -> Dict[str, ItemOrder]:
     """Return for each tool with items the order with which it begins: to list them.
 
     Raise UserError if items are asked for of a tool that has none or is not in the plan.
@@ -5800,8 +5915,10 @@ def make_item_orders(callees: Mapping[str, Callee], plan: Plan, only_item: Optio
             raise UserError(f"--retry-items: {tool!r} is no tool with items in this plan.",
                             format_nearest(tool, having) if having else
                             "Name such a tool as a target, too.")
-    return {tool: ItemOrder(True, hash_source(callees[tool].tool)[:16], only=only_item,
-                            retry=retry_items.get(tool)) for tool in having}
+    return {tool: ItemOrder(True, hash_item_source(callees[tool].tool, sources), only=only_item,
+                            retry=retry_items.get(tool),
+                            former=sources.find_former(callees[tool].tool)[:16])
+            for tool in having}
 
 
 def needs_worker(tool: Tool, jobs: int) -> bool:
@@ -5990,8 +6107,8 @@ class Items:
 class Run:
     """One execution of a plan.
 
-    Constant: the pipeline, the plan and the switches. Changing, and only by this class:
-    `statuses` and `outcomes` of the tools; `results` of those that succeeded; `attempts`, how
+    Constant: the pipeline, the plan, the sources and the switches. Changing, and only by this
+    class: `statuses` and `outcomes` of the tools; `results` of those that succeeded; `attempts`, how
     often each was tried; `causes`, for each tool that those who need it can not have, the tool
     that failed first; `first_cause`, the position of the first of these and what failed there;
     `open`, the attempts that are not over, by tool; `jobs`, what is being executed of them;
@@ -6004,12 +6121,12 @@ class Run:
     def __init__(self, pipeline: Pipeline, plan: Plan, interrupts: Interrupts,
                  on_event: Optional[Callable[[Event], None]], clock: Clock, fail_fast: bool,
                  keep_results: bool, grace_s: float, history: NoHistory,
-                 item_orders: Dict[str, ItemOrder]) -> None:
+                 item_orders: Dict[str, ItemOrder], sources: Sources) -> None:
         self.pipeline, self.plan, self.interrupts = pipeline, plan, interrupts
         self.history = history
         self.on_event, self.clock, self.grace_s = on_event, clock, grace_s
         self.fail_fast, self.keep_results = fail_fast, keep_results
-        self.item_orders = item_orders
+        self.item_orders, self.sources = item_orders, sources
         self.steps = {step.tool: step for step in plan.steps}
         self.schedule = Schedule(plan.steps, pipeline, plan.jobs)
         self.run_id = self.ledger_run_id = ""
@@ -6191,11 +6308,11 @@ class Run:
         has not been changed since: that mended it, perhaps.
         """
         folder = find_slips(self.history.folder, tool) if self.history.folder else ""
-        charges = self.items[tool].charges
+        charges, order = self.items[tool].charges, self.item_orders[tool]
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             slip = os.path.join(folder, name)
             item = read_slip(slip)
-            if item is not None and name.endswith("-" + self.item_orders[tool].source):
+            if item is not None and name.rpartition("-")[2] in (order.source, order.former):
                 charges.append((slip, Ending(
                     item, "pending", 0, "its process ended while it was at work", is_death=True)))
             else:
@@ -6213,8 +6330,9 @@ class Run:
                     and items.find_due_s() <= now_s and not (is_first and items.jobs) \
                     and self.schedule.take(tool):
                 charges = () if items.jobs else tuple(ending for _, ending in items.charges)
-                order = ItemOrder(False, self.item_orders[tool].source, self.ledger_run_id,
-                                  items.take(now_s, self.plan.jobs), charges)
+                first = self.item_orders[tool]
+                order = ItemOrder(False, first.source, self.ledger_run_id,
+                                  items.take(now_s, self.plan.jobs), charges, former=first.former)
                 if not order.items and not charges:
                     self.schedule.release(tool)
                     break
@@ -6341,7 +6459,8 @@ class Run:
             return {}
         import json
         needed = find_needed_works(self.pipeline, tool, history.find_success)
-        return {"source": hash_source(options), "needed": json.dumps(needed),
+        return {"source": json.dumps(describe_source(options, self.sources)),
+                "needed": json.dumps(needed),
                 "reads": find_reads(options, history.base, {})}
 
     def results_for(self, tool: str) -> Mapping[str, Any]:
@@ -6677,7 +6796,7 @@ def make_past(pipeline: Pipeline, history: NoHistory, arguments: Mapping[str, An
     """Return what planning may ask of a history. Durations cost time, and decide nothing where
     tools run one after another and nobody looks at the plan.
     """
-    mine = format_arguments(arguments)
+    mine, sources = format_arguments(arguments), Sources()
     texts = [mine]
     if has_period(arguments):  # then a run of all periods will do, too
         texts.append(format_arguments({name: value for name, value in arguments.items()
@@ -6692,9 +6811,8 @@ def make_past(pipeline: Pipeline, history: NoHistory, arguments: Mapping[str, An
             return "arguments changed"
         if find_day(success.started_at) < str(arguments.get(PERIOD_ARGUMENTS[1]) or ""):
             return "its period has gone on"
-        if hash_source(tool) != success.source:
-            return "its source changed"
-        return find_changed_file(tool, history.base, success.inputs)
+        return find_changed_source(success.source, describe_source(tool, sources)) \
+            or find_changed_file(tool, history.base, success.inputs)
 
     find_expected_s = history.find_expected_s if wants_durations else NoHistory().find_expected_s
     return Past(now, history.find_success, find_whole_success, find_expected_s, find_change, done,

@@ -569,11 +569,10 @@ def test_each_part_of_what_a_cached_tool_rests_on_alone_makes_it_run_again(
 
 
 @pytest.mark.parametrize("change", [
-    lambda line: line.sandbox.tool("mb", TOOL.replace("import pathlib", "import  pathlib  # !")),
     touch,
     edit("out.txt"),  # what it writes may be changed by others
     edit("other.txt"),
-], ids=["comments and blanks", "touched only", "output", "another file"])
+], ids=["touched only", "output", "another file"])
 def test_what_does_not_matter_leaves_a_cached_tool_cached(cached, change):
     change(cached)
     assert cached.plan("b")["b"] == ("cached", "unchanged since run 1")
