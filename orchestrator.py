@@ -3972,18 +3972,72 @@ def check_item_options(tool: Tool, has_items: bool, run_takes: Parameters) -> No
                         "but does not take it.", f"Write `def {tool.function}(conn, item):`.")
 
 
-def takes_any(tool: Tool, names: Iterable[str]) -> bool:
-    """Return whether a function of a tool takes one of some arguments, or can not be read."""
+def read_takes(tool: Tool) -> List[Parameters]:
+    """Return what the functions of a tool take, as its module reads; of what can not be read so,
+    that it takes all.
+    """
     try:
         _, tree = read_module(tool)
     except UserError:
-        return True
+        tree = None
     if tree is None:
-        return True
+        return [Parameters(takes_all=True)]
     nodes = [find_definition(tree, name) for name in (tool.function, "items", "check")]
-    takes = [read_parameters(node) if hasattr(node, "args") else Parameters(takes_all=True)
-             for node in nodes if node is not None]
-    return any(each.takes_all or {*names} & {*each.names} for each in takes)
+    return [read_parameters(node) if hasattr(node, "args") else Parameters(takes_all=True)
+            for node in nodes if node is not None]
+
+
+def takes_any(tool: Tool, names: Iterable[str]) -> bool:
+    """Return whether a function of a tool takes one of some arguments, or can not be read."""
+    return any(each.takes_all or {*names} & {*each.names} for each in read_takes(tool))
+
+
+def check_are_taken(arguments: Iterable[str], callees: Mapping[str, Callee],
+                    tools: Mapping[str, Tool], find_said: Callable[[], Mapping[str, str]]) -> None:
+    """Raise UserError for arguments that somebody gave and that no tool would ever get.
+
+    `callees` are those of a plan; the other tools are read, not imported, and only if no callee
+    takes an argument: it may be one of theirs. `find_said` gives those that somebody gave, each
+    with where that was, and is asked last: it takes time, and there are defaults that none takes.
+    """
+    takes = [each for callee in callees.values()
+             for each in (callee.run_takes, callee.check_takes, callee.items_takes)]
+    left = find_untaken(arguments, takes)
+    said = find_said() if left else {}
+    left = [name for name in left if name in said]
+    for tool in tools.values():
+        if left and tool.name not in callees:
+            read = read_takes(tool)
+            left = find_untaken(left, read)
+            takes += read
+    known = dict.fromkeys(name for each in takes for name in each.names
+                          if name not in RESERVED_ARGUMENTS)
+    if left:
+        raise merge_errors([UserError(f"{said[name]}: no tool takes {name!r}.",
+                                      format_nearest(name, known)) for name in left])
+
+
+def find_untaken(arguments: Iterable[str], takes: Iterable[Parameters]) -> List[str]:
+    """Return the arguments that none takes. The two ends of a period are one."""
+    names: Dict[str, None] = {}
+    for each in takes:
+        if each.takes_all:
+            return []
+        names.update(dict.fromkeys(each.names))
+    if any(name in names for name in PERIOD_ARGUMENTS):
+        names.update(dict.fromkeys(PERIOD_ARGUMENTS))
+    return [name for name in arguments if name not in names]
+
+
+def check_get_connection(get_connection: Callable[[], Any]) -> None:
+    """Raise UserError if get_connection() asks for something, which nothing gives it."""
+    if getattr(get_connection, "__code__", None) is None:
+        return  # to look into other callables takes `inspect`, whose import is slow
+    asks = find_parameters(get_connection).required
+    if asks:
+        raise UserError(f"get_connection() asks for {', '.join(map(repr, asks))}, which nothing "
+                        "gives.", "It is called without arguments: give them defaults, or read "
+                        "them from the environment.")
 
 
 def describe_items(tool: Tool, has_database: bool) -> str:
@@ -5843,15 +5897,17 @@ def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
              fail_fast: bool = False, verbose: bool = False, keep_results: bool = True,
              grace_s: float = GRACE_S,
              retry_items: Optional[Mapping[str, Tuple[str, ...]]] = {},
-             on_event: Optional[Callable[[Event], None]] = None,
-             clock: Clock = Clock()) -> RunResult:
+             on_event: Optional[Callable[[Event], None]] = None, clock: Clock = Clock(),
+             find_said: Callable[[], Mapping[str, str]] = dict) -> RunResult:
     """Carry out a plan and return how it ended.
 
     retry_items: by tool, the items that are to be tried again though they were given up; all of
-    them where there are no names, and of all tools if it is None. Raise UserError, before anything
-    has run, if a module can not be imported or called; and if the history can not be written.
+    them where there are no names, and of all tools if it is None. find_said: see
+    check_are_taken(). Raise UserError, before anything has run, if a module can not be imported or
+    called, or an argument reaches no tool; and if the history can not be written.
     """
     tools = [pipeline.tools[step.tool] for step in plan.steps if not step.success]
+    check_get_connection(pipeline.get_connection)
     check_modules_exist(tools)
     check_each(pipeline, tools)
     # Workers come first, before anything is opened: neither threads nor connections are inherited.
@@ -5863,6 +5919,7 @@ def run_plan(pipeline: Pipeline, plan: Plan, arguments: Mapping[str, Any], *,
                 if tool.cache_s is not None:
                     sources.find(tool)
             callees = interrupts.call(load_callees, tools, arguments, interrupts)
+            check_are_taken(arguments, callees, pipeline.tools, find_said)
             item_orders = make_item_orders(callees, plan, request.item, retry_items, sources)
             sources.note_imported()
             database = Database(pipeline.get_connection, lambda: interrupts.signal is not None)
@@ -6107,8 +6164,8 @@ class Items:
 class Run:
     """One execution of a plan.
 
-    Constant: the pipeline, the plan, the sources and the switches. Changing, and only by this
-    class: `statuses` and `outcomes` of the tools; `results` of those that succeeded; `attempts`, how
+    Constant: pipeline, plan, sources and switches. Changing, and only by this class:
+    `statuses` and `outcomes` of the tools; `results` of those that succeeded; `attempts`, how
     often each was tried; `causes`, for each tool that those who need it can not have, the tool
     that failed first; `first_cause`, the position of the first of these and what failed there;
     `open`, the attempts that are not over, by tool; `jobs`, what is being executed of them;
@@ -6821,7 +6878,7 @@ def make_past(pipeline: Pipeline, history: NoHistory, arguments: Mapping[str, An
 
 def count_jobs(jobs: Any) -> int:
     """Return how many tools may run side by side; 0 means the number of cores."""
-    if not isinstance(jobs, int) or jobs < 0:
+    if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 0:
         raise UserError(f"jobs is {jobs!r}, not a whole number from 0 on.",
                         "Give how many tools may run side by side; 0 means one for each core.")
     affinity = getattr(os, "sched_getaffinity", None)
@@ -6878,10 +6935,32 @@ def make_own_request(targets: Any, exclude: Any, start_from: Optional[str], argu
     return request
 
 
+def check_keywords(name: Any, item: Any, home: Any, resume: Any, grace_s: Any, wait_s: Any,
+                   on_event: Any) -> None:
+    """Raise UserError for a keyword of run_pipeline() that would fail late, or be passed over."""
+    def is_text(value: Any) -> bool:
+        return value is None or isinstance(value, str) and value != ""
+
+    for keyword, value, is_right, wanted in [
+        ("name", name, is_text(name), 'a name such as "sales"'),
+        ("item", item, is_text(item), 'the name of an item such as "monday.csv"'),
+        ("home", home, is_text(home) or hasattr(home, "__fspath__"), "a folder"),
+        ("resume", resume, isinstance(resume, int) or is_text(resume), "True or the id of a run"),
+        ("grace_s", grace_s, is_number(grace_s) and grace_s >= 0, "a number of seconds"),
+        ("wait_s", wait_s, is_number(wait_s) and wait_s >= 0, "a number of seconds"),
+        ("on_event", on_event, on_event is None or callable(on_event),
+         "a function that takes an event"),
+    ]:
+        if not is_right:
+            raise UserError(f"{keyword} is {value!r}, not {wanted}.",
+                            f"Correct it, or leave {keyword} out.")
+
+
 def make_retries(given: Any) -> Dict[str, Tuple[str, ...]]:
     """Return which items are to be tried again, by tool; none of a tool means all of it."""
     if not isinstance(given, Mapping):
         given = dict.fromkeys(read_targets("retry_items", given), ())
+    read_targets("retry_items", given)  # the tools
     return {tool: tuple(read_targets("retry_items", names)) for tool, names in given.items()}
 
 
@@ -6903,15 +6982,16 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     grace_s: seconds between asking a process to end and killing it. home: a folder for the
     history, without which none is kept, and no lock held. resume: True, or the id of a run, whose
     targets and exclusions are taken, and its arguments unless some are given. retry_items: tools,
-    or names of items by tool. The other keywords say what the flags and tables of
-    the same names say.
+    or names of items by tool. The other keywords say what flags and tables of the same names say.
 
     A tool that fails is told in the result; raise UserError for bad input, before anything has
-    run. On the main thread, Ctrl-C, SIGTERM and SIGHUP first end the run in order and then do
-    what they would have done without it.
+    run: also for an argument that no tool in `tool_map` takes. On the main thread, Ctrl-C, SIGTERM
+    and SIGHUP first end the run in order and then do what they would have done without it.
     """
+    check_keywords(name, item, home, resume, grace_s, wait_s, on_event)
     pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
     request = make_own_request(targets, exclude, start_from, arguments, home, resume)
+    said = arguments or {}  # those of a run that is resumed are not said anew
     with contextlib.ExitStack() as stack:
         history, past = NoHistory(), None
         if home is not None:
@@ -6927,13 +7007,19 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
                          start_from=request.start_from, jobs=count_jobs(jobs))
         result = run_plan(pipeline, plan, arguments or {}, history=history, request=request,
                           fail_fast=fail_fast, verbose=verbose, grace_s=grace_s,
-                          retry_items=make_retries(retry_items), on_event=on_event)
+                          retry_items=make_retries(retry_items), on_event=on_event,
+                          find_said=lambda: dict.fromkeys(said, "arguments"))
+    pass_on_signal(result)
+    return result
+
+
+def pass_on_signal(result: RunResult) -> None:
+    """Do what the signal that interrupted a run would have done without it."""
     if result.signal is not None:
         import signal
         signal.raise_signal(result.signal)
     if result.status == "interrupted":
         raise KeyboardInterrupt
-    return result
 
 
 # === 10 VIEWS ===================================================================================
@@ -7303,8 +7389,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         base = find_base(get_connection)
         home = home or os.environ.get("ORCHESTRATOR_HOME") or os.path.join(base, ".orchestrator")
         call = Call(pipeline, options, arguments, argv, find_program(), base,
-                    find_pipeline_folder(home, pipeline.name),
-                    lambda *how: parse_arguments(add_arguments, *how))
+                    find_pipeline_folder(home, pipeline.name), add_arguments)
         code = options.command(call)
         if is_open(sys.stdout):
             show("", end="")  # what tools printed last goes out while a failure can be told
@@ -7625,8 +7710,7 @@ def parse_arguments(add_arguments: Optional[Callable[[Any], None]], argv: Sequen
 
 class Call(NamedTuple):
     """A call of the program: `program` are the words that started it, `argv` those after them.
-    `folder` is that of its history; `parse` reads words anew, with or without the defaults of
-    add_arguments().
+    `folder` is that of its history.
     """
     pipeline: Pipeline
     options: Any
@@ -7635,7 +7719,21 @@ class Call(NamedTuple):
     program: Tuple[str, ...]
     base: str
     folder: str
-    parse: Callable[[Sequence[str], bool], Tuple[Any, Dict[str, Any]]]
+    add_arguments: Optional[Callable[[Any], None]]
+
+    def parse(self, words: Sequence[str], with_defaults: bool) -> Tuple[Any, Dict[str, Any]]:
+        """Read words anew, with or without the defaults of add_arguments()."""
+        return parse_arguments(self.add_arguments, words, with_defaults)
+
+    def find_said(self) -> Dict[str, str]:
+        """Return the arguments of tools that are on the command line, each with its flag.
+
+        One whose action is of the user's own is left out: it may do something by itself.
+        """
+        _, arguments = self.parse(self.argv, False)
+        parser, _ = make_parser(self.add_arguments)
+        return {action.dest: action.option_strings[0] for action in parser._actions
+                if action.dest in arguments and type(action).__module__ == "argparse"}
 
 
 def open_history(call: Call) -> NoHistory:
@@ -7702,6 +7800,7 @@ def command_list(call: Call) -> int:
 
 def command_plan(call: Call) -> int:
     """Show the plan; of a backfill, the periods."""
+    check_are_taken(call.arguments, {}, call.pipeline.tools, call.find_said)
     if call.options.backfill:
         periods = find_periods(call, open_history(call))
         return answer(call, make_backfill_view(periods), format_backfill)
@@ -8075,7 +8174,7 @@ def carry_out(call: Call, history: NoHistory, period: Optional[Period] = None) -
                       fail_fast=options.fail_fast, verbose=options.verbose, keep_results=False,
                       retry_items=None if period and options.reprocess
                       else read_retries(options.retry_items),
-                      on_event=screen.on_event)
+                      on_event=screen.on_event, find_said=call.find_said)
     if not options.quiet or result.status != "success":
         for tail in screen.tails.values():
             say("\n" + tail)

@@ -13,9 +13,10 @@ def sandbox(quick):
 
 
 def run_one(modules, source, get_connection=None, tool="m", **keywords):
-    """Run one tool with this source and return its Outcome."""
-    modules(m=source)
-    return run_pipeline([], {"t": tool}, {}, get_connection, **keywords).outcomes["t"]
+    """Run one tool with this source and return its Outcome. Another takes all arguments."""
+    modules(m=source, all="def run(**kwargs): pass")
+    return run_pipeline(["t"], {"t": tool, "all": "all"}, {}, get_connection,
+                        **keywords).outcomes["t"]
 
 
 @pytest.mark.parametrize("signature, given", [
@@ -66,9 +67,10 @@ def test_a_decorated_run_gets_what_the_function_inside_names(modules):
     "class C:\n    def __call__(self, day): return day\nrun = C()",
 ])
 def test_run_may_be_any_callable(modules, definition):
-    modules(m="")
+    modules(m="", all="def run(**kwargs): pass")
     (modules() / "m.py").write_text(definition)
-    result = run_pipeline([], {"t": "m"}, arguments={"day": "monday", "unwanted": 1})
+    result = run_pipeline(["t"], {"t": "m", "all": "all"},
+                          arguments={"day": "monday", "unwanted": 1})
     assert result.results == {"t": "monday"}
 
 

@@ -26,7 +26,7 @@ def add_arguments(parser):
 TOOL = """
     import pathlib
     here = pathlib.Path(__file__).parent
-    def run(context, region="eu", period_start=None):
+    def run(context, region="eu", shift=None, period_start=None):
         with open(here / "seen", "a") as file:
             file.write(f"{context.tool} {context.last_success and context.last_success.timestamp()}\\n")
         if context.tool in (here / "broken").read_text().split():
