@@ -680,9 +680,6 @@ def test_a_failed_item_gets_its_tries_back_by_a_new_version_or_source_or_when_as
     world.set("broken")
     run()
     assert world.done() == ["a", "c"]
-    world.tool("t", TOOL + "    # a comment\n")
-    run()
-    assert world.done() == ["a", "c"]
     run("a", ["b", 2])
     assert world.done() == ["a", "c", "b"]
 

@@ -28,7 +28,8 @@ TOOL = """
     here = pathlib.Path(__file__).parent
     def run(context, region="eu", shift=None, period_start=None):
         with open(here / "seen", "a") as file:
-            file.write(f"{context.tool} {context.last_success and context.last_success.timestamp()}\\n")
+            last = context.last_success
+            file.write(f"{context.tool} {last and last.timestamp()}\\n")
         if context.tool in (here / "broken").read_text().split():
             raise ValueError("broken")
 """
