@@ -2026,8 +2026,9 @@ class History(NoHistory):
     def find_last_success_at(self, tool: str) -> Optional[float]:
         """Return when the last success of a tool with the arguments of this run began."""
         if self.arguments is not None and tool not in self.marks:
-            row = self.do("SELECT a.started_at FROM attempts a CROSS JOIN runs r USING (run_id) "
-                          + _WHOLE, (tool, self.arguments)).fetchone()
+            row = self.do("SELECT a.started_at "  # noqa: S608 - of our own constants
+                          "FROM attempts a CROSS JOIN runs r USING (run_id) " + _WHOLE,
+                          (tool, self.arguments)).fetchone()
             self.marks[tool] = row[0] if row else None
         return self.marks.get(tool)
 
@@ -2042,15 +2043,15 @@ class History(NoHistory):
         """Return when the last attempt of a tool began in a run or in those that it goes on with;
         if there was none, when the first of these runs began.
         """
-        row = self.do(_CHAIN + "SELECT started_at FROM attempts WHERE tool = ? AND attempt > 0 "
-                      "AND run_id IN chain ORDER BY attempt_id DESC LIMIT 1",
-                      (run_id, tool)).fetchone()
+        row = self.do(_CHAIN + "SELECT started_at FROM attempts "  # noqa: S608 - the same
+                      "WHERE tool = ? AND attempt > 0 AND run_id IN chain "
+                      "ORDER BY attempt_id DESC LIMIT 1", (run_id, tool)).fetchone()
         return row[0] if row else self.find_began_at(run_id)
 
     def find_began_at(self, run_id: int) -> float:
         """Return when a run began, or the first of those that it goes on with."""
-        return self.do(_CHAIN + "SELECT min(started_at) FROM runs WHERE run_id IN chain",
-                       (run_id,)).fetchone()[0]
+        return self.do(_CHAIN + "SELECT min(started_at) "  # noqa: S608 - the same
+                       "FROM runs WHERE run_id IN chain", (run_id,)).fetchone()[0]
 
     def find_expected_s(self, tool: str) -> Optional[float]:
         """Return the median of the seconds that a tool's last successes took."""

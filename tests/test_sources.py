@@ -357,7 +357,7 @@ def test_a_death_in_a_run_of_a_former_engine_is_still_charged(sandbox):
     Bench(sandbox, SQLITE).set({"module": "t"})
     tree = ast.dump(ast.parse((sandbox.folder / "t.py").read_bytes()))
     former = hashlib.sha256(tree.encode()).hexdigest()[:16]
-    for died in range(3):
+    for _ in range(3):
         ended = sandbox.run()
         assert ended.code == 9, ended
         slips = list(sandbox.folder.glob(".orchestrator/*/slips/t/*"))
