@@ -2402,6 +2402,16 @@ _SQLITE_STEPS = 100_000
 _OURS = " -- by the engine"  # so that sqlite3 does not take its prepared statement for a tool's own
 _POSTGRES_INERROR = 3  # PQTRANS_INERROR of libpq: a COMMIT would silently roll back
 
+_CO_COROUTINE = 0x80  # of inspect: what `async def` makes
+_HARMLESS = ("SELECT 1", "SELECT 1 FROM DUAL", "SELECT 1 FROM SYSIBM.SYSDUMMY1",
+             "SELECT 1 FROM RDB$DATABASE")  # Oracle, Db2 and Firebird want a FROM
+_COMMITS = 'or say "commits": True in TOOL_MAP and leave transactions to the tool'
+_AT_ONCE = ("this connection commits each statement at once, so that nothing of a failure could be "
+            'undone: take isolation_level="AUTOCOMMIT" or autocommit=True out of get_connection(), '
+            + _COMMITS)
+_NOT_OVER = ("commit() has left the transaction open, so that its work would be lost: return a "
+             "connection from get_connection() whose commit() commits")
+
 _HINTS = (  # what drivers say of mistakes that the way a tool is called leads to: the way out
     (r"(inside|within) a transaction",
      'a transaction is open already: "commits": True in TOOL_MAP leaves transactions to the tool'),
@@ -2410,23 +2420,32 @@ _HINTS = (  # what drivers say of mistakes that the way a tool is called leads t
     (r"database is locked",
      'another writes: isolation_level="IMMEDIATE" and timeout=60 in get_connection() wait for it'),
 )
+_DRIVERS = {"psycopg": "postgresql", "psycopg2": "postgresql", "pg8000": "postgresql",
+            "pymysql": "mysql", "MySQLdb": "mysql", "mysql": "mysql", "mariadb": "mysql",
+            "_duckdb": "duckdb"}
 
 
 class Database:
     """The connection of a run, opened at its first use and closed exactly once.
 
-    State: `conn`, what get_connection() returned; `is_open`, whether it was asked; `autocommit`,
-    the mode in which the connection came, to which it is put back after each attempt; `has_begun`,
-    whether begin() told the driver to begin a transaction; `is_sqlite`, what it is, and
-    `is_simple`, one of that in its default mode, of which many commits are asked.
+    State: `conn`, what get_connection() returned; `raw`, the driver's own in it; `is_open`,
+    whether it was asked; `autocommit`, the mode in which the connection came, to which it is put
+    back after each attempt; `is_ours`, whether the transaction is the engine's, and `has_begun`,
+    whether begin() told the driver to begin it; `is_sqlite`, what it is, and `is_simple`, one of
+    that in its default mode, of which many commits are asked; `alchemy`, what is SQLAlchemy's;
+    `wrapper`, what is of no driver that is known; `is_tried`, whether it was found fit.
     """
 
     def __init__(self, get_connection: Callable[[], Any],
                  is_cancelled: Callable[[], bool] = lambda: False) -> None:
         self.get_connection, self.is_cancelled = get_connection, is_cancelled
         self.conn: Any = None
-        self.is_open = self.has_begun = self.is_sqlite = self.is_simple = False
+        self.raw: Any = None
+        self.is_open = self.is_ours = self.has_begun = self.is_tried = False
+        self.is_sqlite = self.is_simple = False
         self.autocommit: Any = None
+        self.alchemy: Optional[Alchemy] = None
+        self.wrapper: Optional[Wrapper] = None
 
     def open(self) -> Any:
         """Return the connection, opened if it is not. Whatever get_connection() raises, raises."""
@@ -2438,22 +2457,36 @@ class Database:
             if isinstance(conn, bool):
                 raise TypeError(f"it returned {conn}: return a connection, or None for a pipeline "
                                 "without a database")
-            self.conn, self.is_open = conn, True
-            self.autocommit = getattr(self.conn, "autocommit", None)
+            if is_async(conn):
+                raise TypeError(f"it returned {format_type(conn)}, which is asynchronous, and "
+                                "nobody would await its commit(): return a synchronous "
+                                "connection, or None, and connect in run()")
+            if is_pending(conn):
+                raise TypeError(f"it returned {format_type(conn)}, which is still to be entered: "
+                                "return the connection itself, and leave out yield and with")
+            self.conn, self.is_open, self.is_tried = conn, True, False
+            is_alchemy = hasattr(conn, "exec_driver_sql") or is_session(conn)
+            self.alchemy = Alchemy(conn) if is_alchemy else None
+            self.raw = conn if is_alchemy else find_raw(conn)
+            self.autocommit = getattr(self.raw, "autocommit", None)
             self.is_sqlite = is_sqlite(conn)
             self.is_simple = self.is_sqlite and hasattr(conn, "commit") \
                 and not isinstance(self.autocommit, bool)
+            is_known = is_alchemy or self.is_sqlite or find_driver(conn)[0]
+            self.wrapper = Wrapper(conn) if keeps_ledger(conn) and not is_known else None
             if self.is_sqlite and hasattr(self.conn, "set_progress_handler"):
                 self.conn.set_progress_handler(self.is_cancelled, _SQLITE_STEPS)
         return self.conn
 
-    def begin(self, is_urgent: bool = False) -> None:
+    def begin(self, is_urgent: bool = False, commits: bool = False) -> None:
         """Begin a transaction, where the driver would not do so by itself, or not early enough.
 
         Python's sqlite3 begins by itself only before INSERT and the like, so that a CREATE TABLE
-        would survive a rollback. `is_urgent` waits for SQLite's one writer at once.
+        would survive a rollback. `is_urgent` waits for SQLite's one writer at once. Raise
+        TypeError if commit() or rollback() would not do what they say, unless the tool `commits`.
         """
         conn = self.open()
+        self.is_ours = not commits
         if self.is_sqlite:
             if not conn.in_transaction:
                 # A deferred transaction that reads first can not wait for a lock; who opens with
@@ -2461,15 +2494,35 @@ class Database:
                 level = "IMMEDIATE" if is_urgent else getattr(conn, "isolation_level", None) or ""
                 conn.execute("BEGIN " + level + _OURS)
             self.has_begun = True
-        elif self.autocommit is True:
-            conn.autocommit = False
-        elif callable(getattr(conn, "begin", None)) and not hasattr(conn, "in_transaction"):
-            conn.begin()  # DuckDB and MySQL drivers; SQLAlchemy, which has both, begins by itself
+            return
+        if not (commits or self.is_tried):
+            check_ends(conn)
+        if self.alchemy:
+            self.alchemy.begin(is_urgent, commits)
+            self.is_tried = self.is_tried or not commits
+            return
+        if self.autocommit is True:
+            self.raw.autocommit = False
+        if self.wrapper and not commits:
+            if not self.is_tried:
+                self.wrapper.try_out()
+            self.wrapper.begin()
+        elif self.autocommit is not True and callable(getattr(conn, "begin", None)) \
+                and not hasattr(conn, "in_transaction"):
+            conn.begin()  # of DuckDB and MySQL drivers
             self.has_begun = True
+        self.is_tried = self.is_tried or not commits
+
+    def lend(self) -> None:
+        """Open the connection for a tool that begins and ends its transactions itself."""
+        self.open()
+        self.is_ours = False
+        if self.alchemy:
+            self.alchemy.is_ours = False
 
     def commit(self) -> None:
         """Commit what is open. Raise what the driver raises, or if it would have been lost."""
-        if not self.is_sqlite and is_aborted(self.conn):
+        if not self.is_sqlite and (self.alchemy or self).is_aborted():
             raise RuntimeError("the transaction had failed and could not be committed: "
                                "an error of the database was caught and ignored")
         if self.is_sqlite and self.is_cancelled():
@@ -2477,8 +2530,14 @@ class Database:
         if self.is_simple:
             self.has_begun = False
             self.conn.commit()
+            if self.conn.in_transaction:
+                raise RuntimeError(_NOT_OVER)
         else:
             self._end("commit")
+
+    def is_aborted(self) -> bool:
+        """Return whether a COMMIT would undo the transaction instead."""
+        return is_aborted(self.conn)
 
     def rollback(self) -> bool:
         """Undo what is not committed. A connection that can not do that is let go as broken.
@@ -2491,9 +2550,6 @@ class Database:
             is_broken = getattr(self.conn, "closed", False) \
                 or getattr(self.conn, "open", True) is False \
                 or getattr(self.conn, "invalidated", False)  # what SQLAlchemy says of a lost one
-            raw = self.conn if is_broken else find_raw(self.conn)
-            if raw is not self.conn and is_sqlite(raw) and raw.in_transaction:
-                raw.rollback()  # SQLAlchemy holds a transaction for over whose COMMIT was refused
         except Exception:
             is_broken = True
         if is_broken:
@@ -2502,7 +2558,10 @@ class Database:
 
     def close(self) -> None:
         """Close the connection if it is open; the next use opens another. Never raises."""
-        conn, self.conn, self.is_open = self.conn, None, False
+        conn, self.conn, self.raw, self.is_open = self.conn, None, None, False
+        alchemy, self.alchemy, self.wrapper = self.alchemy, None, None
+        if alchemy:
+            alchemy.is_ours = False
         try:
             call_if_there(conn, "close")
         except Exception:
@@ -2510,7 +2569,11 @@ class Database:
 
     def _end(self, how: str) -> bool:
         conn, had_begun, self.has_begun = self.conn, self.has_begun, False
+        if self.alchemy:
+            return self.alchemy.end(how)
         had_ended = self.is_sqlite and not conn.in_transaction
+        at_once = self.is_ours and not self.is_sqlite \
+            and getattr(self.raw, "autocommit", None) is True  # the tool's wish
         if self.is_sqlite and (self.autocommit is True or not hasattr(conn, how)):
             if conn.in_transaction:  # commit() and rollback() do nothing here, or are not there
                 conn.execute(how.upper() + _OURS)
@@ -2522,9 +2585,179 @@ class Database:
                 if "no transaction" not in str(error).lower():
                     raise
                 had_ended = True
-        if isinstance(self.autocommit, bool) and conn.autocommit is not self.autocommit:
-            conn.autocommit = self.autocommit
-        return had_begun and had_ended
+        if is_in_transaction(self.raw):
+            raise RuntimeError(_NOT_OVER)
+        if isinstance(self.autocommit, bool) and self.raw.autocommit is not self.autocommit:
+            self.raw.autocommit = self.autocommit
+        return had_begun and had_ended or at_once
+
+
+class Alchemy:
+    """A Connection or a Session of SQLAlchemy, and the connections of drivers behind it.
+
+    SQLAlchemy has a transaction from the first statement on, of which a driver may not know; and
+    each transaction of a Session is on a connection that it takes from the pool then.
+    State: `is_ours`, whether transactions are the engine's, and `is_urgent`, of Database.begin();
+    `parts`, the Connections in them; `session`, the Session that is watched; `begins`, whether the
+    user has SQLAlchemy begin one of SQLite's, if that is known; `has_begun`, whether the engine
+    has begun one; `problem`, why one may not be committed.
+    """
+
+    def __init__(self, conn: Any) -> None:
+        self.conn, self.is_session = conn, is_session(conn)
+        self.is_ours = self.is_urgent = self.has_begun = False
+        self.parts: List[Any] = []
+        self.session: Any = None
+        self.begins: Optional[bool] = None
+        self.problem = ""
+
+    def begin(self, is_urgent: bool, commits: bool) -> None:
+        """Begin a transaction where SQLAlchemy and the driver would not, or see to that."""
+        self.is_ours, self.is_urgent = not commits, is_urgent
+        self.has_begun, self.problem = False, ""
+        if commits:
+            return
+        if not self.is_session:
+            self._join(self.conn)
+            return
+        session = self._find_session()
+        if session is self.session:
+            return
+        self.session = session
+        sys.modules["sqlalchemy"].event.listen(session, "after_begin", self._hear)
+        is_new = not session.in_transaction()
+        try:  # whether it is fit is told before the tool is called
+            part = session.connection()
+        except Exception as error:
+            if type(error).__name__ != "UnboundExecutionError":  # it has one for each table
+                raise
+        else:
+            if is_new:
+                session.commit()  # of nothing; a rollback would undo what get_connection() has SET
+            else:
+                self._join(part)
+
+    def _find_session(self) -> Any:
+        """Return the Session, which a scoped_session keeps inside."""
+        return self.conn.registry() if hasattr(self.conn, "registry") else self.conn
+
+    def _hear(self, session: Any, _transaction: Any, part: Any) -> None:
+        """Hear that a Session has begun a transaction on a connection."""
+        if self.is_ours and session is self.session:
+            self._join(part)
+
+    def _join(self, part: Any) -> None:
+        """Have the driver begin what SQLAlchemy has begun on a Connection, or will begin."""
+        self.parts = [each for each in self.parts if not each.closed and each is not part] + [part]
+        raw = find_raw(part)
+        if is_autocommit(raw, part):
+            self.problem = _AT_ONCE
+            raise TypeError(_AT_ONCE)
+        if not is_sqlite(raw) or raw.in_transaction:
+            return
+        if not part.in_transaction():  # else what the user has for it has done nothing
+            if self.begins is None:
+                part.begin()
+                self.begins = raw.in_transaction
+                part.rollback()
+            if self.begins:
+                return
+        level = "IMMEDIATE" if self.is_urgent else raw.isolation_level or ""
+        raw.execute("BEGIN " + level + _OURS)
+        self.has_begun = True
+
+    def is_aborted(self) -> bool:
+        """Return whether a COMMIT would undo a transaction instead."""
+        if self.problem:
+            raise TypeError(self.problem)
+        if not self.is_session:
+            return is_aborted(self.conn)
+        session = self._find_session()
+        if not session.in_transaction():
+            return False
+        if not self.is_ours:
+            return is_aborted(session.connection())
+        if session is not self.session:
+            raise RuntimeError("the Session is another than at its beginning, so that nothing "
+                               "tells whether its work is whole: leave remove() to the engine")
+        return any(is_aborted(part) for part in self.parts if not part.closed)
+
+    def end(self, how: str) -> bool:
+        """Commit or roll back; return whether the transaction had ended before."""
+        had_begun, self.has_begun = self.has_begun, False
+        if self.is_session:
+            getattr(self.conn, how)()
+            if any(not part.closed and part.in_transaction() for part in self.parts):
+                raise RuntimeError(_NOT_OVER)  # it is in a transaction of the Connection's
+            return False
+        conn = self.conn
+        if conn.closed or conn.invalidated:
+            getattr(conn, how)()
+            return False
+        raw = find_raw(conn)
+        at_once = self.is_ours and not self.problem and is_autocommit(raw, conn)  # the tool's wish
+        had_ended = at_once or had_begun and not raw.in_transaction
+        getattr(conn, how)()
+        if not conn.closed and not conn.invalidated:
+            raw = find_raw(conn)
+            if is_in_transaction(raw) is not False:  # begun here, or by a tool that went to it
+                getattr(raw, how)()
+            if is_in_transaction(raw):
+                raise RuntimeError(_NOT_OVER)
+            if at_once and getattr(raw, "autocommit", None) is True:
+                raw.autocommit = False
+        return had_ended
+
+
+class Wrapper:
+    """A connection of no driver that is known, but which takes SQL: it is believed what it shows.
+
+    State: `is_sqlite`, whether that is what is behind it.
+    """
+
+    def __init__(self, conn: Any) -> None:
+        self.conn, self.is_sqlite = conn, False
+
+    def begin(self) -> None:
+        """Begin a transaction, of SQLite too, which would not do so before all statements."""
+        if not hasattr(self.conn, "in_transaction"):
+            call_if_there(self.conn, "begin")
+        if self.is_sqlite:
+            with contextlib.suppress(Exception):  # it has begun
+                self._say("BEGIN")
+
+    def try_out(self) -> None:
+        """Raise TypeError if statements do not stay in one transaction until commit() or
+        rollback(), which end it, as far as savepoints show.
+        """
+        self.is_sqlite = self._does("SELECT sqlite_version()")
+        call_if_there(self.conn, "rollback")
+        for end in ("", "rollback", "commit"):
+            self.begin()
+            is_kept = self._does("SAVEPOINT orchestrator_try")
+            if end and is_kept:
+                call_if_there(self.conn, end)
+            is_kept = is_kept and self._does("RELEASE SAVEPOINT orchestrator_try")
+            call_if_there(self.conn, "rollback")
+            if is_kept == bool(end):
+                what = f"{end}() ends no transaction" if end else \
+                    "statements stay in no transaction, or nothing tells"
+                raise TypeError(
+                    f"get_connection() returned {format_type(self.conn)}, whose {what}, so that "
+                    "work could be lost, or stay after a failure: return the connection of the "
+                    f"driver itself, {_COMMITS}")
+
+    def _does(self, sql: str) -> bool:
+        try:
+            self._say(sql)
+        except Exception:
+            return False
+        return True
+
+    def _say(self, sql: str) -> None:
+        asked = self.conn if hasattr(self.conn, "execute") else self.conn.cursor()
+        asked.execute(sql)
+        call_if_there(asked, "fetchall")
 
 
 def is_cursor(thing: Any) -> bool:
@@ -2543,17 +2776,80 @@ def was_closed(conn: Any) -> bool:
     return getattr(conn, "closed", 0) == 1 and not getattr(conn, "broken", False)  # psycopg2, 3
 
 
+def is_session(conn: Any) -> bool:
+    """Return whether a connection is a Session of SQLAlchemy, or a scoped_session."""
+    return "sqlalchemy" in sys.modules and hasattr(conn, "get_bind") \
+        and callable(getattr(conn, "connection", None))
+
+
+def is_async(conn: Any) -> bool:
+    """Return whether a connection is to be awaited, or its methods are."""
+    if hasattr(type(conn), "__await__"):
+        return True
+    flags = [getattr(getattr(getattr(conn, name, None), "__code__", None), "co_flags", 0)
+             for name in ("commit", "rollback", "execute")]
+    is_one = hasattr(type(conn), "__aenter__") and not hasattr(type(conn), "__enter__")
+    return any(flag & _CO_COROUTINE for flag in flags) or is_one and hasattr(conn, "commit")
+
+
+def is_pending(conn: Any) -> bool:
+    """Return whether a thing is a generator, or a `with` block that nobody has entered."""
+    return hasattr(type(conn), "gi_frame") or isinstance(conn, contextlib._GeneratorContextManager)
+
+
 def find_raw(conn: Any) -> Any:
     """Return the connection of the driver, which SQLAlchemy keeps inside its own."""
-    conn = getattr(conn, "connection", conn)
+    if not hasattr(conn, "dbapi_connection"):
+        inner = getattr(conn, "connection", None)
+        conn = inner if hasattr(inner, "cursor") else conn  # or it is a method, or anything else
     return getattr(conn, "dbapi_connection", conn)
+
+
+def check_ends(conn: Any) -> None:
+    """Raise TypeError if a connection to a database can not commit or roll back."""
+    module = type(conn).__module__
+    is_source = module.startswith("sqlalchemy.") and not hasattr(conn, "commit") \
+        or module.startswith(("psycopg_pool", "psycopg2.pool"))
+    if is_source and not hasattr(conn, "execute"):
+        raise TypeError(f"get_connection() returned {format_type(conn)}, from which connections "
+                        "come that nobody would commit or roll back: return one of them, as in "
+                        f"`return engine.connect()`, {_COMMITS}")
+    if (keeps_ledger(conn) or find_driver(conn)[0]) and not (
+            callable(getattr(conn, "commit", None)) and callable(getattr(conn, "rollback", None))):
+        better = "one of create_engine(..., future=True)" if hasattr(conn, "exec_driver_sql") \
+            else "the connection of the driver itself"  # the former of SQLAlchemy 1.4
+        raise TypeError(f"get_connection() returned {format_type(conn)}, which has no commit() or "
+                        "no rollback(), so that work could be lost, or stay after a failure: "
+                        f"return {better}, {_COMMITS}")
+
+
+def is_autocommit(raw: Any, part: Any) -> bool:
+    """Return whether the driver of a Connection of SQLAlchemy commits each statement at once;
+    but for SQLite, which does not where the engine begins.
+    """
+    mode = getattr(raw, "autocommit", None)
+    if not isinstance(mode, bool) and callable(getattr(raw, "get_autocommit", None)):
+        mode = raw.get_autocommit()  # of MySQL drivers
+    if isinstance(mode, bool) or is_sqlite(raw):
+        return mode is True
+    return part.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+
+
+def is_in_transaction(conn: Any) -> Optional[bool]:
+    """Return whether a connection of a driver is in a transaction; None if it does not tell."""
+    if is_sqlite(conn):  # which is always in one where autocommit is False
+        return conn.in_transaction and getattr(conn, "autocommit", None) is not False
+    status = getattr(getattr(conn, "info", None), "transaction_status", None)
+    if status is None and isinstance(getattr(conn, "server_status", None), int):
+        status = conn.server_status & 1  # of PyMySQL
+    return None if status is None else status != 0
 
 
 def is_aborted(conn: Any) -> bool:
     """Return whether an error has aborted the transaction, so that a COMMIT would roll it back.
 
     PostgreSQL and DuckDB then do so without a word. The drivers of the one tell; another is asked
-    for something harmless.
+    for something harmless. Raise what it raises if that does not tell.
     """
     if conn is None or is_sqlite(conn) or not hasattr(conn, "commit"):
         return False
@@ -2561,13 +2857,43 @@ def is_aborted(conn: Any) -> bool:
     status = getattr(getattr(conn, "info", None), "transaction_status", None)
     if status is not None:
         return status == _POSTGRES_INERROR
-    try:
-        asked = conn if hasattr(conn, "execute") else conn.cursor()
-        asked.execute("SELECT 1")
-        call_if_there(asked, "fetchall")
-    except Exception as error:
-        return "abort" in str(error).lower()
-    return False
+    if is_sqlite(conn) or not keeps_ledger(conn):
+        return False
+    problem: Optional[Exception] = None
+    for sql in _HARMLESS:
+        try:
+            asked = conn if hasattr(conn, "execute") else conn.cursor()
+            asked.execute(sql)
+            call_if_there(asked, "fetchall")
+            return False
+        except Exception as error:
+            if "abort" in str(error).lower():
+                return True
+            problem = problem or error
+    raise problem or RuntimeError(sql)
+
+
+def find_driver(conn: Any) -> Tuple[str, str]:
+    """Return the kind of database behind a connection, and how its driver marks parameters
+    (PEP 249: paramstyle).
+    """
+    if hasattr(conn, "exec_driver_sql"):  # of SQLAlchemy
+        return conn.dialect.name, conn.dialect.paramstyle
+    if is_sqlite(conn):
+        return "sqlite", "qmark"
+    conn = getattr(conn, "dbapi_connection", conn)  # of a pool of SQLAlchemy
+    for kind in (*type(conn).__mro__, *conn.__class__.__mro__):  # these differ in a proxy
+        parts = kind.__module__.split(".")
+        for end in range(1, len(parts) + 1):
+            module = sys.modules.get(".".join(parts[:end]))
+            if hasattr(module, "paramstyle"):
+                return _DRIVERS.get(parts[0], parts[0]), module.paramstyle
+    return "", "qmark"
+
+
+def keeps_ledger(conn: Any) -> bool:
+    """Return whether a connection is one of a database, which can keep a ledger."""
+    return hasattr(conn, "cursor") or hasattr(conn, "execute")
 
 
 def find_hint(error: BaseException) -> str:
@@ -2578,11 +2904,10 @@ def find_hint(error: BaseException) -> str:
     return next((hint for text, hint in _HINTS if re.search(text, str(error), re.I)), "")
 
 
-def call_if_there(thing: Any, method: str) -> None:
-    """Call a method without arguments, if the thing has it."""
+def call_if_there(thing: Any, method: str) -> Any:
+    """Return what a method without arguments returns, None if the thing does not have it."""
     function = getattr(thing, method, None)
-    if callable(function):
-        function()
+    return function() if callable(function) else None
 
 
 # === 6 LEDGER ===================================================================================
@@ -2655,26 +2980,6 @@ _DIALECTS = {
     "mysql": _MYSQL,
     "mariadb": _MYSQL._replace(collate=" COLLATE utf8mb4_nopad_bin"),
 }
-_DRIVERS = {"psycopg": "postgresql", "psycopg2": "postgresql", "pg8000": "postgresql",
-            "pymysql": "mysql", "MySQLdb": "mysql", "mysql": "mysql", "mariadb": "mysql",
-            "_duckdb": "duckdb"}
-
-
-def find_driver(conn: Any) -> Tuple[str, str]:
-    """Return the kind of database behind a connection, and how its driver marks parameters
-    (PEP 249: paramstyle).
-    """
-    if hasattr(conn, "exec_driver_sql"):  # of SQLAlchemy
-        return conn.dialect.name, conn.dialect.paramstyle
-    if is_sqlite(conn):
-        return "sqlite", "qmark"
-    for kind in type(conn).__mro__:
-        parts = kind.__module__.split(".")
-        for end in range(1, len(parts) + 1):
-            module = sys.modules.get(".".join(parts[:end]))
-            if hasattr(module, "paramstyle"):
-                return _DRIVERS.get(parts[0], parts[0]), module.paramstyle
-    return "", "qmark"
 
 
 def bind(sql: str, style: str) -> str:
@@ -2689,11 +2994,6 @@ def bind(sql: str, style: str) -> str:
         return sql.replace("?", "%s")
     first, *others = sql.split("?")
     return first + "".join(f":{i}{part}" for i, part in enumerate(others, 1))
-
-
-def keeps_ledger(conn: Any) -> bool:
-    """Return whether a connection is one of a database, which can keep a ledger."""
-    return hasattr(conn, "cursor") or hasattr(conn, "execute")
 
 
 def make_ledger_key(name: str) -> str:
@@ -3043,10 +3343,10 @@ class Ledger:
             raise Taken
 
     def begin(self, is_urgent: bool) -> None:
-        """Begin a transaction of SQLite's inside SQLAlchemy's, which leaves that to the driver, and
-        so to the first INSERT of an item.
+        """Begin a transaction of SQLite's inside SQLAlchemy's, which would do so at the first
+        statement of an item.
         """
-        if self.kind == "sqlite" and self.raw is not self.conn:
+        if self.kind == "sqlite" and hasattr(self.conn, "exec_driver_sql"):
             if not self.conn.in_transaction():
                 self.conn.begin()
             if not self.raw.in_transaction:
@@ -4312,7 +4612,7 @@ def call_in_transaction(callee: Callee, database: Database, arguments: Mapping[s
     """Return what run() returns, in a transaction that is left open, and passed by check()."""
     if callee.takes_conn:  # else it may go on beside one that holds the database
         if callee.tool.commits:
-            database.open()
+            database.lend()
         else:
             database.begin()
     available = {**arguments, "conn": database.conn, "context": context}
@@ -4442,9 +4742,14 @@ class ItemWork:
     def _open(self) -> None:
         """Open the connection and the ledger on it, and create that if it is not there."""
         database = self.database
-        database.begin()
-        self.ledger = Ledger(database.conn, self.ledger_path, self.pipeline, self.tool.name,
-                             self.order.run_id, self.order.source, self.order.former)
+        database.begin(commits=self.tool.commits)
+        self.ledger = ledger = Ledger(
+            database.conn, self.ledger_path, self.pipeline, self.tool.name, self.order.run_id,
+            self.order.source, self.order.former)
+        if not ledger.is_apart and (not ledger.kind or is_session(database.conn)):
+            raise TypeError(f"get_connection() returned {format_type(database.conn)}, in which the "
+                            "ledger of items can not be kept: return the connection of the driver "
+                            "itself, or engine.connect() (in run() then Session(conn) works)")
         self.available = {**self.arguments, "conn": database.conn, "context": self.context}
         self.chosen = choose_arguments(self.callee.run_takes, {**self.available, "item": None})
         if self.ledger.is_there():
@@ -4452,13 +4757,13 @@ class ItemWork:
             return
         self.step = "in the ledger: "
         database.rollback()
-        database.begin()
+        database.begin(commits=self.tool.commits)
         try:
             self.ledger.create()
             database.commit()
         except Exception:
             database.rollback()
-            database.begin()
+            database.begin(commits=self.tool.commits)
             if not self.ledger.is_there():  # it was not another start either
                 raise
             database.commit()
@@ -4484,7 +4789,7 @@ class ItemWork:
         if self.tool.each and ledger.is_apart and not self.ledger_path:
             raise UserError(f"nothing tells which items passed {self.tool.each}: there is neither "
                             "a database nor a history")
-        self.database.begin()
+        self.database.begin(commits=self.tool.commits)
         self.interrupts.call(self._find_items)
         self._give_back()
         others = ledger.find_others()
@@ -4604,7 +4909,7 @@ class ItemWork:
         """Do some items in one transaction."""
         self.step, self.is_own_fault, self.new, self.at_work = "", False, [], None
         if self.tool.commits:
-            self.database.open()
+            self.database.lend()
         else:
             # A transaction that begins with a look at a row could not wait for the lock later.
             is_urgent = self.tries > 1 or group[0].is_seen is None
@@ -4820,7 +5125,7 @@ class ItemWork:
         """Record a failed try of an item, of which nothing is left, in a transaction."""
         def record() -> Tuple[bool, Ending]:
             """Record it if it is not yet. Return whether it was not, and how the item ended."""
-            self.database.begin()
+            self.database.begin(commits=self.tool.commits)
             self.step = "in the ledger: "
             found, status = item, "pending"
             if item.is_seen is None or self.was_taken:
@@ -7864,7 +8169,7 @@ def open_connection(call: Call) -> Iterator[Any]:
     """Hold the pipeline's connection to look at what is there. Raise UserError if that fails."""
     with contextlib.closing(Database(call.pipeline.get_connection)) as database:
         try:
-            database.begin()
+            database.begin(commits=True)
         except Exception as error:
             raise UserError(f"get_connection() failed: {format_one_line(error)}",
                             "The items are in that database; see that it can be reached."
