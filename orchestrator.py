@@ -2423,6 +2423,23 @@ _HINTS = (  # what drivers say of mistakes that the way a tool is called leads t
 _DRIVERS = {"psycopg": "postgresql", "psycopg2": "postgresql", "pg8000": "postgresql",
             "pymysql": "mysql", "MySQLdb": "mysql", "mysql": "mysql", "mariadb": "mysql",
             "_duckdb": "duckdb"}
+_SCHEMA_OF = {  # where a ledger is, or would be made, but not in what is temporary
+    "postgresql": """
+        SELECT s.name FROM unnest(current_schemas(false)) WITH ORDINALITY AS s(name, place)
+        LEFT JOIN pg_catalog.pg_namespace n ON n.nspname = s.name
+        LEFT JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid
+            AND c.relname = 'orchestrator_items' AND c.relkind IN ('r', 'p', 'v', 'f')
+        WHERE left(s.name, 7) <> 'pg_temp' ORDER BY c.oid IS NULL, s.place LIMIT 1""",
+    "mysql": "SELECT database()",
+    "duckdb": """
+        SELECT current_database(), coalesce(
+            (SELECT schema_name FROM duckdb_tables() WHERE table_name = 'orchestrator_items'
+             AND NOT temporary AND database_name = current_database()
+             AND list_contains(current_schemas(false), schema_name)
+             ORDER BY list_position(current_schemas(false), schema_name) LIMIT 1),
+            current_schema())""",
+}
+_SCHEMA_OF["mariadb"] = _SCHEMA_OF["mysql"]
 
 
 class Database:
@@ -2433,7 +2450,9 @@ class Database:
     back after each attempt; `is_ours`, whether the transaction is the engine's, and `has_begun`,
     whether begin() told the driver to begin it; `is_sqlite`, what it is, and `is_simple`, one of
     that in its default mode, of which many commits are asked; `alchemy`, what is SQLAlchemy's;
-    `wrapper`, what is of no driver that is known; `is_tried`, whether it was found fit.
+    `wrapper`, what is of no driver that is known; `is_tried`, whether it was found fit; `schema`,
+    where a ledger in it is, and `has_set`, whether get_connection() has left a transaction open,
+    so that a rollback may change what is the default.
     """
 
     def __init__(self, get_connection: Callable[[], Any],
@@ -2446,6 +2465,8 @@ class Database:
         self.autocommit: Any = None
         self.alchemy: Optional[Alchemy] = None
         self.wrapper: Optional[Wrapper] = None
+        self.schema: Optional[str] = None
+        self.has_set = False
 
     def open(self) -> Any:
         """Return the connection, opened if it is not. Whatever get_connection() raises, raises."""
@@ -2464,7 +2485,7 @@ class Database:
             if is_pending(conn):
                 raise TypeError(f"it returned {format_type(conn)}, which is still to be entered: "
                                 "return the connection itself, and leave out yield and with")
-            self.conn, self.is_open, self.is_tried = conn, True, False
+            self.conn, self.is_open, self.is_tried, self.schema = conn, True, False, None
             is_alchemy = hasattr(conn, "exec_driver_sql") or is_session(conn)
             self.alchemy = Alchemy(conn) if is_alchemy else None
             self.raw = conn if is_alchemy else find_raw(conn)
@@ -2476,6 +2497,10 @@ class Database:
             self.wrapper = Wrapper(conn) if keeps_ledger(conn) and not is_known else None
             if self.is_sqlite and hasattr(self.conn, "set_progress_handler"):
                 self.conn.set_progress_handler(self.is_cancelled, _SQLITE_STEPS)
+            self.has_set = is_in_transaction(conn) is True if not is_alchemy \
+                else bool(call_if_there(conn, "in_transaction"))
+            with contextlib.suppress(Exception):  # else it is asked for where there is a ledger
+                self.schema = find_schema(conn)
         return self.conn
 
     def begin(self, is_urgent: bool = False, commits: bool = False) -> None:
@@ -2896,6 +2921,32 @@ def keeps_ledger(conn: Any) -> bool:
     return hasattr(conn, "cursor") or hasattr(conn, "execute")
 
 
+def find_schema(conn: Any) -> str:
+    """Return what stands before the ledger's name, so that it stays the same whatever a tool does
+    to the connection; "" where the database is none of those that are known.
+    """
+    kind, _ = find_driver(conn)
+    if kind == "sqlite":
+        return "main."
+    if kind not in _SCHEMA_OF:
+        return ""
+    is_alchemy = hasattr(conn, "exec_driver_sql")
+    was_open = conn.in_transaction() if is_alchemy else is_in_transaction(conn)
+    try:
+        if is_alchemy:
+            asked = conn.exec_driver_sql(_SCHEMA_OF[kind])
+        else:
+            asked = conn if kind == "duckdb" else conn.cursor()
+            asked.execute(_SCHEMA_OF[kind])
+        row = asked.fetchone() or ()
+    finally:
+        if was_open is False:  # else this would undo a SET of get_connection()
+            conn.rollback()
+    mark = "`" if kind in ("mysql", "mariadb") else '"'
+    names = [name for name in (row.values() if isinstance(row, Mapping) else row) if name]
+    return "".join(mark + name.replace(mark, 2 * mark) + mark + "." for name in names)
+
+
 def find_hint(error: BaseException) -> str:
     """Return the way out of an error of a database driver, where one is known, else ""."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -3081,12 +3132,13 @@ class Ledger:
     """The items of one tool, over one connection, within whatever transaction is open on it.
 
     Without a database behind `conn` it is in a file of SQLite's, `path`, or in memory, and what
-    it does is durable at once. State: `guard`; `has_savepoints`, whether the database knows them;
+    it does is durable at once. State: `schema`, what stands before its name, and `near`, before
+    that of a temporary table; `guard`; `has_savepoints`, whether the database knows them;
     `transaction`, the number of that of an item, on DuckDB, which does not.
     """
 
     def __init__(self, conn: Any, path: str, pipeline: str, tool: str, run_id: str,
-                 source: str, former: str = "") -> None:
+                 source: str, former: str = "", schema: Optional[str] = None) -> None:
         self.is_apart = not keeps_ledger(conn)
         if self.is_apart:
             import sqlite3
@@ -3100,7 +3152,7 @@ class Ledger:
         self.has_savepoints = self.kind != "duckdb"
         self.transaction: Any = None
         self.doubles: List[str] = []  # names that find_pending() has found a second time
-        self._sql: Dict[str, str] = {}
+        self.move(find_schema(conn) if schema is None or self.is_apart else schema)
         self._direct = getattr(conn, "exec_driver_sql", None) or (
             # A cursor of DuckDB's is another connection, with a transaction of its own.
             conn.execute if self.kind in ("sqlite", "duckdb") else None)
@@ -3113,19 +3165,31 @@ class Ledger:
         if self.is_apart:
             self.conn.close()
 
+    def move(self, schema: str) -> None:
+        """Keep the ledger in a schema."""
+        self.schema, self._sql = schema, {}
+        self.near = {"sqlite": "temp.", "postgresql": "pg_temp.", "duckdb": "temp.main."}.get(
+            self.kind, schema)
+
     def do(self, sql: str, values: Sequence[Any] = ()) -> Any:
         """Execute a statement of ours, whose parameters are `?`, and return the cursor."""
-        bound = self._sql.get(sql)
-        if bound is None:
-            bound = self._sql[sql] = bind(sql, self.style)
-        return self._execute(bound, values)
+        return self._execute(self._sql.get(sql) or self._bind(sql), values)
+
+    def _bind(self, sql: str) -> str:
+        """Return a statement of ours as the driver takes it, with the full names of tables."""
+        bound = bind(sql, self.style).replace("orchestrator_items", self.schema
+                                              + "orchestrator_items")
+        for name in ("orchestrator_listed", "orchestrator_pending"):
+            bound = bound.replace(name, self.near + name)
+        self._sql[sql] = bound
+        return bound
 
     def read(self, sql: str, values: Sequence[Any] = ()) -> List[Tuple[Any, ...]]:
         """Return the rows of a SELECT of ours, as tuples whatever the connection makes of rows."""
         if self.kind == "sqlite" and hasattr(self.conn, "row_factory"):
             cursor = self.conn.cursor()
             cursor.row_factory = None
-            return cursor.execute(sql, values).fetchall()
+            return cursor.execute(self._sql.get(sql) or self._bind(sql), values).fetchall()
         return [tuple(row.values() if isinstance(row, Mapping) else row)
                 for row in self.do(sql, values).fetchall()]
 
@@ -3207,11 +3271,11 @@ class Ledger:
         if len(columns) == 1:
             names, version = "item", "''"
         if self.kind in ("mysql", "mariadb"):  # in a subquery they would drop its ORDER BY
-            self.do_theirs(f"INSERT INTO orchestrator_listed ({names}) {select}")
+            self.do_theirs(f"INSERT INTO {self.near}orchestrator_listed ({names}) {select}")
             self.do("UPDATE orchestrator_listed SET version = '' WHERE version IS NULL")
             return
         self.do_theirs(
-            "INSERT INTO orchestrator_listed (seq, item, version) "  # noqa: S608 - the same
+            f"INSERT INTO {self.near}orchestrator_listed (seq, item, version) "  # noqa: S608
             f"WITH q ({names}) AS (\n{select}\n) SELECT {dialect.numbers}, "
             f"CAST(item AS {dialect.cast}), coalesce({version}, '') FROM q")
 
@@ -4745,7 +4809,7 @@ class ItemWork:
         database.begin(commits=self.tool.commits)
         self.ledger = ledger = Ledger(
             database.conn, self.ledger_path, self.pipeline, self.tool.name, self.order.run_id,
-            self.order.source, self.order.former)
+            self.order.source, self.order.former, database.schema)
         if not ledger.is_apart and (not ledger.kind or is_session(database.conn)):
             raise TypeError(f"get_connection() returned {format_type(database.conn)}, in which the "
                             "ledger of items can not be kept: return the connection of the driver "
@@ -4758,6 +4822,10 @@ class ItemWork:
         self.step = "in the ledger: "
         database.rollback()
         database.begin(commits=self.tool.commits)
+        if database.has_set and self._is_elsewhere():
+            database.commit()
+            self.step = ""
+            return
         try:
             self.ledger.create()
             database.commit()
@@ -4768,6 +4836,22 @@ class ItemWork:
                 raise
             database.commit()
         self.step = ""
+
+    def _is_elsewhere(self) -> bool:
+        """Return whether there is a ledger in another schema, which became the default with the
+        rollback of a SET of get_connection(): so it was made there before it was looked for here.
+        """
+        ledger = self.ledger
+        schema, other = ledger.schema, find_schema(ledger.conn)
+        if other == schema:
+            return False
+        ledger.move(other)
+        if ledger.is_there():
+            return True
+        self.database.rollback()
+        self.database.begin(commits=self.tool.commits)
+        ledger.move(schema)
+        return False
 
     def _open_slip(self) -> None:
         if self.order.slip and self.order.items:
