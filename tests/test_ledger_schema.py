@@ -200,7 +200,7 @@ def test_use_does_not_take_the_ledger_to_another_database(tmp_path, modules, bat
         result = run_pipeline([], {"tool": {"module": "tool", "batch": batch}}, name="p",
                               get_connection=lambda: pymysql.Connection(tmp_path))
         assert result.status == "success", result.errors
-    assert expected in result.outcomes["tool"].reason
+        assert expected in result.outcomes["tool"].reason
     assert sorted(conn.execute("SELECT item FROM work")) == [(item,) for item in "abcde"]
     assert conn.execute(LEDGER).fetchall() == [(item, "success") for item in "abcde"]
     conn.close()

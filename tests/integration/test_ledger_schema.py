@@ -269,7 +269,7 @@ def test_a_ledger_of_duckdb_is_in_the_schema_that_get_connection_uses(quick, sto
 
 @on(["duckdb"])
 def test_an_attached_database_of_duckdb_gets_no_ledger(pipeline, store, tmp_path):
-    pipeline.tool(f"""
+    pipeline.tool("""
         if item == "b":
             do(conn, "COMMIT")
     """)
