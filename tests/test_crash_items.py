@@ -434,7 +434,7 @@ def kill_at_random(sandbox, kills, seed, mutant=(), journal="DELETE"):
         at.write_text("")
         process = sandbox.start("-q", "-j", str(1 + left % 3))
         if chance.random() < 0.8:  # else it may not have begun; how long that takes, who knows
-            wait_until(lambda: at.read_text() or process.poll() is not None)
+            wait_until(lambda run=process: at.read_text() or run.poll() is not None)
         try:
             process.wait(chance.uniform(0.0, 0.2) if left > 0 else 60)
         except subprocess.TimeoutExpired:
