@@ -2839,6 +2839,13 @@ def check_ends(conn: Any) -> None:
         raise TypeError(f"get_connection() returned {format_type(conn)}, from which connections "
                         "come that nobody would commit or roll back: return one of them, as in "
                         f"`return engine.connect()`, {_COMMITS}")
+    held = conn.values() if isinstance(conn, Mapping) else conn \
+        if isinstance(conn, (tuple, list)) else getattr(conn, "__dict__", {}).values()
+    if not hasattr(conn, "commit") and any(callable(getattr(each, "commit", None))
+                                           for each in held):
+        raise TypeError(f"get_connection() returned {format_type(conn)} that holds a connection, "
+                        "on which nobody would commit or roll back: return the connection itself, "
+                        f"and open others in run(), {_COMMITS}")
     if (keeps_ledger(conn) or find_driver(conn)[0]) and not (
             callable(getattr(conn, "commit", None)) and callable(getattr(conn, "rollback", None))):
         better = "one of create_engine(..., future=True)" if hasattr(conn, "exec_driver_sql") \
@@ -3490,7 +3497,8 @@ def read_item(number: int, found: Any) -> Tuple[str, str]:
     pair = (*found, "")[:2] if is_row and len(found) in (1, 2) else (found, "")
     name, version = (
         value if isinstance(value, str) else "" if value is None and i else
-        str(value) if hasattr(value, "isoformat") or hasattr(value, "__fspath__")
+        os.fsdecode(value) if hasattr(value, "__fspath__") else
+        str(value) if hasattr(value, "isoformat")
         or is_number(value) and (i or isinstance(value, int)) else None
         for i, value in enumerate(pair))
     if name is None or version is None:
@@ -8477,6 +8485,21 @@ def backfill(call: Call, history: History) -> int:
     return max(codes.values(), default=EXIT_SUCCESS) or (EXIT_FAILED if failed else EXIT_SUCCESS)
 
 
+def find_run_to_resume(call: Call, history: History) -> Row:
+    """Return the run to go on with. Raise UserError if there is none, with the way to have items
+    tried again where that was asked for too.
+    """
+    try:
+        return history.find_resumable(call.options.resume or None)
+    except Settled as error:
+        tools = list(read_retries(call.options.retry_items))
+        if not tools:
+            raise
+        words = [word for given in call.options.retry_items for word in ("--retry-items", *given)]
+        raise UserError(error.problem, "To try items again that it gave up: "
+                        + format_command(call, *tools, *words)) from None
+
+
 def find_plan(call: Call, history: NoHistory,
               period: Optional[Period] = None) -> Tuple[Plan, Request, Dict[str, Any]]:
     """Return the plan, what was asked for, and the arguments of the tools; with --resume, those
@@ -8494,7 +8517,7 @@ def find_plan(call: Call, history: NoHistory,
         check_nothing_beside_resume(call)
         # No second connection: a worker would inherit it, and close it over the first one's head.
         history = history if isinstance(history, History) else need_history(call)
-        run = history.find_resumable(options.resume or None)
+        run = find_run_to_resume(call, history)
         request = make_request(run)
         said, now = (None, None) if run["words"] is None else call.parse(run["words"], True)
         arguments = read_arguments(run, now)

@@ -118,9 +118,9 @@ def world(tmp_path, monkeypatch):
     yield from open_world(tmp_path, monkeypatch)
 
 
-def next_of(ended):
+def next_of(ended, before="Next: "):
     """Return the words behind the file in the command that a run proposes."""
-    proposed = re.search(r"^Next: \S+ \S+orchestrator.py (.*)$", ended.err, re.M)
+    proposed = re.search(rf"^\s*{before}\S+ \S+orchestrator.py (.*)$", ended.err, re.M)
     assert proposed, ended
     return shlex.split(proposed[1])
 
@@ -213,6 +213,19 @@ def test_with_retries_items_are_given_up_and_a_tool_that_has_nothing_else_has_fa
     assert ended.code == 0, ended
     assert sorted(line.done()) == LETTERS
     assert line.ledger() == dict.fromkeys(LETTERS, ("success", 1, 0))
+
+
+def test_a_resume_that_comes_too_late_names_the_command_that_tries_again(line):
+    """A later run has done the rest by then, so there is nothing to resume; the items are not."""
+    line.write(retries=1).fault(OUTAGES["refused"])
+    line.set("ab", bad="b")
+    late = next_of(line.run())
+    line.heal()
+    assert line.run().code == 0
+    ended = line.run(*late)
+    assert ended.code == 2 and "There is nothing to resume" in ended.err, ended
+    assert line.run(*next_of(ended, "To try items again that it gave up: ")).code == 0
+    assert sorted(line.done()) == ["a", "b"]
 
 
 @pytest.mark.parametrize("new, status", [(["x"], "success"), (["x", "y"], "partial"),

@@ -432,3 +432,34 @@ def test_an_object_that_is_no_database_is_any_object(modules):
     modules(tool="def run(conn): return conn.connection")
     result = run_pipeline([], {"tool": "tool"}, get_connection=Client)
     assert (result.status, result.results) == ("success", {"tool": "a text"})
+
+
+HOLDERS = {
+    "a dict": "def Shape(): return {'db': Inner()}",
+    "a tuple": "def Shape(): return Inner(), 'more'",
+    "a list": "def Shape(): return [Inner()]",
+    "a namespace": "import types\ndef Shape(): return types.SimpleNamespace(db=Inner())",
+    "closing()": "import contextlib\ndef Shape(): return contextlib.closing(Inner())",
+    "an object with methods of its own": """
+class Shape:
+    def __init__(self):
+        self.db = Inner()
+    def insert(self, value):
+        self.db.execute("INSERT INTO work VALUES (?)", (value,))
+""",
+}
+
+
+@pytest.mark.parametrize("body", ["def run(conn): pass",
+                                  "def items(): return ['a']\ndef run(conn, item): pass"],
+                         ids=["tool", "items"])
+@pytest.mark.parametrize("shape", HOLDERS.values(), ids=HOLDERS)
+def test_what_holds_a_connection_on_which_nobody_would_commit_is_refused(quick, shape, body):
+    quick.pipeline(INNER + shape + "\n\ndef get_connection():\n    return Shape()\n\n"
+                   'TOOL_MAP = {"t": "t"}')
+    quick.tool("t", body)
+    ended = quick.run()
+    assert ended.code == 1 and "that holds a connection, on which nobody would commit" in ended.err
+    quick.pipeline(INNER + shape + "\n\ndef get_connection():\n    return Shape()\n\n"
+                   'TOOL_MAP = {"t": {"module": "t", "commits": True}}')
+    assert quick.run().code == 0
