@@ -204,6 +204,25 @@ class Example:
             return sorted(conn.iterdump())
 
 
+def count_steps(call):
+    """Return how many lines of Python and calls of C a call takes: its work, whatever the clock."""
+    steps = 0
+
+    def count(frame, event, arg):
+        nonlocal steps
+        steps += 1
+        return count
+
+    sys.settrace(count)
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+        sys.settrace(None)
+    return steps
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """Let main(), called in this process, keep its history away from this checkout."""

@@ -300,10 +300,9 @@ def test_verbose_keeps_the_frames_of_the_engine(modules):
     ("x = 1\nimport sys\nsys.exit(4)", r"called sys.exit\(4\), \S*m.py:3"),
     ("def run(): pass\nraise ValueError('at import')", "m.py:2:\n  ValueError: at import"),
     ("def other(): pass", r"has no function run\(\)"),
-    ("def rum(): pass", "Did you mean 'rum'"),
     ("run = 3", r"run of \S*m.py is an int, not a function.\n  Write `def run"),
-    ("def run(con, **kwargs): pass", "asks for 'con', which nothing gives.\n  Did you mean 'con"),
-    ("def run(weight): pass", r"asks for 'weight', which nothing gives.\n  Give it a default"),
+    ("def run(con, **kwargs): pass", "asks for 'con', which nothing gives.\n  There are conn, con"),
+    ("def run(weight): pass", r"asks for 'weight', which nothing gives.\n  .* Give it a default"),
 ])
 def test_a_module_that_can_not_be_used_is_told_with_the_line(modules, source, says):
     folder = modules()
@@ -335,12 +334,6 @@ def test_every_broken_module_of_the_plan_is_told_at_once(modules):
 def test_a_missing_module_outside_the_plan_is_no_hindrance(modules):
     modules(a="def run(): return 1")
     assert run_pipeline("a", {"a": "a", "b": "not_written_yet"}).status == "success"
-
-
-def test_a_missing_module_is_told_with_the_nearest_one(modules):
-    modules(parser_of_days="")
-    with pytest.raises(UserError, match="Did you mean 'parser_of_days'"):
-        run_pipeline([], {"t": "parser_of_day"})
 
 
 def test_modules_are_imported_before_the_connection_is_opened(modules):

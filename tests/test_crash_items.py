@@ -113,11 +113,11 @@ class Connection(Unsynced):
             step()
 
 
-def write_and_note(fd, item, *rest):
+def write_and_note(fd, job, item):
     """Write a slip, with a step before and after it."""
     step()
-    write_slip(fd, item, *rest)
-    note("slip", sys._getframe(1).f_locals["self"].tool.name, item.name or "-")
+    write_slip(fd, job, item)
+    note("slip", job.tool, item.name if item else "-")
     step()
 
 
@@ -222,9 +222,10 @@ def kill_and_go_on(at):
         # with the orchestrator die its workers, one moment later
         check(deaths == died.count(key) or WORDS and is_main
               and deaths == died.count(key) + 1, f"{text}, and died {died.count(key)} times")
-        check(WORDS or calls.count(key) <= TRIES.get(key, 0) + 1 + bool(FIRST),  # locks cause more
-              f"{key} called {calls.count(key)} times")
-    slips = [str(path) for path in (folder / "home/crash/slips").glob("*/*")]
+        most = TRIES.get(key, 0) + 1 + bool(FIRST)
+        most *= 1 + (OPTIONS["batch"] > 1)  # in a batch that failed, and alone
+        check(WORDS or calls.count(key) <= most, f"{key} called {calls.count(key)} times")
+    slips = [str(path) for path in (folder / "home/crash/slips").glob("*")]
     check(not slips, f"left: {slips}")
     for name in ("data.db", "home/crash/history.db"):
         check(look("PRAGMA integrity_check", name) == [("ok",)], f"{name} is damaged")
@@ -324,18 +325,19 @@ def test_items_of_a_run_killed_at_any_step_are_done_exactly_once(sandbox, words,
     said = kill_at_every_step(sandbox, words, batch, journal, first, every)
     assert not said["complaints"], said
     assert said["kills"] > 60 / every
-    assert not words or min(said["where"].values()) > 20 / every  # chance has a part in it
+    assert not words or min(said["where"].values()) > 10 / every  # chance has a part in it
 
 
-RECORD = """            ledger.record(item, "success", item.attempts + 1, time.time(),
-                          time.monotonic() - self.started_s, rows)
+RECORD = """        ledger.record(item._replace(tries=item.tries + 1), "success", time.time(),
+                      time.monotonic() - self.started_s, rows)
 """
-CALL = "            rows = self.interrupts.call(self._call, item.name)\n"
+CALL = "            rows = count_rows(self.interrupts.call(self._call_guarded, item.name))\n"
 ANEW = "            self.database.commit()\n            self.database.begin()\n"
-LEDGER_AFTER = [(RECORD, ANEW + RECORD)]
-LEDGER_BEFORE = [(RECORD, ""), (CALL, RECORD.replace("rows)", "None)") + ANEW + CALL)]
-STALE_SLIPS = [(" and count_tries(found) <= count_tries(item)", "")]
-NO_UNDO = [('self.do("ROLLBACK TO SAVEPOINT orchestrator_item")', "pass")]
+LEDGER_AFTER = [(RECORD, ANEW.replace("    " * 3, "    " * 2) + RECORD)]
+EARLY = "            " + RECORD.lstrip().replace("rows)", "None)") + ANEW
+LEDGER_BEFORE = [(RECORD, ""), (CALL, EARLY + CALL)]
+STALE_SLIPS = [("count_tries(at_work) == count_tries(item)", "item")]
+NO_UNDO = [("self.had_ended = self.database.is_open and self.database.rollback()", "pass")]
 
 
 @pytest.mark.parametrize("mutant, batch, complaint", [
@@ -401,7 +403,7 @@ def find_wrong(sandbox, wanted):
 
 
 def find_slips(sandbox, home=".orchestrator"):
-    return [path.name for path in sandbox.folder.glob(f"{home}/crash/slips/*/*")]
+    return [path.name for path in sandbox.folder.glob(f"{home}/crash/slips/*")]
 
 
 # --- killed at random ---
@@ -543,7 +545,7 @@ def test_a_poison_item_in_workers_is_quarantined_within_a_run_and_given_back(qui
 
 def test_an_engine_without_slips_lets_a_poison_item_end_every_run(quick, sandbox):
     write_pipeline(sandbox, POISON.replace("DIE", WAYS["kill"]), mutant=[
-        ("            write_slip(self.slip_fd, item)\n", "            pass\n")])
+        ("            write_slip(self.slip_fd, job, item)\n", "            pass\n")])
     assert {sandbox.run().code for _ in range(4)} == {-signal.SIGKILL}
 
 

@@ -26,7 +26,7 @@ def get_connection():
     return None
 
 """
-FIXTURE = Path(__file__).parent / "data" / "history-1.db"
+FIXTURES = Path(__file__).parent / "data"
 
 
 def open_history(folder):
@@ -95,10 +95,11 @@ def test_files_of_a_run_that_goes_on_are_for_its_owner_alone_too(line):
     line.tool("m", """
         import glob, os, stat
         def run(day):
+            print("so that there is a log")
             found = {path: oct(stat.S_IMODE(os.stat(path).st_mode))
                      for path in glob.glob(".orchestrator/**", recursive=True)
                      + glob.glob(".orchestrator/*/logs/1/.*") if os.path.isfile(path)}
-            assert len(found) >= 6, found  # with -wal, -shm and spools
+            assert len(found) >= 5, found  # with -wal, -shm and the log
             assert set(found.values()) == {"0o600"}, found
     """)
     ended = line.run("a")
@@ -177,7 +178,7 @@ def test_run_pipeline_keeps_no_history_without_a_home(modules):
 def test_the_file_is_plain_sqlite_that_says_whose_it_is(line):
     line.run()
     with open_history(line.folder) as conn:
-        assert conn.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION == 3
+        assert conn.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION == 4
         assert conn.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
         assert conn.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
         assert conn.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
@@ -219,8 +220,8 @@ def test_a_history_of_a_newer_engine_is_refused_with_both_versions(line):
             conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 6}")
 
     path, content = write_history(line, make_newer)
-    check_refused(line, path, content, "has schema version 9, and this engine, " + VERSION,
-                  "knows 3.", "Use the newer orchestrator.py that wrote it.")
+    check_refused(line, path, content, "has schema version 10, and this engine, " + VERSION,
+                  "knows 4.", "Use the newer orchestrator.py that wrote it.")
 
 
 def test_the_database_of_something_else_is_refused_and_left_alone(line):
@@ -337,22 +338,66 @@ def test_a_disk_that_is_full_in_the_middle_of_a_run_ends_it_in_a_sentence(sandbo
         == [("a", "1"), ("b", "1"), ("b", "2"), ("c", "2")]
 
 
-def test_a_history_written_by_the_first_engine_is_read_by_this_one(line):
-    """The file was written by engine 1.0.0: run 1 failed in b, run 2 resumed it and was killed."""
+def put_fixture(line, version):
+    """Give a pipeline the history that an engine of this schema version wrote; return its path."""
     folder = Path(find_pipeline_folder(str(line.folder / ".orchestrator"), line.folder.name))
     folder.mkdir(parents=True)
-    shutil.copy(FIXTURE, folder / "history.db")
+    return shutil.copy(FIXTURES / f"history-{version}.db", folder / "history.db")
+
+
+@pytest.mark.parametrize("version, killed", [(1, 2), (3, 6)])
+def test_a_history_written_by_an_older_engine_is_read_by_this_one(line, version, killed):
+    """In both, a run failed in b, and the last one resumed it and was killed."""
+    put_fixture(line, version)
+    failed, resumed, after = killed - 1, str(killed), str(killed + 1)
     status = {t["tool"]: t["status"] for t in of_json(line, "--status")["tools"]}
     assert status == {"a": "cached", "b": "interrupted", "c": "skipped"}
     runs = of_json(line, "--history")["runs"]
-    assert [(run["run_id"], run["status"]) for run in runs] == [("2", "interrupted"),
-                                                               ("1", "failed")]
+    assert [(run["run_id"], run["status"]) for run in runs[:2]] == [
+        (resumed, "interrupted"), (str(failed), "failed")]
     assert runs[1]["tools"][1]["error"] == "ValueError: b is broken"
     ended = line.run("--resume")
-    assert ended.code == 0 and "Run 2 was cut off" in ended.err, ended
-    assert of_json(line, "--history")["runs"][0]["run_id"] == "3"
+    assert ended.code == 0 and f"Run {resumed} was cut off" in ended.err, ended
+    assert of_json(line, "--history")["runs"][0]["run_id"] == after
     assert [t["status"] for t in of_json(line, "--history")["runs"][0]["tools"]] \
         == ["cached", "success", "success"]
+
+
+def test_what_a_history_of_version_3_tells_of_items_and_backfills_is_read_on(line):
+    """Of d, run 2 was partial and run 3 of a single item; run 4 was a period of a backfill."""
+    path = put_fixture(line, 3)
+    history = orchestrator.History(os.path.dirname(path), "")
+    d, a = history.load_last_attempts()["d"], history.find_success("a")
+    assert (history.find_called_in("d"), json.loads(d["called_items"])["listed"], d["status"]) \
+        == (3, 2, "success")
+    assert history.find_success("d", '{"day": "monday"}') is None
+    assert (a.run_id, a.work) == ("5", 7)
+    assert history.find_success("a", '{"day": "monday"}') == a
+    assert history.find_success("c").run_id == "1"
+    lasts = history.load_last_like(Request(("a",)))
+    assert [(row["run_id"], json.loads(arguments)) for arguments, row in lasts.items()] \
+        == [(4, {"day": "monday", "period_start": "2013-01-01", "period_end": "2013-01-02"})]
+    history.close()
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_history_of_each_version_is_brought_to_the_same_schema(line, version):
+    path = put_fixture(line, 1)
+    with contextlib.closing(sqlite3.connect(path)) as conn:
+        for step in range(1, version):
+            conn.executescript(orchestrator.UPGRADES[step])
+        conn.execute(f"PRAGMA user_version = {version}")
+    assert line.run("--status").code == 0
+    orchestrator.open_database(str(line.folder / "new.db")).close()
+    schemas = []
+    for file in (path, line.folder / "new.db"):
+        with contextlib.closing(sqlite3.connect(file)) as conn:
+            schemas.append([sorted(row[1] for row in conn.execute(f"PRAGMA table_info({table})"))
+                            for table in ("runs", "attempts")])
+            schemas[-1] += conn.execute("SELECT name, sql FROM sqlite_master WHERE type IN "
+                                        "('view', 'index') ORDER BY name").fetchall()
+            assert conn.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION
+    assert schemas[0] == schemas[1] and len(schemas[0]) == 7
 
 
 # --- what is recorded ---
@@ -531,16 +576,9 @@ def test_the_commit_around_a_folder_is_found_as_git_says(repository, change):
     assert find_git_commit(str(repository / "deep" / "er")) == git(repository, "rev-parse", "HEAD")
 
 
-def test_the_commit_of_a_worktree_is_its_own(repository, tmp_path):
-    git(repository, "worktree", "add", "-qb", "other", str(tmp_path / "tree"))
-    (tmp_path / "tree" / "more").write_text("y")
-    git(tmp_path / "tree", "add", "more")
-    git(tmp_path / "tree", "commit", "-qm", "second")
-    for _ in range(2):
-        here = find_git_commit(str(tmp_path / "tree"))
-        assert here == git(tmp_path / "tree", "rev-parse", "HEAD")
-        assert here != find_git_commit(str(repository))
-        git(repository, "pack-refs", "--all")
+def test_a_worktree_has_no_commit_and_never_that_of_a_repository_around_it(repository):
+    git(repository, "worktree", "add", "-qb", "other", str(repository / "deep" / "tree"))
+    assert find_git_commit(str(repository / "deep" / "tree")) is None
 
 
 def test_no_repository_and_a_broken_one_have_no_commit(tmp_path):
@@ -827,7 +865,7 @@ def test_a_clock_set_back_makes_no_negative_ages_and_nothing_fresh(past):
         == ("run", "in TOOL_MAP; succeeded in the future, if the clock is right")
     from orchestrator import format_status, make_status
     with hold_history(line.folder, line.base) as history:
-        shown = make_status(["t"], history.find_last, None, [], line.now, {})
+        shown = make_status(["t"], history.load_last_attempts().get, None, [], line.now, {})
         assert shown["tools"][0]["age_s"] == 0.0 and "-" not in format_status(
             shown, orchestrator.Style())
 
@@ -851,3 +889,178 @@ def test_a_run_takes_no_negative_time_although_the_wall_clock_is_set_back(past):
                           clock=Clock(wall=lambda: next(times)))
     assert result.duration_s >= 0 and result.outcomes["t"].duration_s >= 0
     assert ask(line.folder, "SELECT min(duration_s) AS d FROM attempts")[0]["d"] >= 0
+
+
+# --- no cost grows faster than its work: counted in steps of SQLite and in calls, by no clock ---
+
+@pytest.fixture
+def made(tmp_path):
+    """Make a history with many runs: made(count, tools, status) -> (History, its steps so far)."""
+    histories = []
+
+    def make(count, tools=("a", "b"), status="success", cached=0):
+        """The last `cached` runs only note each tool as cached."""
+        folder = tmp_path / str(len(histories))
+        folder.mkdir()
+        history, steps = orchestrator.History(str(folder), ""), [0]
+        histories.append(history)
+        runs, attempts = [], []
+        for run_id in range(1, count + 1):
+            is_cached = run_id > count - cached
+            runs.append((run_id, status, "[]", "[]", json.dumps({"day": run_id}), len(tools),
+                         float(run_id), 1.0, 1, len(attempts) + 1, "1", "t", "{}"))
+            for tool in tools:
+                work = len(attempts) + 1
+                if is_cached:
+                    work = next(row[0] for row in reversed(attempts)
+                                if row[2] == tool and row[3]) if run_id == count - cached + 1 \
+                        else next(row[7] for row in attempts[-len(tools):] if row[2] == tool)
+                attempts.append((len(attempts) + 1, run_id, tool, int(not is_cached),
+                                 "cached" if is_cached else status, float(run_id), 1.0, work))
+        history.do("BEGIN")
+        for table, columns, rows in [
+                ("runs", "run_id, status, targets, exclude, arguments, planned, started_at, "
+                 "duration_s, pid, first_attempt, version, tables, sources", runs),
+                ("attempts", "attempt_id, run_id, tool, attempt, status, started_at, duration_s, "
+                 "work", attempts)]:
+            marks = ", ".join("?" * len(rows[0]))
+            history._cursor.executemany(f"INSERT INTO {table} ({columns}) VALUES ({marks})", rows)
+        history.do("COMMIT")
+        history._cursor.connection.set_progress_handler(
+            lambda: steps.__setitem__(0, steps[0] + 1), 10)
+        return history, steps
+
+    yield make
+    for history in histories:
+        history.close()
+
+
+def count_steps(made, look, **how):
+    """Return what a look costs at 200 runs and at 2,000, in steps of SQLite."""
+    costs = []
+    for count in (200, 2000):
+        history, steps = made(count, **{name: value(count) if callable(value) else value
+                                        for name, value in how.items()})
+        assert look(history) is not None
+        costs.append(steps[0] + 1)
+    return costs
+
+
+@pytest.mark.parametrize("cached", [0, lambda count: count - 1], ids=["called", "cached"])
+def test_the_status_of_tools_costs_the_same_however_often_they_ran(made, cached):
+    def look(history):
+        assert history.find_running() is None
+        lasts = history.load_last_attempts()
+        assert {tool: row["status"] for tool, row in lasts.items()} \
+            == dict.fromkeys("ab", "cached" if cached else "success")
+        assert {row["called_at"] for row in lasts.values()} \
+            == {1.0 if cached else lasts["a"]["started_at"]}
+        return lasts
+
+    few, many = count_steps(made, look, cached=cached)
+    assert many < 1.5 * few
+
+
+@pytest.mark.parametrize("look", [
+    lambda history: history.load_attempts(7), lambda history: history.find_done(7),
+    lambda history: history.find_success("a"), lambda history: history.find_expected_s("a"),
+    lambda history: history.load_last_runs(10), lambda history: history.find_run("3")])
+def test_what_is_asked_of_one_run_or_tool_costs_the_same_however_many_there_are(made, look):
+    few, many = count_steps(made, look)
+    assert many < 1.5 * few
+
+
+@pytest.mark.parametrize("look", [
+    lambda history: history.prune(1e9),
+    lambda history: history.load_last_like(Request()),
+    lambda history: history.find_resumable("1")], ids=["prune", "periods", "resume"])
+def test_what_is_asked_of_all_runs_costs_as_much_more_as_there_are_more(made, look):
+    few, many = count_steps(made, look, status="failed")
+    assert many < 13 * few
+
+
+def test_prune_leaves_of_each_run_all_or_nothing(made):
+    history, _ = made(30, tools=("a", "b", "c"), status="failed")
+    # what stays: 5 and 9, which hold the last successes of a and b, and 30, the newest
+    history.do("UPDATE attempts SET work = NULL")
+    for run_id, tool in [(3, "a"), (5, "a"), (4, "b"), (9, "b")]:
+        history.do("UPDATE attempts SET status = 'success', work = attempt_id "
+                   "WHERE run_id = ? AND tool = ?", (run_id, tool))
+    before = {run_id: history.load_attempts(run_id) for run_id in range(1, 31)}
+    gone = history.prune(1e9)
+    assert gone == [str(run_id) for run_id in range(1, 30) if run_id not in (5, 9)]
+    assert [run["run_id"] for run in history.load_last_runs(99)] == [30, 9, 5]
+    assert {run_id: history.load_attempts(run_id) for run_id in (5, 9, 30)} \
+        == {run_id: before[run_id] for run_id in (5, 9, 30)}
+    left, = history.load("SELECT count(*) AS n FROM attempts")
+    assert left["n"] == 9 and {len(rows) for rows in before.values()} == {3}
+    assert history.prune(1e9) == []
+
+
+def count_calls(monkeypatch, owner, name):
+    """Return a list that grows with each call of a function."""
+    calls, function = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: calls.append(args) or function(*args))
+    return calls
+
+
+@pytest.mark.parametrize("is_line", [True, False], ids=["a plain list", "independent"])
+def test_cached_tools_ask_history_once_or_twice_each_and_hash_their_module_once(
+        modules, monkeypatch, is_line):
+    folder = modules(m="def run(): return 1")
+    finds = count_calls(monkeypatch, orchestrator.History, "find_success")
+    hashes = count_calls(monkeypatch, orchestrator, "hash_module")
+    costs = []
+    for count in (30, 300):
+        tools = {f"t{i}": {"module": "m", "cache": True, **({} if is_line else {"needs": []})}
+                 for i in range(count)}
+        for names in ([f"t{i}" for i in range(count)], [], []):
+            del finds[:], hashes[:]
+            result = run_pipeline([], tools, home=str(folder / str(count)))
+            assert len(hashes) <= 2  # for the plan, and for the run
+            costs.append(len(finds) / count)
+            assert (result.succeeded, len(result.cached)) == (names, count - len(names))
+    assert hashes and max(costs) < 4
+
+
+def test_the_newest_work_of_all_before_a_tool_is_right_in_any_order(tmp_path):
+    """Against the maximum over all of them, while tools of a plain list succeed at random."""
+    import random
+    chance = random.Random(7)
+    names = [f"t{i}" for i in range(20)]
+    pipeline = load_pipeline(dict.fromkeys(names, "m"), name="p")
+    history, works = orchestrator.History(str(tmp_path), ""), {}
+    plan = make_plan(pipeline)
+    history.begin_run(plan, Request(), {}, orchestrator.Versions("", {}), 0.0)
+    for _ in range(200):
+        tool, did = chance.choice(names), chance.choice(names)
+        expected = max([works.get(name, 0) for name in names[:names.index(tool)]], default=0)
+        assert history.find_needed_works(pipeline, tool) == {"*": expected}
+        history.begin_attempt(did, 1, 0.0, 1)
+        works[did] = history.open[did]
+        history.end_attempt(did, orchestrator.Outcome("success"), {})
+    history.close()
+
+
+# --- no history is one that is empty ---
+
+def test_without_a_history_nothing_is_opened_or_written(modules, monkeypatch):
+    modules(works="def run(context): return context.last_success")
+    opened = count_calls(monkeypatch, orchestrator, "open_database")
+    locked = count_calls(monkeypatch, orchestrator, "open_lock")
+    result = run_pipeline([], {"t": {"module": "works", "cache": True}, "u": "works"})
+    assert result.status == "success" and result.results == {"t": None, "u": None}
+    assert [path for path, in opened if path != ":memory:"] == locked == []
+    assert re.fullmatch(r"\d{8}T\d{6}Z-[0-9a-f]{4}", result.run_id)
+
+
+def test_a_history_in_memory_answers_as_one_that_is_empty(tmp_path):
+    kept = orchestrator.History(str(tmp_path), "")
+    for history in (orchestrator.History(), kept):
+        assert history.find_success("t") is history.find_last_success_at("t") is None
+        assert history.find_expected_s("t") is history.find_running() is None
+        assert history.load_last_attempts() == history.load_last_like(Request()) == {}
+        assert history.load_last_runs(9) == []
+        with pytest.raises(UserError, match="There is no run '1'"):
+            history.find_run("1")
+        history.close()

@@ -105,7 +105,7 @@ class Line:
             "SELECT item, status, attempts, deaths FROM orchestrator_items WHERE tool <> 'after'")}
 
     def slips(self):
-        return [path for path in self.folder.rglob("slips/*/*")]
+        return [path for path in self.folder.rglob("slips/*")]
 
 
 @pytest.fixture
@@ -148,12 +148,14 @@ def test_the_run_after_an_outage_does_all_that_failed(line, outage, batch, jobs)
     line.set(LETTERS, bad=LETTERS)
     ended = line.run("--jobs", str(jobs))
     assert (ended.code, status_of(ended)) == (1, "failed"), ended
-    assert sorted(line.calls()) == [f"{item}1" for item in LETTERS]  # none twice in one run
+    # None twice in one run, but for the first of a batch.
+    calls = line.calls()
+    assert sorted({*calls}) == [f"{item}1" for item in LETTERS] and (batch > 1 or len(calls) == 6)
     assert line.ledger() == dict.fromkeys(LETTERS, ("failed", 1, 0))
 
     ended = line.run("--jobs", str(jobs))  # it lasts
     assert (ended.code, status_of(ended)) == (1, "failed"), ended
-    assert sorted(line.calls()) == [f"{item}2" for item in LETTERS]
+    assert sorted({*line.calls()}) == [f"{item}2" for item in LETTERS]
     assert "given up" not in ended.err
 
     line.heal()
@@ -199,7 +201,7 @@ def test_with_retries_items_are_given_up_and_a_tool_that_has_nothing_else_has_fa
     line.set(LETTERS, bad=LETTERS)
     ended = line.run("--jobs", str(jobs))
     assert (ended.code, status_of(ended)) == (1, "failed")
-    assert sorted(line.calls()) == sorted(f"{item}{i}" for item in LETTERS for i in (1, 2))
+    assert sorted({*line.calls()}) == sorted(f"{item}{i}" for item in LETTERS for i in (1, 2))
 
     line.heal()
     for words in ((), ("--resume",)):
@@ -571,8 +573,7 @@ def test_a_connection_that_does_not_come_back_fails_the_tool_and_the_next_start_
             assert line.ledger()["b"] == ("pending", 0, times - 1)
         (line.folder / "no-connection").unlink()
     ended = line.run("--jobs", str(jobs))
-    # Another worker may have done the others before.
-    assert ended.code == 1 and (jobs > 1 or status_of(ended) == "partial"), ended
+    assert ended.code == 1, ended  # the others were done before
     assert line.ledger() == {**dict.fromkeys("ac", ("success", 1, 0)), "b": ("quarantined", 0, 3)}
     assert sorted(line.done()) == ["a", "c"]
     assert line.slips() == []
@@ -613,23 +614,14 @@ def test_a_tool_that_commits_by_itself_may_lose_it_too(line, commits):
 # --- what is not done again unasked ---
 
 
-@pytest.mark.parametrize("retries", [0, 2])
-def test_an_item_that_ended_its_transaction_is_quarantined_at_once(line, retries):
-    """It may have been done. (SQLite refuses what would end all of it, but not this.)"""
-    line.write(batch=4, retries=retries).fault("conn.execute('RELEASE orchestrator_item')")
+@pytest.mark.parametrize("how", ["RELEASE orchestrator_item", "COMMIT", "ROLLBACK"])
+def test_on_sqlite_no_item_ends_its_transaction_and_one_that_tries_has_failed(line, how):
+    line.write(batch=4).fault(f"conn.execute({how!r})")
     line.set(LETTERS, bad="b")
     ended = line.run()
     assert (ended.code, status_of(ended)) == (1, "partial"), ended
-    assert line.ledger() == {**dict.fromkeys("acdef", ("success", 1, 0)),
-                             "b": ("quarantined", 1, 0)}
-    assert "so that it may have been done" in ended.err and "; quarantined" in ended.err
-    line.heal()
-    line.calls()
-    ended = line.run()
-    assert (ended.code, line.calls()) == (0, [])
-    assert "1 item given up before: b; --retry-items t tries again" in ended.err
-    assert line.run(*RETRY).code == 0
-    assert line.calls() == ["b1"]
+    assert line.ledger() == {**dict.fromkeys("acdef", ("success", 1, 0)), "b": ("failed", 1, 0)}
+    assert sorted(line.done()) == sorted({*LETTERS} - {"b"})
 
 
 # --- wherever the ledger is ---

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator import (
-    NO_ITEM,
     Item,
+    Job,
     Ledger,
     Taken,
     check_item,
@@ -53,7 +53,7 @@ def pending(ledger, found=None, each=None):
 def done(ledger, name, version="", status="success", attempts=1, deaths=0, is_seen=None):
     """Record how an item ended, after a look at its row."""
     item, *_ = ledger.look(Item(name, version))
-    ledger.record(item._replace(deaths=deaths), status, attempts, 1.0, 0.5, 3, None)
+    ledger.record(item._replace(tries=attempts, deaths=deaths), status, 1.0, 0.5, 3, None)
 
 
 # --- what items() gives ---
@@ -231,7 +231,7 @@ def test_what_failed_once_keeps_its_tries_only_for_its_version_and_source(open_l
 
     def counts(ledger, version):
         ledger.list_items([("a", version)], None)
-        return [(item.attempts, item.deaths) for item, *_ in ledger.find_pending()]
+        return [(item.tries, item.deaths) for item, *_ in ledger.find_pending()]
 
     assert counts(open_ledger(), "v") == [(2, 1)]
     assert counts(open_ledger(), "w") == [(0, 0)]
@@ -294,14 +294,14 @@ def test_a_connection_may_make_of_rows_what_it_will(conn, open_ledger, factory):
 
 def test_a_row_is_written_once_and_then_only_if_it_is_not_a_success_of_that_version(open_ledger):
     ledger, other = open_ledger(run_id="1"), open_ledger(run_id="2")
-    ledger.record(Item("a", "v", False), "success", 1, 1.0, 0.1)
+    ledger.record(Item("a", "v", False, 1), "success", 1.0, 0.1)
     with pytest.raises(Taken):
-        other.record(Item("a", "v", False), "success", 1, 2.0, 0.1)
+        other.record(Item("a", "v", False, 1), "success", 2.0, 0.1)
     with pytest.raises(Taken):
-        other.record(Item("a", "v", True), "failed", 1, 2.0, 0.1)
-    other.record(Item("a", "w", True), "failed", 1, 3.0, 0.1, error="no")
+        other.record(Item("a", "v", True, 1), "failed", 2.0, 0.1)
+    other.record(Item("a", "w", True, 1), "failed", 3.0, 0.1, error="no")
     with pytest.raises(Taken):
-        other.record(Item("z", "w", True), "success", 1, 3.0, 0.1)
+        other.record(Item("z", "w", True, 1), "success", 3.0, 0.1)
     row, = ledger.load_items(["failed"], "")
     assert (row["version"], row["passed"], row["run_id"], row["error"]) == ("w", "v", "2", "no")
 
@@ -310,7 +310,7 @@ def test_a_look_tells_who_did_an_item(open_ledger):
     ours, theirs = open_ledger(run_id="1"), open_ledger(run_id="2")
     item = Item("a", "v", None)
     assert ours.look(item) == (Item("a", "v", False), "pending", None, None)
-    ours.record(Item("a", "v", False), "success", 1, 1.0, 0.1, 7)
+    ours.record(Item("a", "v", False, 1), "success", 1.0, 0.1, 7)
     assert ours.look(item)[1:] == ("success", 7, None)
     assert theirs.look(item)[1:] == ("done", 7, None)
     assert theirs.look(item._replace(version="w"))[1] == "pending"
@@ -318,11 +318,11 @@ def test_a_look_tells_who_did_an_item(open_ledger):
 
 def test_a_look_keeps_the_tries_of_what_is_pending_and_of_what_failed_in_this_run(open_ledger):
     ours, theirs = open_ledger(run_id="1"), open_ledger(run_id="2")
-    ours.record(Item("a", "", False, 0, 1), "pending", 2, 1.0, 0.1, error="no")
+    ours.record(Item("a", "", False, 2, 1), "pending", 1.0, 0.1, error="no")
     for ledger in (ours, theirs):
         found, status, _, _ = ledger.look(Item("a"))
-        assert (status, found.attempts, found.deaths) == ("pending", 2, 1)
-    ours.record(Item("a", "", True, 0, 1), "failed", 3, 1.0, 0.1, error="no")
+        assert (status, found.tries, found.deaths) == ("pending", 2, 1)
+    ours.record(Item("a", "", True, 3, 1), "failed", 1.0, 0.1, error="no")
     assert ours.look(Item("a"))[1] == "failed"
     assert theirs.look(Item("a"))[1] == "done"  # with it, though not well
 
@@ -410,18 +410,19 @@ def test_the_driver_of_sqlite_is_known_also_by_a_subclass():
 
 
 def test_a_slip_tells_the_item_that_was_at_work_and_nothing_after_a_clean_end(tmp_path):
-    path = tmp_path / "slip"
+    path, job = tmp_path / "slip", Job(1, "t", source="s")
     item = Item("a long name\nof two lines 😀", "v", True, 2, 1)
     with open(path, "wb") as file:
-        write_slip(file.fileno(), Item("a much longer name than that of the next", "v" * 40))
-        write_slip(file.fileno(), item)
-        assert read_slip(str(path)) == item._replace(is_seen=None)
-        write_slip(file.fileno(), NO_ITEM)
-    assert read_slip(str(path)) is None
+        write_slip(file.fileno(), job, Item("a much longer name than that of the next", "v" * 40))
+        write_slip(file.fileno(), job, item)
+        assert read_slip(str(path)) == ("t", "s", item._replace(is_seen=None))
+        write_slip(file.fileno(), job, None)
+    assert read_slip(str(path)) == ("t", "s", None)
 
 
-@pytest.mark.parametrize("content", [b"", b"a", b"a\0v\0", b"a\0v\0x\0y\0", b"\xff\0v\x001\x001\0"])
+@pytest.mark.parametrize("content", [b"", b"t", b"t\0s\0a\0v\0", b"t\0s\0a\0v\0x\0y\0",
+                                     b"t\0s\0\xff\0v\x001\x001\0"])
 def test_a_slip_that_was_torn_tells_nothing(tmp_path, content):
     (tmp_path / "slip").write_bytes(content)
-    assert read_slip(str(tmp_path / "slip")) is None
-    assert read_slip(str(tmp_path / "none")) is None
+    assert read_slip(str(tmp_path / "slip")) == ("", "", None)
+    assert read_slip(str(tmp_path / "none")) == ("", "", None)

@@ -1,21 +1,18 @@
 """What tools print: shown as it comes, and kept in a log for each attempt."""
 import contextlib
 import io
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
-import types
 
 import pytest
 from conftest import ENVIRONMENT, Ended, wait_until
 
 import orchestrator
-from orchestrator import (
-    SHOWN, SPOOLS, Capture, append_spools, clean, find_new_lines, read_tail, run_pipeline, trim_log,
-)
+from orchestrator import clean, read_tail, run_pipeline, trim_log
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="file descriptors of POSIX")
 NO_DATABASE = """
@@ -75,21 +72,24 @@ ERR = ["to stderr", "to its descriptor", "from a child", "C complains: "]
 @pytest.mark.parametrize("words, options", [((), {}), ((), {"isolate": True}), (("-j", "2"), {})],
                          ids=["here", "isolated", "worker"])
 def test_what_python_c_code_and_children_print_is_shown_and_is_in_the_log(pipe, words, options):
-    """A naive capture, which replaces sys.stdout, has the first line only."""
+    """What C code and children print in this process is shown, each stream in its order, but not
+    kept; it is where the tool has a process of its own.
+    """
     sandbox = pipe(LOUD, **options)
     ended = sandbox.run(*words)
     assert ended.code == 0, ended
     in_log = [line for line in logs(sandbox)["1/t.1"].decode().splitlines()]
+    if not (words or options):
+        assert in_log == ["from print", "to stderr"]
+        assert ended.out == OUT
+        said = [line for line in ended.err.splitlines() if line.startswith(tuple(ERR))]
+        assert [line[:11] for line in said] == [line[:11] for line in ERR]
+        return
     assert [line for line in in_log if line in OUT.splitlines()[:2] + ["from C"]] \
         == ["from print", "from the descriptor", "from C"]
     assert in_log.count("from a child") == 2
     assert [line for line in in_log if line.startswith(tuple(ERR[:2] + ERR[3:]))][:2] == ERR[:2]
-    if words or options:
-        assert sorted(ended.out.splitlines()) == sorted(in_log)
-    else:  # stdout and stderr stay apart, each in its order
-        assert ended.out == OUT
-        said = [line for line in ended.err.splitlines() if line.startswith(tuple(ERR))]
-        assert [line[:11] for line in said] == [line[:11] for line in ERR]
+    assert sorted(ended.out.splitlines()) == sorted(in_log)
     assert left_behind(sandbox) == []
 
 
@@ -194,7 +194,6 @@ def test_a_log_is_made_at_its_first_byte_and_belongs_to_one_attempt(pipe, words)
 
 @POSIX
 def test_many_short_tools_in_a_row_each_have_what_they_printed(pipe):
-    """The thread that carries output and the end of a tool must not get in each other's way."""
     names = [f"t{i}" for i in range(150)]
     sandbox = pipe({}).pipeline(
         f"{NO_DATABASE}TOOL_MAP = {{name: 'm' for name in {names!r}}}").tool("m", """
@@ -207,39 +206,6 @@ def test_many_short_tools_in_a_row_each_have_what_they_printed(pipe):
             == {f"{run}/{name}.1": name.encode() + b"\n" for name in names}
 
 
-@POSIX
-def test_the_end_of_a_tool_waits_for_a_piece_that_is_being_carried(tmp_path, monkeypatch):
-    """Where the thread was between reading a piece and writing it, the log missed that piece, and
-    the next tool's went into this log.
-    """
-    class Slow(Capture):
-        def write_log(self, content):
-            started.set()
-            time.sleep(0.05)  # lets the other thread be first, if it can
-            super().write_log(content)
-
-    import threading
-    started = threading.Event()
-    read_end, write_end = os.pipe()
-    keep = os.dup(1)
-    try:
-        os.dup2(write_end, 1)
-        monkeypatch.setattr(sys, "stdout", open(1, "w", closefd=False))
-        monkeypatch.setattr(sys, "stderr", io.StringIO())
-        with Slow(str(tmp_path)) as capture:
-            for name in ("one", "two"):
-                started.clear()
-                capture.begin(str(tmp_path / name))
-                os.write(1, name.encode())
-                assert started.wait(5)  # the thread has it
-                assert capture.end() == str(tmp_path / name)
-                assert (tmp_path / name).read_text() == name
-    finally:
-        os.dup2(keep, 1)
-        for fd in (keep, read_end, write_end):
-            os.close(fd)
-
-
 # --- bytes of every kind ---
 
 @pytest.mark.parametrize("words", [(), ("-j", "2")])
@@ -250,7 +216,7 @@ def test_logs_shows_nothing_that_takes_hold_of_a_terminal(pipe, words):
             os.write(1, b"bad \\xff\\xfe utf-8\\n" b"a NUL \\0 in it\\n" b"\\x1b[31mred\\x1b[0m\\n"
                         b"\\x1b]0;title\\x07bell\\x07\\n" b"\\x1b[2Jcleared\\r\\n"
                         b"\\xc2\\x9b31m C1\\n" b"tab\\there\\n" b"no end")
-    """)
+    """, isolate=True)
     assert sandbox.run(*words).code == 0
     assert b"\xff\xfe" in logs(sandbox)["1/t.1"]  # as it was printed
     for more in ((), ("--tail", "99")):
@@ -343,17 +309,12 @@ def test_the_last_lines_of_a_failing_tool_stand_at_the_end(pipe, words):
 
 @POSIX
 def test_a_killed_tool_has_in_its_log_what_it_printed_and_once(sandbox):
-    """What was shown before the kill is in the log already, and the rest still in the spool."""
     sandbox.pipeline(NO_DATABASE + 'TOOL_MAP = {"a": "t", "b": "t"}').tool("t", """
-        import glob, os, signal, sys, time
+        import os, signal, sys
         def run(context):
             print("out of", context.tool)
             print("err of", context.tool, file=sys.stderr)
             if context.tool == "b" and context.run_id == "1":
-                log, = glob.glob(".orchestrator/*/logs/1/b.1.log") or [""]
-                while not log or os.path.getsize(log) < 18:  # until it is carried there
-                    time.sleep(0.001)
-                    log, = glob.glob(".orchestrator/*/logs/1/b.1.log") or [""]
                 print("last words")
                 os.kill(os.getpid(), signal.SIGKILL)
     """)
@@ -389,18 +350,6 @@ def test_a_worker_that_is_killed_has_in_its_log_what_it_printed(sandbox, words):
 
 
 @POSIX
-def test_spools_are_appended_from_where_they_were_carried_to(tmp_path):
-    log = tmp_path / "log"
-    log.write_bytes(b"one ")
-    (tmp_path / SPOOLS[0]).write_bytes(b"one two")
-    (tmp_path / (SPOOLS[0] + SHOWN)).write_bytes(b"%20d" % 4)
-    (tmp_path / SPOOLS[1]).write_bytes(b" three")
-    append_spools(str(tmp_path), str(log))
-    assert log.read_bytes() == b"one two three"
-    assert list(tmp_path.iterdir()) == [log]
-
-
-@POSIX
 def test_a_reader_that_goes_away_and_a_closed_stdout_do_no_harm(sandbox):
     sandbox.pipeline(NO_DATABASE + 'TOOL_MAP = {"t": "t"}').tool("t", """
         def run():
@@ -433,7 +382,7 @@ def test_a_stdout_that_takes_nothing_is_told_and_the_log_has_all(sandbox, words)
     sandbox.pipeline(NO_DATABASE + 'TOOL_MAP = {"t": "t"}').tool("t", "def run(): print('hello')")
     ended = sandbox_shell(sandbox, f"{sys.executable} orchestrator.py {words} >/dev/full")
     assert ended.code == 1 and "Traceback" not in ended.err
-    assert "stdout could not be written: No space left on device; --logs shows all" in ended.err
+    assert "could not be written: No space left on device; --logs shows all" in ended.err
     assert logs(sandbox)["1/t.1"] == b"hello\n"
 
 
@@ -456,7 +405,8 @@ def test_a_tool_that_replaces_or_closes_its_stdout_breaks_nothing(pipe, what, wo
     ended = sandbox.run(*words)
     assert ended.code == 0 and "success: 2 of 2 tools done" in ended.err, ended
     assert "Traceback" not in ended.err
-    assert logs(sandbox)["1/a.1"] == b"before\n" and b"after\n" in logs(sandbox)["1/b.1"]
+    assert logs(sandbox)["1/a.1"] == b"before\n"
+    assert b"after\n" in (logs(sandbox)["1/b.1"] if words else ended.err.encode())
 
 
 def test_what_an_import_prints_and_what_follows_the_run_reach_the_screen(pipe):
@@ -500,13 +450,38 @@ def test_a_run_that_printed_nothing_leaves_no_folder_behind(pipe, words):
     assert list(folder.iterdir()) == []
 
 
-def test_a_log_that_is_followed_is_told_again_only_if_it_has_grown(tmp_path):
-    row = {"run_id": 1, "tool": "t", "attempt": 1, "status": "running"}
-    options, shown = types.SimpleNamespace(json=True, tail=None), {}
-    log = tmp_path / "t.1.log"
-    told = []
-    for text in ("one\n", "", "two\n"):
-        with log.open("a") as file:
-            file.write(text)
-        told += find_new_lines(row, str(log), shown, options)
-    assert [each["lines"] for each in told] == [["one"], ["two"]]
+@POSIX
+def test_a_log_that_is_followed_as_json_is_told_once_with_each_of_its_lines(pipe):
+    sandbox = pipe("""
+        import os, time
+        def run():
+            print("one", flush=True)
+            end_s = time.monotonic() + 30
+            while not os.path.exists("go") and time.monotonic() < end_s:
+                time.sleep(0.005)
+            print("two")
+    """)
+    process = sandbox.start()
+    wait_until(lambda: list(sandbox.folder.glob(".orchestrator/*/logs/1/*.log")))
+    follower = sandbox.start("--logs", "--follow", "--json")
+    (sandbox.folder / "go").touch()
+    assert process.wait(30) == 0
+    out, _ = follower.communicate(timeout=30)
+    log, = json.loads(out)["logs"]
+    assert (log["tool"], log["lines"]) == ("t", ["one", "two"])
+
+
+NOT_KEPT = "What C code and child processes of a tool print is kept only if it is isolated or runs"
+
+
+@pytest.mark.parametrize("words, options, is_told", [
+    ((), {}, True), (("-j", "2"), {}, False), ((), {"isolate": True}, False),
+])
+def test_who_reads_a_log_of_a_tool_in_this_process_is_told_what_is_not_in_it(
+        pipe, words, options, is_told):
+    sandbox = pipe("def run(context): print('try', context.attempt)", **options)
+    sandbox.run(*words)
+    ended = sandbox.run("--logs", "t")
+    assert ended.out == "try 1\n"
+    assert ended.err == f"{NOT_KEPT} with --jobs.\n" * is_told
+    assert sandbox.run("--logs", "t", "--json").err == ""

@@ -3,6 +3,7 @@ import json
 import random
 
 import pytest
+from conftest import count_steps
 
 from orchestrator import UserError, load_pipeline, main, make_plan
 
@@ -203,6 +204,47 @@ def test_only_tools_that_declare_nothing_wait_for_all_before_them():
         "a": "*", "b": (), "c": ("a",), "d": "*"}
 
 
+def test_edges_say_what_needs_say_and_lead_only_to_tools_of_the_plan():
+    """a(*)  b  c - a  d(*)  e - b, x  f(*), of which x is not in the plan"""
+    pipeline = graph("x:", "a", "b:", "c: a", "d", "e: b x", "f")
+
+    plan = steps(pipeline, *"abcdef")
+
+    assert {tool: " ".join(step.edges) for tool, step in plan.items()} == {
+        "a": "", "b": "", "c": "a", "d": "a b c", "e": "b", "f": "d e"}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_over_edges_a_tool_reaches_all_that_it_waits_for_and_nothing_else(seed):
+    chance = random.Random(seed)
+    count = chance.randint(1, 14)
+    pipeline = graph(*[f"t{i}:" + "".join(f" t{j}" for j in range(i) if chance.random() < 0.25)
+                       if chance.random() < 0.6 else f"t{i}" for i in range(count)])
+    words = [f"t{i}" for i in chance.sample(range(count), chance.randint(1, count))]
+    planned = make_plan(pipeline, words).steps
+
+    reached, waited = {}, {}
+    for i, step in enumerate(planned):
+        before = [each.tool for each in planned[:i]]
+        needs = before if step.needs == "*" else [need for need in step.needs if need in before]
+        waited[step.tool] = {each for need in needs for each in (need, *waited[need])}
+        reached[step.tool] = {each for edge in step.edges for each in (edge, *reached[edge])}
+
+    assert reached == waited
+
+
+@pytest.mark.parametrize("count", [100, 1_000, 10_000])
+def test_a_plan_has_no_more_edges_than_tools_and_declared_needs(count):
+    """A plain list, one of which every other tool declares a need, and one waiter for many."""
+    line = make_plan(graph(*[f"t{i}" for i in range(count)])).steps
+    mixed = make_plan(graph("t0", *[f"t{i}: t{i - 1}" if i % 2 else f"t{i}"
+                                    for i in range(1, count)])).steps
+    fan = make_plan(graph(*[f"t{i}:" for i in range(count)], "u", "v", "w")).steps
+
+    assert [sum(len(step.edges) for step in each) for each in (line, mixed, fan)] \
+        == [count - 1, count // 2 + 2 * (count // 2 - 1), count + 2]
+
+
 def test_a_tool_that_needs_nothing_can_start_at_once_wherever_it_stands():
     assert waves(graph("a", "b", "c:", "d: c", "e")) == ["a c", "b d", "e"]
 
@@ -272,6 +314,24 @@ def test_plus_before_a_stage_is_plus_before_each_of_its_tools(stage):
     assert order("+" + stage, pipeline=pipeline) == alone
 
 
+def test_what_plus_added_names_the_last_that_needs_it_or_that_it_needs():
+    pipeline = graph("a:", "b: a", "c: a", "d: b c", stages={"both": ["b", "c"]})
+
+    assert steps(pipeline, "+both+")["a"].reason == "needed by c"
+    assert steps(pipeline, "+both+")["d"].reason == "needs c"
+    assert steps(pipeline, "+d", "a+")["b"].reason == "needed by d"
+
+
+def test_plus_around_a_stage_of_a_long_chain_walks_it_once():
+    def plan(count):
+        names = [f"t{i}" for i in range(count)]
+        pipeline = graph("t0:", *[f"{name}: {last}" for last, name in zip(names, names[1:])],
+                         stages={"all": names})
+        return lambda: make_plan(pipeline, ["+all+"])
+
+    assert count_steps(plan(1_000)) < 11 * count_steps(plan(100))
+
+
 def test_plus_before_what_has_no_needs_changes_nothing():
     for target in ("full", "backwards", "ingest", "parse"):
         assert order("+" + target) == order(target)
@@ -287,6 +347,38 @@ def test_a_plus_around_what_there_is_not_is_refused(word):
 def test_exclude_may_have_a_plus():
     assert order("+e", pipeline=DIAMOND, exclude=["c+"]) == ["a", "b"]
     assert order("+e", pipeline=DIAMOND, exclude=["+b"]) == ["c", "d", "e"]
+
+
+# --- names that several write ---
+
+def using(**rows):
+    """Return a pipeline of rows like a=("w", "b"), which writes x and needs b; "r" reads it."""
+    return load_pipeline({name: {"module": "m", "needs": row[1].split(),
+                                 **({"reads": "x"} if "r" in row[0] else {}),
+                                 **({"writes": "x"} if "w" in row[0] else {})}
+                          for name, row in rows.items()})
+
+
+# load - dedupe - mend - report: dedupe and mend update what load writes; config is for dedupe
+UPDATED = using(report=("r", ""), config=("", ""), load=("w", ""), dedupe=("rw", "config"),
+                mend=("rw", "dedupe"))
+
+
+@pytest.mark.parametrize("words, waits_for", [
+    ("load dedupe mend report", "mend"), ("dedupe report", "dedupe"),
+    ("dedupe config mend report", "mend"), ("load mend report", "mend"), ("load report", "load"),
+    ("report load", "load"), ("report config", ""), ("report", ""),
+])
+def test_who_reads_a_name_waits_for_the_last_of_its_writers_that_is_in_the_plan(words, waits_for):
+    assert " ".join(steps(UPDATED, *words.split())["report"].edges) == waits_for
+
+
+def test_two_writers_are_never_at_a_name_at_once_when_the_one_between_them_is_excluded():
+    plan = {step.tool: step for step in make_plan(UPDATED, exclude=["dedupe"]).steps}
+
+    assert list(plan) == ["load", "config", "mend", "report"]
+    assert [step.wave for step in plan.values()] == [1, 1, 2, 3]
+    assert plan["report"].edges == ("mend",) and plan["mend"].edges == ("load",)
 
 
 # --- the order, and why ---
@@ -458,6 +550,23 @@ def test_ten_thousand_tools_of_fifty_thousand_needs_are_one_plan():
 
     assert len(plan.steps) == 10_000
     assert plan.expected_s >= max(len(plan.critical_path), 10_000 / 8)
+
+
+SHAPES = {  # that many tools, with about as many needs
+    "a plain list": lambda i: "m",
+    "a chain": lambda i: {"module": "m", "needs": [f"t{i - 1}"] if i else []},
+    "every other one declares": lambda i: {"module": "m", "needs": []} if i % 2 else "m",
+    "one needs all": lambda i: {"module": "m", "needs": [f"t{j}" for j in range(i)]
+                                if i in (99, 999) else []},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ten_times_the_tools_are_little_more_than_ten_times_the_steps(shape):
+    small, large = (count_steps(lambda count=count: make_plan(load_pipeline(
+        {f"t{i}": SHAPES[shape](i) for i in range(count)}), jobs=4)) for count in (100, 1_000))
+
+    assert large < 11 * small
 
 
 def test_a_tool_named_first_may_need_ten_thousand_others():

@@ -166,16 +166,51 @@ def add_arguments(parser):
 
 @pytest.mark.parametrize("words, shown", [
     (["b"], "b"), (["--exclude", "b"], "--exclude b"), (["--from", "b"], "--from"),
-    (["--day", "2024-01-01"], "--day"), (["--place=there"], "--place"), (["--deep"], "--deep"),
-    (["b", "--deep"], "b --deep"), (["--no-history"], "--no-history"),
+    (["b", "--deep"], "b"), (["--no-history"], "--no-history"),
 ])
 def test_words_that_a_resumed_run_says_itself_are_refused(line, words, shown):
     line.set(ALL, FLAGS)
     line.run(broken="b")
     assert line.run(*words, "--resume", code=2) == []
     assert line.ended.err == (
-        "--resume takes targets, arguments and exclusions from the run that it goes on with; it "
-        f"does not go with {shown}.\n  Leave that out, or leave out --resume.\n")
+        "--resume takes targets and exclusions from the run that it goes on with; it does not go "
+        f"with {shown}.\n  Leave that out, or leave out --resume.\n")
+
+
+TAKES_DAY = """
+    def run(context, day):
+        with open("ran", "a") as file:
+            file.write(context.tool + "\\n")
+        with open("days", "a") as file:
+            file.write(f"{context.tool} {day!r}\\n")
+"""
+
+
+def test_a_flag_beside_a_resume_overrides_what_was_recorded_and_is_told(line):
+    """Of what was done before, a tool that gets another argument now is not done."""
+    tools = {**ALL, "a": {"module": "day", "needs": []}, "c": {"module": "day", "needs": []}}
+    line.set(tools, FLAGS)
+    line.sandbox.tool("day", TAKES_DAY)
+    assert line.run("--day", "2024-01-01", "--place", "x", broken="b") == ["a", "b", "c"]
+    assert line.run("--resume", "--place", "y", broken="b") == ["b"]
+    assert "Changed since run 1: place (y, was x).\n" in line.ended.err
+    assert line.run("--resume", "--day=2024-01-02", broken="b") == ["a", "b", "c"]
+    assert "Changed since run 2: day (2024-01-02, was 2024-01-01).\n" in line.ended.err
+    assert line.run("--resume") == ["b", "d"]  # the last that was said goes on
+    assert "Changed" not in line.ended.err
+    assert (line.folder / "days").read_text().split("\n")[-3:] == [
+        "a datetime.date(2024, 1, 2)", "c datetime.date(2024, 1, 2)", ""]
+    assert json.loads(line.sandbox.run("--history", "--json").out)["runs"][0]["arguments"] == {
+        "day": {"repr": "datetime.date(2024, 1, 2)"}, "deep": False,
+        "place": {"repr": f"{type(line.folder).__name__}('y')"}}
+
+
+def test_a_tool_that_gets_another_argument_is_not_done_though_a_resume_never_came_to_it(line):
+    line.set({"b": {"module": "m", "needs": []}, "a": {"module": "day", "needs": []}}, FLAGS)
+    line.sandbox.tool("day", TAKES_DAY)
+    assert line.run("--day", "2024-01-01", broken="b") == ["b", "a"]
+    assert line.run("--resume", "-x", "--day", "2024-01-02", broken="b") == ["b"]
+    assert line.run("--resume") == ["b", "a"]
 
 
 @pytest.mark.parametrize("words", [["-j", "2"], ["-q"], ["-x"], ["--force"], ["--wait"], ["-v"]])

@@ -113,7 +113,7 @@ def test_a_tool_that_waits_for_all_before_it_is_ready_when_the_last_of_them_is_d
 def test_what_is_behind_in_the_plan_frees_nobody_before():
     schedule, ready = schedule_of(pipeline_of(a=(1, None), b=(1, None), z=(1, "")))
 
-    assert ready == ["z", "a"]
+    assert ready == ["a", "z"]
     assert (schedule.done("z"), schedule.done("a"), schedule.done("b")) == ([], ["b"], [])
 
 

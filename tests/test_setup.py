@@ -6,6 +6,7 @@ import random
 from graphlib import TopologicalSorter
 
 import pytest
+from conftest import count_steps
 
 from orchestrator import OPTIONS, UserError, load_pipeline
 
@@ -695,6 +696,14 @@ def test_a_mistake_that_may_hide_the_order_of_writers_is_told_alone():
     assert has_one_sentence(error, "no tool 'w' to need")
 
 
+def test_writers_whose_order_leads_through_a_circle_are_not_told_to_be_in_none():
+    """w1 - a = b - w2"""
+    error = needs_refusal(w1={"writes": "x"}, a={"needs": ["b", "w1"]}, b={"needs": ["a"]},
+                          w2={"needs": ["b"], "writes": "x"})
+
+    assert has_one_sentence(error, "in a circle: ")
+
+
 def test_a_common_successor_does_not_order_two_writers():
     """w1 - w2, w3 - w2: all three write x"""
     error = needs_refusal(w1={"writes": "x"}, w2={"needs": ["w1", "w3"], "writes": "x"},
@@ -727,12 +736,16 @@ def test_two_writers_of_a_name_may_be_if_they_are_ordered(rows):
     assert all(set(row.get("needs", ())) <= set(found[name]) for name, row in rows.items())
 
 
-def test_who_reads_a_name_that_is_written_twice_needs_both_writers():
-    """w1 - w2 - r
-         \\____/
-    """
+def test_who_reads_a_name_that_is_written_twice_needs_the_last_writer_which_needs_the_first():
+    """w1 - w2 - r"""
     assert needs(w1={"writes": "x"}, w2={"needs": ["w1"], "writes": "x"},
-                 r={"reads": "x"})["r"] == ("w1", "w2")
+                 r={"reads": "x"}) == {"w1": (), "w2": ("w1",), "r": ("w2",)}
+
+
+def test_a_writer_needs_the_writer_before_it_also_where_something_in_between_says_so():
+    """w1 - m - w2"""
+    assert needs(w1={"writes": "x"}, m={"needs": ["w1"]},
+                 w2={"needs": ["m"], "writes": "x"})["w2"] == ("m", "w1")
 
 
 def test_who_reads_a_name_between_its_writers_needs_only_those_before_it():
@@ -759,7 +772,7 @@ def test_who_updates_a_name_in_place_needs_who_only_writes_it(order):
     found = needs(**{name: rows[name] for name in order})
 
     assert found["load"] == () and found["dedupe"] == ("load",)
-    assert set(found["r"]) == {"load", "dedupe"}
+    assert found["r"] == ("dedupe",)
 
 
 def test_an_update_in_place_orders_two_writers_of_another_name_too():
@@ -785,6 +798,36 @@ def test_two_tools_that_both_update_a_name_in_place_are_in_no_order():
     error = needs_refusal(w1={"reads": "x", "writes": "x"}, w2={"reads": "x", "writes": "x"})
 
     assert has_one_sentence(error, "'w1'", "'w2'", "write 'x' in no order")
+
+
+def make_users(shape, count):
+    """Return the rows of that many tools that read and write one name."""
+    chain = {f"t{i}": {"needs": [f"t{i - 1}"] if i else []} for i in range(count)}
+    if shape == "updates":
+        return {name: {**row, "reads": "x", "writes": "x"} for name, row in chain.items()}
+    half = count // 2
+    return {f"t{i}": {**chain[f"t{i}"], "writes": "x"} if i < half else {"reads": "x"}
+            for i in range(count)}
+
+
+@pytest.mark.parametrize("shape", ["updates", "writers and readers"])
+def test_tools_that_use_one_name_need_about_one_other_each(shape):
+    for count in (10, 100, 1_000, 3_000):
+        assert sum(map(len, needs(**make_users(shape, count)).values())) < count
+
+
+@pytest.mark.parametrize("shape", ["updates", "writers and readers"])
+def test_ten_times_the_users_of_one_name_are_little_more_than_ten_times_the_steps(shape):
+    small, large = (count_steps(lambda count=count: needs(**make_users(shape, count)))
+                    for count in (100, 1_000))
+
+    assert large < 11 * small
+
+
+def test_of_very_many_writers_in_no_order_some_are_told():
+    error = needs_refusal(**{f"w{i}": {"writes": "x"} for i in range(1_000)})
+
+    assert 10 <= str(error).count("in no order") <= 30
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -327,41 +327,11 @@ def test_an_item_that_was_given_up_stays_so_with_other_ends_of_lines_or_another_
         assert (code, out) == (0, "") and "1 item given up before" in err
 
 
-def test_rows_of_a_former_engine_are_known_by_the_syntax_tree(given_up):
-    """So an upgrade of the engine alone gives no item its tries back, and none is done anew."""
-    def write(source):
-        with contextlib.closing(sqlite3.connect(given_up.folder / "data.db")) as conn, conn:
-            conn.execute("UPDATE orchestrator_items SET source = ?",
-                         (hashlib.sha256(source.encode()).hexdigest()[:16],))
-
+def test_an_upgrade_does_no_item_anew_and_gives_their_tries_back_to_those_given_up(given_up):
+    """Rows of former engines have the fingerprint of a syntax tree."""
     tree = ast.dump(ast.parse(ITEMS))
-    write(tree)
-    assert given_up.run() == [] and "1 item given up before" in given_up.ended.err
-    write(tree + " of another file")
+    with contextlib.closing(sqlite3.connect(given_up.folder / "data.db")) as conn, conn:
+        conn.execute("UPDATE orchestrator_items SET source = ?",
+                     (hashlib.sha256(tree.encode()).hexdigest()[:16],))
     assert given_up.run(code=1) == ["run", "b", "run", "b"]  # and `a`, which is done, is not
-    given_up.sandbox.tool("t", ITEMS + "# a comment\n")  # from now on bytes count
-    assert given_up.run(code=1) == ["run", "b", "run", "b"]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the tool kills its process")
-def test_a_death_in_a_run_of_a_former_engine_is_still_charged(sandbox):
-    """Its slip has the fingerprint of the syntax tree at its end."""
-    sandbox.tool("t", """
-        import os
-        def items(conn):
-            return ["a"]
-        def run(conn, item):
-            print("run", flush=True)
-            os._exit(9)
-    """)
-    Bench(sandbox, SQLITE).set({"module": "t"})
-    tree = ast.dump(ast.parse((sandbox.folder / "t.py").read_bytes()))
-    former = hashlib.sha256(tree.encode()).hexdigest()[:16]
-    for _ in range(3):
-        ended = sandbox.run()
-        assert ended.code == 9, ended
-        slips = list(sandbox.folder.glob(".orchestrator/*/slips/t/*"))
-        assert len(slips) == 1, slips
-        slips[0].rename(slips[0].with_name(slips[0].name.rpartition("-")[0] + "-" + former))
-    ended = sandbox.run()
-    assert ended.code == 1 and "quarantined" in ended.err, ended
+    assert given_up.run() == [] and "1 item given up before" in given_up.ended.err

@@ -8,7 +8,7 @@ import pytest
 from conftest import summary
 
 from orchestrator import (
-    Event, Outcome, RunResult, Step, Style, Tool, format_details, format_event, format_needs,
+    Event, Outcome, RunResult, Style, Tool, format_details, format_event, format_needs,
     format_progress, format_summary, format_table, load_pipeline, main, make_list, make_plan,
     make_plan_view, make_style, run_pipeline,
 )
@@ -186,12 +186,12 @@ def test_json_is_refused_where_there_is_nothing_to_print_as_json(capsys):
 
 
 @pytest.mark.parametrize("needs, wave, said", [
-    ("*", 1, ""), ("*", 2, "; after all before it"), ((), 1, ""),
-    (("fetch",), 2, "; needs fetch"), (("fetch", "parse"), 3, "; needs fetch, parse"),
-    (("fetch", "gone"), 2, "; needs fetch, gone (not in this plan)"),
+    ("*", 1, ""), ("*", 2, "; after all before it"), ([], 1, ""),
+    (["fetch"], 2, "; needs fetch"), (["fetch", "parse"], 3, "; needs fetch, parse"),
+    (["fetch", "gone"], 2, "; needs fetch, gone (not in this plan)"),
 ])
 def test_a_plan_says_what_a_step_waits_for(needs, wave, said):
-    step = Step("t", wave, "run", "named", needs)
+    step = {"tool": "t", "wave": wave, "action": "run", "reason": "named", "needs": needs}
 
     assert format_needs(step, {"fetch", "parse", "t"}) == said
 
@@ -276,28 +276,63 @@ def test_a_list_asks_for_each_summary_through_its_argument():
 
 # --- tables, rows and durations ---
 
-def test_columns_are_aligned_and_no_line_ends_in_blanks():
-    rows = [("a", "1", ""), ("longer", "1,000", "x")]
+def make_rows(columns, *rows):
+    """Return rows as mappings."""
+    return [dict(zip(columns, row)) for row in rows]
 
-    assert format_table(("tool", ">rows", "note"), rows) == ["tool     rows  note",
+
+def test_columns_are_aligned_and_no_line_ends_in_blanks():
+    rows = make_rows(("tool", "rows", "note"), ("a", 1, ""), ("longer", 1000, "x"), ("b", 0, None))
+
+    assert format_table(("tool", ">rows", "note"), rows) == ["tool     rows",
                                                              "a           1",
-                                                             "longer  1,000  x"]
+                                                             "longer  1,000  x",
+                                                             "b           0"]
 
 
 def test_a_column_that_may_be_missing_is_shown_where_anything_is_in_it():
-    assert format_table(("tool", "?items", ""), [("a", "", "x")]) == ["tool", "a     x"]
-    assert format_table(("tool", "?items", ""), [("a", "", "x"), ("b", "7", "")]) == [
+    rows = make_rows(("tool", "items", "note"), ("a", "", "x"), ("b", "7", ""))
+
+    assert format_table(("tool", "?items", "note"), rows[:1]) == ["tool", "a     x"]
+    assert format_table(("tool", "?items", "note"), rows) == [
         "tool  items", "a            x", "b     7"]
 
 
+def test_the_name_of_a_column_says_how_its_values_are_shown():
+    rows = make_rows(("run_id", "age_s", "at", "tools"), ("7", 75.0, "x", ["a", "b"]))
+
+    assert format_table(("run_id", "age_s", "at", "tools"), rows) == [
+        "run  age     at  tools", "7    1m 15s  x   a b"]
+
+
+def test_the_last_column_is_not_padded_to_its_longest_cell():
+    rows = make_rows(("tool", "reason"), *[("a", "x")] * 100, ("b", "x" * 10_000))
+
+    assert sum(map(len, format_table(("tool", "reason"), rows))) < 11_000
+
+
 def test_colours_do_not_move_a_column():
-    columns = ("tool", "status", "")
-    rows = [("a", "success", "1"), ("bb", "failed", "2"), ("c", "pending", "3")]
+    columns = ("tool", "status", "note")
+    rows = make_rows(columns, ("a", "success", "1"), ("bb", "failed", "2"), ("c", "pending", "3"))
 
     coloured = format_table(columns, rows, COLOURED)
 
     assert [ESCAPE.sub("", line) for line in coloured] == format_table(columns, rows)
     assert [bool(ESCAPE.search(line)) for line in coloured[1:]] == [True, True, False]
+
+
+@pytest.mark.parametrize("count", [100, 1000])
+def test_the_text_of_a_plan_grows_as_its_tools_do(look, count):
+    """A chain, and one that needs them all: its needs once were as wide as the table."""
+    tools = {"t0": {"module": "m", "needs": []}}
+    tools.update((f"t{i}", {"module": "m", "needs": [f"t{i - 1}"]}) for i in range(1, count))
+    tools["all"] = {"module": "m", "needs": list(tools)}
+
+    shown = look("--plan", tools=tools, stages={"full": list(tools)})
+
+    assert len(shown) < 80 * count
+    assert re.search(rf"; needs t0, .*, t29, \.\.\. \({count:,} in all\)\n", shown)
+    assert f" -> t29 -> ... ({count + 1:,} in all)" in shown
 
 
 @pytest.mark.parametrize("outcome, said", [

@@ -225,7 +225,8 @@ def test_a_result_is_let_go_when_the_last_that_may_read_it_is_done(modules, jobs
     pipeline = load_pipeline({tool: {"module": "m", **({} if needs is None else {"needs": needs})}
                               for tool, needs in tools.items()})
     result = run_plan(pipeline, make_plan(pipeline, jobs=jobs), {}, keep_results=False)
-    seen = Results({tool: outcome.result for tool, outcome in result.outcomes.items()})
+    returned = {tool: outcome.result for tool, outcome in result.outcomes.items()}
+    seen = Results(returned.__getitem__, returned.keys)
     assert (seen["c"], seen["d"], seen["e"]) == (["a", "b"], ["a", "b", "c"], ["b"])
     assert result.results == {}
 

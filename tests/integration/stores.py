@@ -236,19 +236,17 @@ DELETES = patch((
     "        cursor = self.do(_UPDATE,",
     "        self.do('DELETE FROM orchestrator_items WHERE pipeline = ? AND tool = ? '\n"
     "                'AND item = ?', (*self.key, item.name))\n"
-    "        return self.record(item._replace(is_seen=False), status, attempts, at,\n"
-    "                           duration_s, rows, error)\n"
+    "        return self.record(item._replace(is_seen=False), status, at, duration_s, rows,\n"
+    "                           error)\n"
     "        cursor = self.do(_UPDATE,"))
-AFTER = patch((
-    '            ledger.record(item, "success"',
-    "            self.database.commit(), self.database.begin()\n"
-    '            ledger.record(item, "success"'))
+RECORD = ('        ledger.record(item._replace(tries=item.tries + 1), "success", time.time(),\n'
+          "                      time.monotonic() - self.started_s, rows)\n")
+AFTER = patch((RECORD, "        self.database.commit(), self.database.begin()\n" + RECORD))
 BEFORE = patch(
-    ("            rows = self.interrupts.call(self._call, item.name)\n            if saves:",
-     '            ledger.record(item, "success", item.attempts + 1, time.time(), 0.0)\n'
+    ("            rows = count_rows(self.interrupts.call(self._call_guarded, item.name))\n",
+     '            ledger.record(item._replace(tries=item.tries + 1), "success", time.time(), 0.0)\n'
      "            self.database.commit(), self.database.begin()\n"
-     "            rows, saves = self.interrupts.call(self._call, item.name), False\n"
-     "            if saves:"),
-    ('            ledger.record(item, "success", item.attempts + 1, time.time(),\n'
-     "                          time.monotonic() - self.started_s, rows)\n", ""))
+     "            has_savepoint = False\n"
+     "            rows = count_rows(self.interrupts.call(self._call_guarded, item.name))\n"),
+    (RECORD, ""))
 MUTANTS = {"DELETE and INSERT": DELETES, "ledger after": AFTER, "ledger before": BEFORE}

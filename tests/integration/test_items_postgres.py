@@ -57,8 +57,9 @@ def test_two_coordinators_of_a_naive_ledger_lose_an_item_or_do_it_twice(
 def test_two_first_starts_create_one_ledger(sandbox, store):
     two = Two(sandbox, store)
     two.pipeline.write(engine=patch((
-        "            self.ledger.create()\n",
-        "            import meeting; meeting.meet('create')\n            self.ledger.create()\n")))
+        "            ledger.create()\n",
+        "            import meeting; meeting.meet('create')\n"
+        "            ledger.create()\n")))
     two.pipeline.tool("note(conn, item)")
     ended = two.run()
     assert [code for code, _, _ in ended] == [0, 0], ended
