@@ -4633,13 +4633,14 @@ class Doer:
     transaction with its row in the ledger; with "batch", several in one. A tool without items is
     one item, None, without a row.
 
-    State: `ledger`, while the connection is open, of a tool with items; `given`, the arguments
-    that there are, and `chosen`, those of them that run() takes; `step`, what is being done, if
-    it is not the tool itself; `is_own_fault`, whether an error then is the item's; `at_work`, the
-    item that is being done, since `started_s`; `is_lost`, whether it lost the connection, which is
-    not recorded yet; `was_taken`, whether somebody else was first, so that rows are looked at once
-    more; of what was undone last, `had_ended`, whether its transaction had ended before, and
-    `was_closed`, whether the tool had closed the connection; `unsent`, why an event was not sent.
+    State: `ledger`, while the connection is open, of a tool with items; `given`, the arguments that
+    there are, and `chosen`, those of them that run() takes; `step`, what is being done, if it is
+    not the tool itself; `is_own_fault`, whether an error then is the item's; `is_sqlite`, what the
+    ledger is in, and `is_watched`, whether an item may not commit; `at_work`, the item that is
+    being done, since `started_s`; `is_lost`, whether it lost the connection, which is not recorded
+    yet; `was_taken`, whether somebody else was first, so that rows are looked at once more; of what
+    was undone last, `had_ended`, whether its transaction had ended before, and `was_closed`,
+    whether the tool had closed the connection; `unsent`, why an event was not sent.
     """
 
     def __init__(self, job, setting, send, kept):
@@ -6209,7 +6210,8 @@ class Work:
     """A tool that is being done: what is left of it, and what came of the rest.
 
     Of an attempt, which is its `number`: `started_s`; `performer`, who does it, and whether that
-    is `in_worker`; `log`, the file for what it prints; `has_logged`, whether it used context.log;
+    is `in_worker`; `log`, the file for what it prints; `has_logged`, whether it used context.log
+    or, in this process, has printed;
     `lines`, what it logged so in a worker, which joins the log when what it printed has been
     shown; `facts`, what a success of it would be built on; `last_success_at`. State: `listed`, what
     was said of its items, None until that is known; `left`, the next to try, with None for the
@@ -8311,7 +8313,7 @@ def carry_out(call, history, period=None):
     """Run the plan, for a period if there is one, and tell on stderr how it goes."""
     options = call.options
     plan, request, arguments = find_plan(call, history, period)
-    # Descriptors of its own: what tools print is led into their logs meanwhile.
+    # Descriptors of its own: those of tools lead nowhere once nothing more can be written to them.
     stream, out = sys.stderr, sys.stdout
     if history.folder:
         stream, out = own_stream(stream, 2), own_stream(out, 1, "wb")
