@@ -132,7 +132,6 @@ class UserError(Exception):
     exit_code = EXIT_USAGE
 
     def __init__(self, problem, fix=""):
-        super().__init__(problem, fix)
         self.problem, self.fix = problem, fix
 
     def __str__(self):
@@ -155,9 +154,9 @@ class Tool(NamedTuple):
     module: str
     function: str = "run"
     commits: bool = False
-    needs: Optional[Tuple[str, ...]] = None  # None where the row does not say
-    reads: Optional[Tuple[str, ...]] = None
-    writes: Optional[Tuple[str, ...]] = None
+    needs: Optional[Tuple[str, ...]] = None  # with `each`; None where the row declares nothing
+    reads: Tuple[str, ...] = ()
+    writes: Tuple[str, ...] = ()
     retries: int = 0
     retry_delay_s: float = 30.0
     retry_factor: float = 2.0
@@ -392,7 +391,7 @@ def check_move(old, new):
 def format_nearest(word, known):
     """Return the way out of a mistyped word: the nearest known words, or else all of them."""
     from difflib import get_close_matches
-    known = list(known)
+    known = list(map(str, known))
     near = get_close_matches(word, known, n=3, cutoff=0.6)
     if near:
         return "Did you mean " + " or ".join(map(repr, near)) + "?"
@@ -403,41 +402,47 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 
 
+def accept(value, is_right):
+    """Return a value that is right. Raise ValueError for another."""
+    if not is_right:
+        raise ValueError(value)
+    return value
+
+
+def is_number(value, kind=(int, float)):
+    """Return whether a value is an int or a float; True and False are neither here."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def parse_quantity(value, units):
+    """Return a number, or what a text of numbers with units comes to. Raise ValueError if it is
+    neither.
+    """
+    if not isinstance(value, str):
+        return accept(value, is_number(value))
+    parts = re.findall(rf"(\d+(?:\.\d+)?) ?({'|'.join(units)})", value)
+    accept(value, parts and "".join(map("".join, parts)) == value.replace(" ", ""))
+    return sum(float(number) * units[unit] for number, unit in parts)
+
+
 def parse_duration_s(value):
     """Return seconds, from a number of them or a text. Raise ValueError if it is neither.
 
     >>> parse_duration_s("1h30m"), parse_duration_s("7d"), parse_duration_s(0.5)
     (5400.0, 604800.0, 0.5)
     """
-    if isinstance(value, str):
-        parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value)
-        if not parts or "".join(map("".join, parts)) != value.replace(" ", ""):
-            raise ValueError(value)
-        value = sum(float(number) * _SECONDS[unit] for number, unit in parts)
-    if not is_number(value) or not 0 <= value < 1e12:
-        raise ValueError(value)
-    return float(value)
+    seconds = parse_quantity(value, _SECONDS)
+    return float(accept(seconds, 0 <= seconds < 1e12))
 
 
 def parse_bytes(value):
-    """Return bytes, from a number of them or a text. Raise ValueError if it is neither.
+    """Return bytes, from a whole number of them or a text. Raise ValueError if it is neither.
 
     >>> parse_bytes("512MB"), parse_bytes("1.5 KB"), parse_bytes(4096)
     (536870912, 1536, 4096)
     """
-    if isinstance(value, str):
-        match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?([KMGT]?B)", value)
-        if not match:
-            raise ValueError(value)
-        value = int(float(match[1]) * _BYTES[match[2]])
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**63:
-        raise ValueError(value)
-    return value
-
-
-def is_number(value):
-    """Return whether a value is an int or a float; True and False are neither here."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    size = parse_quantity(value, _BYTES)
+    return int(accept(size, 1 <= size < 2**63 and not isinstance(value, float)))
 
 
 def retry_delay_s(tool, attempt, random=lambda: 0.0):
@@ -486,9 +491,12 @@ def format_moment(at):
     return f"{whole}.{int(at * 1000) % 1000:03d}Z"
 
 
-def merge_errors(errors):
-    """Return one error that says all of them, so that nobody mends a table line by line."""
-    return errors[0] if len(errors) == 1 else UserError("\n".join(map(str, errors)))
+def check_mistakes(errors):
+    """Raise one UserError that says all of some mistakes, so that nobody mends a table line by
+    line; none if there are none.
+    """
+    if errors:
+        raise errors[0] if len(errors) == 1 else UserError("\n".join(map(str, errors)))
 
 
 # === 2 SETUP ====================================================================================
@@ -498,8 +506,7 @@ def merge_errors(errors):
 def load_pipeline(tool_map, stages=None, get_connection=None, **more):
     """Return the checked tables. Raise UserError with every mistake that they hold."""
     pipeline = read_pipeline(tool_map, stages, get_connection, **more)
-    if pipeline.mistakes:
-        raise merge_errors(pipeline.mistakes)
+    check_mistakes(pipeline.mistakes)
     return pipeline
 
 
@@ -522,10 +529,10 @@ def read_pipeline(tool_map, stages=None, get_connection=None, *, name=None, limi
     errors += find_unknown_needs(tools, tool_map)
     needs = find_needs(errors, tools)
     members = make_all(errors, make_members, stages)
-    errors += find_unknown_members(tool_map, {**dict.fromkeys(stages, ()), **members})
+    errors += find_unknown_members(members, {**tool_map, **stages})
     expanded = expand_stages(errors, tool_map, members)
     known = make_all(errors, make_limit, limits)
-    errors += find_wrong_uses(tools, {**dict.fromkeys(limits, 0), **known})
+    errors += find_wrong_uses(tools, limits, known)
     return Pipeline(name or "pipeline", tools, expanded, needs, known,
                     get_connection or no_connection, tuple(errors))
 
@@ -572,25 +579,28 @@ def make_tool(name, value):
     if not isinstance(options, Mapping):
         raise UserError(f"{where} is {format_type(value)}, not a module path or a dict of options.",
                         f'Write "{name}": "folder.module".')
-    fields = {}
-    errors = []
-    for key, given in options.items():
+
+    def read_option(key, given):
         if key not in OPTIONS:
-            errors.append(UserError(f"{where}: there is no option {key!r}.",
-                                    format_nearest(str(key), OPTIONS)))
-            continue
-        field, read, wanted, example = OPTIONS[key]
+            raise UserError(f"{where}: there is no option {key!r}.",
+                            format_nearest(str(key), OPTIONS))
+        _, read, wanted, example = OPTIONS[key]
         try:
-            fields[field] = read(given)
+            return read(given)
         except (TypeError, ValueError):
-            errors.append(UserError(f"{where}: {key!r} must be {wanted}, not {given!r}.",
-                                    f'Write "{key}": {example}.'))
+            raise UserError(f"{where}: {key!r} must be {wanted}, not {given!r}.",
+                            f'Write "{key}": {example}.') from None
+
+    errors = []
+    given = make_all(errors, read_option, options)
     if "module" not in options and not errors:
         errors.append(UserError(f"{where} names no module.", 'Add "module": "folder.module".'))
-    if errors:
-        raise merge_errors(errors)
-    module, _, function = fields["module"].partition(":")
-    return Tool(**{**fields, "name": name, "module": module, "function": function or "run"})
+    check_mistakes(errors)
+    fields = {OPTIONS[key][0]: value for key, value in given.items()}
+    fields["module"], _, function = given["module"].partition(":")
+    if not given.keys().isdisjoint(("needs", "reads", "writes", "each")):
+        fields["needs"] = given.get("needs", ()) + ((given["each"],) if "each" in given else ())
+    return Tool(name, function=function or "run", **fields)
 
 
 def make_limit(name, value):
@@ -603,82 +613,70 @@ def make_limit(name, value):
                         f'Write "{name}": 2 to let two units of it be used at a time.') from None
 
 
-def accept(value, is_right):
-    """Return a value that is right. Raise ValueError for another."""
-    if not is_right:
-        raise ValueError(value)
-    return value
+# The readers of options: each returns the value as the engine wants it, and raises ValueError or
+# TypeError for one that is wrong.
+
+def read_text(pattern):
+    """Return a reader of texts that look like a pattern."""
+    return lambda value: accept(value, re.fullmatch(pattern, value, re.DOTALL))
 
 
-def read_module_path(value):
-    """Return `package.module` or `package.module:function`. Raise ValueError for others."""
-    module, colon, function = value.partition(":") if isinstance(value, str) else ("", "", "")
-    return accept(value, all(map(str.isidentifier, module.split(".")))
-                  and (not colon or function.isidentifier()))
+def read_number(least, most=float("inf"), kind=(int, float)):
+    """Return a reader of numbers between two bounds, both of which are right."""
+    return lambda value: accept(value, is_number(value, kind) and least <= value <= most)
+
+
+read_name = read_text(".+")
+read_positive = read_number(1, kind=int)
+
+
+def read_flag(value):
+    """Read True or False."""
+    return accept(value, isinstance(value, bool))
 
 
 def read_names(value):
-    """Return a list of texts; a single text stands for a list of it."""
-    names = (value,) if isinstance(value, str) else value
-    return tuple(dict.fromkeys(accept(names, isinstance(names, (list, tuple)) and all(
-        name and isinstance(name, str) for name in names))))
-
-
-def read_count(value, least=0):
-    """Return a whole number, not less than `least`."""
-    return accept(value, isinstance(value, int) and not isinstance(value, bool)
-                  and value >= least)
-
-
-def read_positive(value):
-    """Return a whole number from 1 on."""
-    return read_count(value, least=1)
-
-
-def read_number(least, most):
-    """Return a reader of numbers between two bounds."""
-    return lambda value: float(accept(value, is_number(value) and least <= value <= most))
-
-
-def read_choice(*choices):
-    """Return a reader of one of some texts, or of True and False."""
-    return lambda value: accept(value, isinstance(value, (str, bool)) and value in choices)
+    """Read a list of texts; a single text stands for a list of it."""
+    names = [value] if isinstance(value, str) else value
+    accept(names, isinstance(names, (list, tuple)))
+    return tuple(dict.fromkeys(map(read_name, names)))
 
 
 def read_uses(value):
-    """Return the units of each resource, sorted by its name."""
-    accept(value, isinstance(value, Mapping) and all(isinstance(name, str) for name in value))
-    return tuple(sorted((name, read_positive(units)) for name, units in value.items()))
+    """Read the units of each resource; they are sorted by its name."""
+    accept(value, isinstance(value, Mapping))
+    return tuple(sorted((read_name(name), read_positive(units)) for name, units in value.items()))
 
 
 def read_positive_s(value):
-    """Return a duration above zero, in seconds."""
+    """Read a duration above zero; it comes in seconds."""
     seconds = parse_duration_s(value)
     return accept(seconds, seconds > 0)
 
 
 def read_cache_s(value):
-    """Return how long a success is good for, in seconds; None where it is good for nothing."""
+    """Read how long a success is good for, in seconds; None where it is good for nothing."""
     if isinstance(value, bool):
         return float("inf") if value else None
     return read_positive_s(value)
 
 
-_NAMES = 'a list of names'
+_NAMES = "a list of names"
 _DURATION = 'a number of seconds or a text like "90s", "10m", "1h30m" or "7d"'
-_FLAG = read_choice(True, False)
+_IDENTIFIER = r"[^\W\d]\w*"
 
 # option of a tool -> (field of Tool, how its value is read, that in words, an example)
-OPTIONS: Dict[str, Tuple[str, Callable[[Any], Any], str, str]] = {
-    "module": ("module", read_module_path, "a module path with dots", '"folder.module"'),
+OPTIONS = {
+    "module": ("module", read_text(rf"{_IDENTIFIER}(\.{_IDENTIFIER})*(:{_IDENTIFIER})?"),
+               "a module path with dots", '"folder.module"'),
     # True: the tool looks after its transactions itself
-    "commits": ("commits", _FLAG, "True or False", "True"),
+    "commits": ("commits", read_flag, "True or False", "True"),
     # the tools that must be done first; what reads X needs what writes X
     "needs": ("needs", read_names, _NAMES, '["fetch"]'),
     "reads": ("reads", read_names, _NAMES, '["raw_flights"]'),
     "writes": ("writes", read_names, _NAMES, '["flights"]'),
     # further attempts after a failed one, and how long to wait before each: see retry_delay_s
-    "retries": ("retries", read_count, "a whole number from 0 on", "3"),
+    "retries": ("retries", read_number(0, kind=int), "a whole number from 0 on", "3"),
     "retry_delay": ("retry_delay_s", parse_duration_s, _DURATION, '"30s"'),
     "retry_factor": ("retry_factor", read_number(1, 1e6), "a number from 1 on", "2"),
     "retry_max_delay": ("retry_max_delay_s", parse_duration_s, _DURATION, '"1h"'),
@@ -687,12 +685,12 @@ OPTIONS: Dict[str, Tuple[str, Callable[[Any], Any], str, str]] = {
     "timeout": ("timeout_s", read_positive_s, _DURATION + ", above 0", '"10m"'),
     "memory": ("memory_bytes", parse_bytes, 'a number of bytes or a text like "512MB" or "2GB"',
                '"2GB"'),
-    "isolate": ("isolate", _FLAG, "True or False", "True"),
+    "isolate": ("isolate", read_flag, "True or False", "True"),
     # what a failure means: skip what needs the tool, stop starting anything, or go on regardless
-    "on_failure": ("on_failure", read_choice("skip", "stop", "continue"),
+    "on_failure": ("on_failure", read_text("skip|stop|continue"),
                    '"skip", "stop" or "continue"', '"skip"'),
     # "always": run after what the tool needs, whatever became of it
-    "when": ("when", read_choice("ready", "always"), '"ready" or "always"', '"always"'),
+    "when": ("when", read_text("ready|always"), '"ready" or "always"', '"always"'),
     # units of the resources in LIMITS that it takes while it runs
     "uses": ("uses", read_uses, "a dict of whole numbers from 1 on", '{"db": 1}'),
     # how long it takes, until history knows better
@@ -700,8 +698,7 @@ OPTIONS: Dict[str, Tuple[str, Callable[[Any], Any], str, str]] = {
     # not run again while nothing of it changed, for ever or that long
     "cache": ("cache_s", read_cache_s, 'True, False or a duration like "24h"', '"24h"'),
     # its items are those that ever passed this tool; so many of them are committed at a time
-    "each": ("each", lambda value: accept(value, value and isinstance(value, str)),
-             "the name of a tool with items", '"validate"'),
+    "each": ("each", read_name, "the name of a tool with items", '"validate"'),
     "batch": ("batch", read_positive, "a whole number from 1 on", "500"),
     # how old its last success may be for those that need it and do not run it
     "fresh_for": ("fresh_for_s", read_positive_s, _DURATION + ", above 0", '"24h"'),
@@ -724,31 +721,25 @@ def make_members(name, value):
     return tuple(value)
 
 
-def find_unknown_members(tools, members):
+def find_unknown_members(members, known):
     """Return an error for each name in a stage that is neither a tool nor a stage."""
     return [UserError(f"STAGES[{stage!r}]: no tool or stage {name!r}.",
-                      format_nearest(name, map(str, [*tools, *members])))
-            for stage, names in members.items() for name in names
-            if name not in tools and name not in members]
+                      format_nearest(name, known))
+            for stage, names in members.items() for name in names if name not in known]
 
 
-def needs_of(tool):
-    """Return the tools that a tool names as needed, by `needs` or `each`."""
-    return (tool.needs or ()) + ((tool.each,) if tool.each else ())
-
-
-def find_unknown_needs(tools, names):
+def find_unknown_needs(tools, known):
     """Return an error for each need that is not among the names of all tools."""
     return [UserError(f"TOOL_MAP[{tool.name!r}]: no tool {need!r} to "
                       + ("take items of." if need == tool.each else "need."),
-                      format_nearest(need, map(str, names)))
-            for tool in tools.values() for need in needs_of(tool) if need not in names]
+                      format_nearest(need, known))
+            for tool in tools.values() for need in tool.needs or () if need not in known]
 
 
-def find_wrong_uses(tools, limits):
+def find_wrong_uses(tools, limits, known):
     """Return an error for each use of a resource that is not there, or not in that number.
 
-    A limit of 0 stands for one whose row is wrong.
+    `known` are the rows of LIMITS that are right; of the others nobody knows the number.
     """
     errors = []
     for tool in tools.values():
@@ -758,66 +749,56 @@ def find_wrong_uses(tools, limits):
                 errors.append(UserError(
                     f"{where}, which LIMITS does not have.", format_nearest(resource, limits)
                     if limits else f'Write LIMITS = {{"{resource}": {units}}} above the mark.'))
-            elif units > limits[resource] > 0:
-                errors.append(UserError(f"{where} {units} times, but LIMITS has only "
-                                        f"{limits[resource]}.",
-                                        "Lower the one or raise the other."))
+            elif units > known.get(resource, units):
+                errors.append(UserError(
+                    f"{where} {units} times, but LIMITS has only {known[resource]}.",
+                    "Lower the one or raise the other."))
     return errors
 
 
 def find_needs(errors, tools):
     """Return what each tool waits for: what it needs, and who writes what it reads.
 
-    What nobody writes is an outside source. Where several write a name, who updates it, by reading
-    it too, comes after those that only write it; each two writers must be in some order then; and
-    who reads or writes the name needs the last of them that does not come after it. Add to errors
-    writers that are in no order, and the circles in which tools need each other.
+    What nobody writes is an outside source. Where several write a name, see order_writers(). Add
+    to errors writers that are in no order, and the circles in which tools need each other.
     """
-    needs = {tool.name: dict.fromkeys(need for need in needs_of(tool) if need in tools)
+    needs = {tool.name: dict.fromkeys(need for need in tool.needs or () if need in tools)
              for tool in tools.values()}
-    reads, writes = ({tool.name: getattr(tool, way) or () for tool in tools.values()}
-                     for way in ("reads", "writes"))
-    writers = invert(writes)
+    writers = invert({tool.name: tool.writes for tool in tools.values()})
     shared = {name: found for name, found in writers.items() if len(found) > 1}
-    for tool, names in reads.items():
-        needs[tool].update((writer, None) for name in names if name not in shared
-                           for writer in writers.get(name, ()) if writer != tool)
+    for tool in tools.values():
+        needs[tool.name].update((writer, None) for name in tool.reads if name not in shared
+                                for writer in writers.get(name, ()) if writer != tool.name)
     if shared and not errors:  # a wrong row may order them
-        errors += order_writers(needs, reads, shared)
+        errors += order_writers(needs, {tool.name: tool.reads for tool in tools.values()}, shared)
     errors += [UserError(f"TOOL_MAP: tools need each other in a circle: {path}.",
                          "Take one of these needs out, or one of the reads or writes behind it.")
                for path in walk(needs)[1]]
-    return {tool.name: ALL_BEFORE if tool.needs is tool.reads is tool.writes is tool.each is None
-            else tuple(needs[tool.name]) for tool in tools.values()}
+    return {tool.name: ALL_BEFORE if tool.needs is None else tuple(needs[tool.name])
+            for tool in tools.values()}
 
 
 def order_writers(needs, reads, shared):
-    """Add the needs of those that read or write what several tools write: see find_needs. Return
-    an error for each two writers that could run in either order; then the rest is not added.
-    """
-    only, updates = ({name: [tool for tool in found if (name in reads[tool]) is does_read]
-                      for name, found in shared.items()} for does_read in (False, True))
-    add_last(needs, only, updates)
-    errors = find_unordered(needs, shared)
-    if not errors:
-        readers = invert(reads)
-        add_last(needs, shared, {name: found + readers.get(name, [])
-                                 for name, found in shared.items()})
-    return errors
+    """Add the needs of those that use a name which several tools write, and return an error for
+    each two writers that would have to be put in order.
 
-
-def add_last(needs, writers, users):
-    """Let each user of a name need the last of its writers that do not come after that user: the
-    others are before it then.
+    Who updates a name, by reading it too, needs those that only write it. All of its writers must
+    be in one line then, and who reads or writes it needs the last of them that is before it, or
+    that could be: none that comes after it.
     """
+    order, readers, errors = Order(needs), invert(reads), []
+    for name, found in shared.items():
+        updates = {tool: None for tool in found if name in reads[tool]}
+        order.add_last(needs, [tool for tool in found if tool not in updates], updates)
     order = Order(needs)
-    for name, found in writers.items():
-        mask = order.make_mask(found)
-        for tool in users[name]:
-            if tool in order.places:
-                place = order.places[tool]
-                last = order.find_last(mask & ~(order.after[place] | 1 << place))
-                needs[tool].update(dict.fromkeys(last))
+    for name, found in shared.items():
+        errors += [UserError(f"TOOL_MAP: {one!r} and {other!r} write {name!r} in no order.",
+                             f'Let one need the other: "needs": ["{one}"] in {other!r}.')
+                   for one, other in order.find_gaps(found)[:20]]
+    if not errors:
+        for name, found in shared.items():
+            order.add_last(needs, found, found + readers.get(name, []))
+    return errors
 
 
 def invert(table):
@@ -829,55 +810,47 @@ def invert(table):
     return found
 
 
-def find_unordered(needs, shared):
-    """Return an error for each two of the last writers of a name that could run in either order."""
-    from itertools import combinations, islice
-    order, errors = Order(needs), []
-    for name, found in shared.items():
-        left = order.make_mask(found)
-        while left:
-            last = order.find_last(left)
-            left &= ~order.make_mask(last)
-            errors += [UserError(f"TOOL_MAP: {one!r} and {other!r} write {name!r} in no order.",
-                                 f'Let one need the other: "needs": ["{one}"] in {other!r}.')
-                       for one, other in islice(combinations(last, 2), 20)]
-    return errors
-
-
 class Order:
     """Which tool comes before which, directly or not.
 
-    A set of tools is a mask, an int with the bit of each by its `places`, which are in an order
-    that needs allow: so 10,000 tools with all that is `before` and `after` them fit in 25 MB, and
-    what is asked of them takes microseconds. Tools in a circle or behind one have no place, since
-    nobody can tell it before that is mended.
+    A set of tools is an int with a bit for each, higher for one that comes later in an order that
+    needs allow; `before` and `after` hold a set for each tool, with itself. So all that 10,000
+    tools have before and after them fits in 25 MB, and what is asked of it takes microseconds.
+    Tools in a circle or behind one are left out, since nobody can tell before that is mended.
     """
 
     def __init__(self, needs):
-        self.places = {}
+        self.bits = {}
         for tool in walk(needs)[0]:
-            if all(need in self.places for need in needs[tool]):
-                self.places[tool] = len(self.places)
-        self.tools = list(self.places)
-        edges = [(i, self.places[need]) for tool, i in self.places.items() for need in needs[tool]]
-        self.before, self.after = [0] * len(self.tools), [0] * len(self.tools)
-        for i, need in edges:
-            self.before[i] |= self.before[need] | 1 << need
-        for i, need in reversed(edges):
-            self.after[need] |= self.after[i] | 1 << i
+            if all(need in self.bits for need in needs[tool]):
+                self.bits[tool] = 1 << len(self.bits)
+        self.tools = list(self.bits)
+        self.before, self.after = dict(self.bits), dict(self.bits)
+        edges = [(tool, need) for tool in self.tools for need in needs[tool]]
+        for tool, need in edges:
+            self.before[tool] |= self.before[need]
+        for tool, need in reversed(edges):
+            self.after[need] |= self.after[tool]
 
-    def make_mask(self, tools):
-        """Return the set of some tools."""
-        return sum(1 << self.places[tool] for tool in tools if tool in self.places)
+    def find_gaps(self, tools):
+        """Return each two tools of which neither comes before the other, and that nothing but an
+        order of these two would bring in line.
+        """
+        line = sorted(filter(self.bits.get, tools), key=self.bits.get)
+        return [(one, other) for one, other in zip(line, line[1:])
+                if not self.before[other] & self.bits[one]]
 
-    def find_last(self, mask):
-        """Return those tools of a set that come before no other of it."""
-        last = []
-        while mask:
-            place = mask.bit_length() - 1
-            mask &= ~(self.before[place] | 1 << place)
-            last.insert(0, self.tools[place])
-        return last
+    def add_last(self, needs, tools, users):
+        """Let each user need those of the tools that do not come after it, but for those that
+        come before another one of these.
+        """
+        known = sum(self.bits.get(tool, 0) for tool in tools)
+        for user in filter(self.bits.get, users):
+            left = known & ~self.after[user]
+            while left:
+                last = self.tools[left.bit_length() - 1]
+                needs[user][last] = None
+                left &= ~self.before[last]
 
 
 def walk(needs):
@@ -909,37 +882,34 @@ def walk(needs):
 
 
 def expand_stages(errors, tools, members):
-    """Return every stage with the tools it comes to; none, and errors, if one contains itself.
+    """Return every stage with the tools it comes to, but those that contain themselves, and add
+    to errors what is wrong with them.
 
     A name that is both is the stage, but the tool inside the stage of that name.
     """
-    inner = {stage: dict.fromkeys(name for name in names if name in members
-                                  and (name != stage or name not in tools))
+    inner = {stage: [name for name in names
+                     if name in members and (name != stage or name not in tools)]
              for stage, names in members.items()}
     order, circles = walk(inner)
-    if circles:
-        errors += [UserError(f"STAGES: a stage contains itself: {path}.",
-                             "Take one of them out of the other.") for path in circles]
-        return {}
+    errors += [UserError(f"STAGES: a stage contains itself: {path}.",
+                         "Take one of them out of the other.") for path in circles]
     found = {}
     for stage in order:
         found[stage] = tuple(dict.fromkeys(
-            tool for name in members[stage]
-            for tool in (found[name] if name in inner[stage] else (name,))))
-    errors += [UserError(f"STAGES[{stage!r}]: a tool has this name too and is not in the stage, so "
-                         "that nothing could name it.", "Rename the one or the other.")
-               for stage in found
-               if stage in tools and stage not in found[stage] and {*found[stage]} <= {*tools}]
-    return {stage: Stage(stage, names, found[stage]) for stage, names in members.items()}
+            tool for name in members[stage] for tool in found.get(name, (name,))))
+        if stage in tools and stage not in found[stage] and tools.keys() >= {*found[stage]}:
+            errors.append(UserError(
+                f"STAGES[{stage!r}]: a tool has this name too and is not in the stage, so that "
+                "nothing could name it.", "Rename the one or the other."))
+    return {stage: Stage(stage, names, found[stage]) for stage, names in members.items()
+            if stage in found}
 
 
 def check_arguments(arguments):
     """Raise UserError if tools could not get this as arguments by name."""
     check_table("arguments", arguments)
     for name in arguments:
-        if not isinstance(name, str):
-            raise UserError(f"arguments: the name {name!r} is {format_type(name)}, not text.",
-                            "Put it in quotes.")
+        check_name("arguments", name)
         if name in RESERVED_ARGUMENTS:
             raise UserError(f"arguments: {name!r} is the engine's own.", "Choose another name.")
 
@@ -984,14 +954,12 @@ def make_plan(pipeline, targets=(), *, exclude=(), start_from=None, jobs=1, past
     if not order:
         raise UserError("Nothing is left to run.", "Name a target that holds a tool, or take "
                         "something out of --exclude; --list shows them all.")
-    if past:
+    if past and not past.is_forced:
         check_needs_met(pipeline, order, past)
-    redo = {}
-    while True:
+    redo, lost = {}, True
+    while lost:
         steps = make_steps(pipeline, order, reasons, past, redo, describe)
         lost = find_lost_results(steps)
-        if not lost:
-            break
         redo.update(lost)
     expected_s = None if any(step.expected_s is None for step in steps) \
         else simulate(Schedule(steps, pipeline, jobs), durations_of(steps), jobs)
@@ -1000,20 +968,18 @@ def make_plan(pipeline, targets=(), *, exclude=(), start_from=None, jobs=1, past
 
 def check_needs_met(pipeline, order, past):
     """Raise UserError for each need outside the plan whose tool has no success fresh enough."""
-    there = set(order)
-    errors = []
-    for tool in [] if past.is_forced else order:
+    planned, errors = set(order), []
+    for tool in order:
         needs = pipeline.needs[tool]
         if needs == ALL_BEFORE or tool in past.done or pipeline.tools[tool].when == "always":
             continue
-        missing = [f"{need}, which {why}" for need in needs if need not in there
+        missing = [f"{need}, which {why}" for need in needs if need not in planned
                    for why in [find_staleness(pipeline.tools[need], past)] if why]
         if missing:
             errors.append(UserError(
                 f"{tool} needs what is not in this plan: {'; '.join(missing)}.",
                 f"Run that too: +{tool} takes all that {tool} needs; or go on without: --force."))
-    if errors:
-        raise merge_errors(errors)
+    check_mistakes(errors)
 
 
 def find_staleness(tool, past):
@@ -1046,33 +1012,37 @@ def format_age(success, now):
 
 
 def decide(pipeline, tool, ran, redo, past):
-    """Return the action for a tool, the reason for it, and the success that it rests on, if any.
+    """Return the success because of which a tool is not run, or None, and the reason for either.
 
     `ran` is a tool that it waits for and that will run, if there is one; `redo` are the tools that
     must run again, and why.
     """
     done = past.done.get(tool)
-    cache_s = None if past.is_forced else pipeline.tools[tool].cache_s
-    success = done or (past.find_success(tool) if cache_s else None)
+    is_cached = pipeline.tools[tool].cache_s and not past.is_forced
+    success = done or (past.find_success(tool) if is_cached else None)
     if success is None or tool in redo:
-        return "run", redo.get(tool, ""), None
+        return None, redo.get(tool, "")
     if ran is not None:
-        return "run", f"again, because {ran} will run", None
+        return None, f"again, because {ran} will run"
     if done:
-        return "skip", f"succeeded in run {done.run_id}", done
+        return done, f"succeeded in run {done.run_id}"
+    change = find_change(pipeline.tools[tool], success, past)
+    return (None, change) if change else (success, f"unchanged since run {success.run_id}")
+
+
+def find_change(tool, success, past):
+    """Return why the success of a tool that is cached is none any more, or ""."""
+    needed, since = past.find_needed_works(tool.name), f"since run {success.run_id}"
     if not success.source:
-        return "run", f"what it was in run {success.run_id} is not recorded", None
-    needed = past.find_needed_works(tool)
-    if {*needed} != {*success.needed}:
-        return "run", f"its needs changed since run {success.run_id}", None
+        return f"what it was in run {success.run_id} is not recorded"
+    if needed.keys() != success.needed.keys():
+        return f"its needs changed {since}"
     if needed != success.needed:
-        return "run", f"what it needs has run since run {success.run_id}", None
-    if not is_young(success, cache_s, past.now):
-        return "run", f"succeeded {format_age(success, past.now)}", None
-    change = past.find_change(pipeline.tools[tool], success)
-    if change:
-        return "run", f"{change} since run {success.run_id}", None
-    return "cached", f"unchanged since run {success.run_id}", success
+        return f"what it needs has run {since}"
+    if not is_young(success, tool.cache_s, past.now):
+        return f"succeeded {format_age(success, past.now)}"
+    change = past.find_change(tool, success)
+    return change and f"{change} {since}"
 
 
 def find_lost_results(steps):
@@ -1114,8 +1084,8 @@ def make_steps(pipeline, order, reasons, past, redo, describe):
         options = pipeline.tools[tool]
         edges = since if needs == ALL_BEFORE else [need for need in needs if need in steps]
         ran = next((each for each in edges if steps[each].action == "run"), None)
-        action, why, success = decide(
-            pipeline, tool, ran, redo, past) if past else ("run", "", None)
+        success, why = decide(pipeline, tool, ran, redo, past) if past else (None, "")
+        action = "run" if success is None else "skip" if tool in past.done else "cached"
         expected_s = 0.0 if success else (past and past.find_expected_s(tool)) or options.estimate_s
         reason = why if success else "; ".join(filter(None, [
             reasons[tool], why, describe and describe(options)]))
@@ -1133,7 +1103,7 @@ def expand_reasons(pipeline, target):
     `+tool` adds what the tool needs, directly or not, `tool+` what needs it; both follow needs
     that are declared or inferred.
     """
-    name = target[target.startswith("+"):len(target) - target.endswith("+")]
+    name = target.removeprefix("+").removesuffix("+")
     tools = expand_target(pipeline, name)
     reasons = dict.fromkeys(tools, f"in stage {name}" if name in pipeline.stages else "named")
     if target == name:
@@ -1167,17 +1137,17 @@ def find_needs_within(pipeline, planned):
     that last one is not in the plan, the one before takes its place, so that no two who use a name
     are ever at it at once.
     """
-    found = {}
+    tools, found = pipeline.tools, {}
     for tool in planned:
         needs = pipeline.needs[tool]
-        left = [] if needs == ALL_BEFORE else [need for need in needs if need not in planned]
-        if left:
-            used = {*(pipeline.tools[tool].reads or ()), *(pipeline.tools[tool].writes or ())}
-            for need in left:  # which grows
-                if need not in planned and used.intersection(pipeline.tools[need].writes or ()):
-                    left += [each for each in pipeline.needs[need] if each not in left
-                             and used.intersection(pipeline.tools[each].writes or ())]
-            needs = tuple(dict.fromkeys((*needs, *left)))
+        if needs != ALL_BEFORE:
+            needs = list(needs)
+            used = {*tools[tool].reads, *tools[tool].writes}
+            for need in needs:  # which grows
+                if need not in planned and used.intersection(tools[need].writes):
+                    needs += [each for each in pipeline.needs[need] if each not in needs
+                              and used.intersection(tools[each].writes)]
+            needs = tuple(needs)
         found[tool] = needs
     return found
 
@@ -1239,26 +1209,28 @@ class Schedule:
     """
 
     def __init__(self, steps, pipeline, jobs=2):
+        from graphlib import TopologicalSorter
         self.tools = pipeline.tools
         self.position = {step.tool: i for i, step in enumerate(steps)}
         self.rank = self.position
         if jobs > 1:
             ways_s = find_ways_s(steps)
             self.rank = {tool: (-ways_s[tool], i) for tool, i in self.position.items()}
-        self.after = invert({step.tool: step.edges for step in steps})
-        self.missing = {step.tool: len(step.edges) for step in steps}
+        edges = {step.tool: step.edges for step in steps}
+        self.after = invert(edges)
+        self.waiting = TopologicalSorter(edges)
+        self.waiting.prepare()
         self.ready = {}
         self.free = dict(pipeline.limits)
 
     def begin(self):
         """Return the tools that wait for nothing from the start."""
-        return [tool for tool, count in self.missing.items() if not count]
+        return list(self.waiting.get_ready())
 
     def done(self, tool):
         """Note a tool as settled and return those that wait for nothing any more."""
-        for each in self.after[tool]:
-            self.missing[each] -= 1
-        return [each for each in self.after[tool] if not self.missing[each]]
+        self.waiting.done(tool)
+        return list(self.waiting.get_ready())
 
     def add(self, tool):
         """Make a tool ready."""
@@ -1421,11 +1393,11 @@ def leave_out(pipeline, order, exclude, start_from):
     excluded = {tool for name in exclude for tool in expand_reasons(pipeline, name)}
     if start_from is not None:
         first = set(expand_target(pipeline, start_from))
-        start = next((i for i, tool in enumerate(order) if tool in first), None)
-        if start is None:
+        starts = [i for i, tool in enumerate(order) if tool in first]
+        if not starts:
             raise UserError(f"--from: {start_from!r} is not in this plan.",
                             format_nearest(start_from, order))
-        order = order[start:]
+        order = order[starts[0]:]
     return [tool for tool in order if tool not in excluded]
 
 
@@ -2220,7 +2192,7 @@ def find_reads(tool, base, known):
     time are the same.
     """
     files = {}
-    for name in tool.reads or ():
+    for name in tool.reads:
         top = os.path.join(base, name)
         inside = [os.path.join(folder, each) for folder, _, names in os.walk(top) for each in names]
         for path in filter(os.path.isfile, sorted(inside) or [top]):  # no pipes, no broken links
@@ -2237,7 +2209,7 @@ def find_reads(tool, base, known):
 
 def find_writes(tool, base):
     """Return those of the names that a tool writes that are files or folders."""
-    return [name for name in tool.writes or () if os.path.exists(os.path.join(base, name))]
+    return [name for name in tool.writes if os.path.exists(os.path.join(base, name))]
 
 
 def hash_file(path):
@@ -3836,9 +3808,7 @@ def find_base(get_connection):
 
 def check_modules_exist(tools):
     """Raise UserError for the tools whose module is not there. Imports nothing."""
-    missing = [missing_module(tool) for tool in tools if find_module(tool.module) is None]
-    if missing:
-        raise merge_errors(missing)
+    check_mistakes([missing_module(tool) for tool in tools if find_module(tool.module) is None])
 
 
 def missing_module(tool):
@@ -3962,8 +3932,7 @@ def load_callees(tools, available, interrupts):
         return loaded[key]._replace(tool=tool)
 
     callees = make_all(errors, load, {tool.name: tool for tool in tools})
-    if errors:
-        raise merge_errors(errors)
+    check_mistakes(errors)
     return callees
 
 
@@ -4048,9 +4017,8 @@ def check_are_taken(arguments, callees, tools, find_said):
             takes += read
     known = dict.fromkeys(name for each in takes for name in each.names
                           if name not in RESERVED_ARGUMENTS)
-    if left:
-        raise merge_errors([UserError(f"{said[name]}: no tool takes {name!r}.",
-                                      format_nearest(name, known)) for name in left])
+    check_mistakes([UserError(f"{said[name]}: no tool takes {name!r}.",
+                              format_nearest(name, known)) for name in left])
 
 
 def find_untaken(arguments, takes):
@@ -4095,9 +4063,7 @@ def find_wrong_each(pipeline, tools):
 
 def check_each(pipeline, tools):
     """Raise UserError for tools whose items are to be those of one that has none."""
-    errors = find_wrong_each(pipeline, tools)
-    if errors:
-        raise merge_errors(errors)
+    check_mistakes(find_wrong_each(pipeline, tools))
 
 
 def find_parameters(function):

@@ -8,7 +8,7 @@ import pytest
 
 import orchestrator
 from orchestrator import (
-    MOVES, Tool, UserError, check_move, format_duration, format_nearest, merge_errors, parse_bytes,
+    MOVES, Tool, UserError, check_mistakes, check_move, format_duration, format_nearest, parse_bytes,
     parse_duration_s, retry_delay_s,
 )
 
@@ -32,16 +32,23 @@ def test_an_error_without_a_fix_is_one_line():
     assert str(UserError("Nothing is left to run.")) == "Nothing is left to run."
 
 
-def test_a_single_error_is_not_wrapped_when_it_is_merged():
+def test_no_mistakes_are_no_error():
+    check_mistakes([])
+
+
+def test_a_single_mistake_is_raised_as_it_is():
     error = UserError("a", "b")
 
-    assert merge_errors([error]) is error
+    with pytest.raises(UserError) as caught:
+        check_mistakes([error])
+    assert caught.value is error
 
 
-def test_merged_errors_keep_every_problem_with_its_own_fix_in_order():
-    merged = merge_errors([UserError("one", "mend one"), UserError("two", "mend two")])
+def test_an_error_of_several_mistakes_keeps_every_problem_with_its_own_fix_in_order():
+    with pytest.raises(UserError) as caught:
+        check_mistakes([UserError("one", "mend one"), UserError("two", "mend two")])
 
-    assert str(merged) == "one\n  mend one\ntwo\n  mend two"
+    assert str(caught.value) == "one\n  mend one\ntwo\n  mend two"
 
 
 @pytest.mark.parametrize("word, known, said", [
