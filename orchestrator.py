@@ -135,7 +135,7 @@ class UserError(Exception):
         self.problem, self.fix = problem, fix
 
     def __str__(self):
-        return self.problem + "".join("\n  " + line for line in self.fix.splitlines())
+        return "\n  ".join([self.problem, *self.fix.splitlines()])
 
 
 class Locked(UserError):
@@ -176,9 +176,8 @@ class Tool(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A row of STAGES, checked: its members as written, and the tools they come to."""
+    """A row of STAGES, checked: the tools that its members come to."""
     name: str
-    members: Tuple[str, ...]
     tools: Tuple[str, ...]
 
 
@@ -392,7 +391,7 @@ def format_nearest(word, known):
     """Return the way out of a mistyped word: the nearest known words, or else all of them."""
     from difflib import get_close_matches
     known = list(map(str, known))
-    near = get_close_matches(word, known, n=3, cutoff=0.6)
+    near = get_close_matches(word, known)  # three at most
     if near:
         return "Did you mean " + " or ".join(map(repr, near)) + "?"
     return "Known: " + (", ".join(known[:20]) + (", ..." if len(known) > 20 else "") or "none")
@@ -420,9 +419,9 @@ def parse_quantity(value, units):
     """
     if not isinstance(value, str):
         return accept(value, is_number(value))
-    parts = re.findall(rf"(\d+(?:\.\d+)?) ?({'|'.join(units)})", value)
-    accept(value, parts and "".join(map("".join, parts)) == value.replace(" ", ""))
-    return sum(float(number) * units[unit] for number, unit in parts)
+    part = rf"(\d+(?:\.\d+)?) ?({'|'.join(units)}) *"
+    accept(value, re.fullmatch(f"({part})+", value))
+    return sum(float(number) * units[unit] for number, unit in re.findall(part, value))
 
 
 def parse_duration_s(value):
@@ -515,10 +514,9 @@ def read_pipeline(tool_map, stages=None, get_connection=None, *, name=None, limi
 
     Raise UserError for tables that can not be read at all.
     """
-    stages, limits = ({} if table is None else table for table in (stages, limits))
-    check_table("TOOL_MAP", tool_map)
-    check_table("STAGES", stages)
-    check_table("LIMITS", limits)
+    tool_map = read_table("TOOL_MAP", tool_map)
+    stages = read_table("STAGES", stages)
+    limits = read_table("LIMITS", limits)
     if not tool_map:
         raise UserError("TOOL_MAP is empty.", 'Add a tool to it: "fetch": "my_folder.fetch".')
     if get_connection is not None and not callable(get_connection):
@@ -541,11 +539,14 @@ def no_connection():
     """Stand for get_connection in a pipeline without a database."""
 
 
-def check_table(where, table):
-    """Raise UserError if a table is no table."""
+def read_table(where, table):
+    """Return a table, empty where there is none. Raise UserError if it is no table."""
+    if table is None:
+        return {}
     if not isinstance(table, Mapping):
         raise UserError(f"{where} is {format_type(table)}, not a dict.",
                         f"Write {where} = {{...}}, names on the left.")
+    return table
 
 
 def make_all(errors, make, table):
@@ -564,8 +565,7 @@ def check_name(where, name):
     if not isinstance(name, str):
         raise UserError(f"{where}: the name {name!r} is {format_type(name)}, not text.",
                         "Put it in quotes.")
-    if not name or name[0] in "-+" or name[-1] == "+" or name != name.strip() \
-            or not name.isprintable():
+    if not name.isprintable() or not re.fullmatch("[^-+ ](.*[^+ ])?", name):
         raise UserError(f"{where}: {name!r} can not be told from a flag on the command line.",
                         "Choose a name that does not begin with - or +, does not end with +, "
                         "and has no blanks around it.")
@@ -770,7 +770,8 @@ def find_needs(errors, tools):
         needs[tool.name].update((writer, None) for name in tool.reads if name not in shared
                                 for writer in writers.get(name, ()) if writer != tool.name)
     if shared and not errors:  # a wrong row may order them
-        errors += order_writers(needs, {tool.name: tool.reads for tool in tools.values()}, shared)
+        readers = invert({tool.name: tool.reads for tool in tools.values()})
+        errors += order_writers(needs, readers, shared)
     errors += [UserError(f"TOOL_MAP: tools need each other in a circle: {path}.",
                          "Take one of these needs out, or one of the reads or writes behind it.")
                for path in walk(needs)[1]]
@@ -778,7 +779,7 @@ def find_needs(errors, tools):
             for tool in tools.values()}
 
 
-def order_writers(needs, reads, shared):
+def order_writers(needs, readers, shared):
     """Add the needs of those that use a name which several tools write, and return an error for
     each two writers that would have to be put in order.
 
@@ -786,10 +787,10 @@ def order_writers(needs, reads, shared):
     be in one line then, and who reads or writes it needs the last of them that is before it, or
     that could be: none that comes after it.
     """
-    order, readers, errors = Order(needs), invert(reads), []
+    order, errors = Order(needs), []
     for name, found in shared.items():
-        updates = {tool: None for tool in found if name in reads[tool]}
-        order.add_last(needs, [tool for tool in found if tool not in updates], updates)
+        updates = {*found}.intersection(readers.get(name, ()))
+        order.add_last(needs, {*found} - updates, updates)
     order = Order(needs)
     for name, found in shared.items():
         errors += [UserError(f"TOOL_MAP: {one!r} and {other!r} write {name!r} in no order.",
@@ -901,14 +902,12 @@ def expand_stages(errors, tools, members):
             errors.append(UserError(
                 f"STAGES[{stage!r}]: a tool has this name too and is not in the stage, so that "
                 "nothing could name it.", "Rename the one or the other."))
-    return {stage: Stage(stage, names, found[stage]) for stage, names in members.items()
-            if stage in found}
+    return {stage: Stage(stage, found[stage]) for stage in members if stage in found}
 
 
 def check_arguments(arguments):
     """Raise UserError if tools could not get this as arguments by name."""
-    check_table("arguments", arguments)
-    for name in arguments:
+    for name in read_table("arguments", arguments):
         check_name("arguments", name)
         if name in RESERVED_ARGUMENTS:
             raise UserError(f"arguments: {name!r} is the engine's own.", "Choose another name.")
@@ -936,8 +935,6 @@ def make_plan(pipeline, targets=(), *, exclude=(), start_from=None, jobs=1, past
     stage nor a tool, if nothing is left to run, and if a tool needs one that is not in the plan
     and has no success that is fresh enough.
     """
-    targets = read_targets("targets", targets)
-    exclude = read_targets("exclude", exclude)
     if not isinstance(start_from, (str, type(None))):
         raise UserError(f"start_from is {start_from!r}, not a name.",
                         'Give one stage or tool: start_from="fetch".')
@@ -984,19 +981,19 @@ def check_needs_met(pipeline, order, past):
 
 def find_staleness(tool, past):
     """Return why the last success of a tool is not good enough for those that need it, or ""."""
-    success = past.find_success(tool.name)
+    limit_s, success = tool.fresh_for_s, past.find_success(tool.name)
     if success is None:
         return "has never succeeded"
-    if tool.fresh_for_s == float("inf"):
+    if limit_s == float("inf"):
         return ""
     success = past.find_whole_success(tool.name)
     if success is None:
-        return (f"has no success to be fresh for {format_duration(tool.fresh_for_s)}: other "
-                "arguments, a backfill, a single item, and some of its items only, do not count")
-    if is_young(success, tool.fresh_for_s, past.now):
+        return (f"has no success to be fresh for {format_duration(limit_s)}: other arguments, a "
+                "backfill, a single item, and some of its items only, do not count")
+    if is_young(success, limit_s, past.now):
         return ""
     return (f"succeeded {format_age(success, past.now)}, in run {success.run_id}, and is fresh "
-            f"for {format_duration(tool.fresh_for_s)}")
+            f"for {format_duration(limit_s)}")
 
 
 def is_young(success, limit_s, now):
@@ -1203,19 +1200,15 @@ class Schedule:
     nothing any more; `add(tool)` makes one of them ready; `next()` takes the best ready tool
     for which there is room, and `release(tool)` gives that room back.
 
-    State: `missing`, how many edges of each tool lead to what is not settled; `ready`, a heap for
-    each set of uses, since those with the same uses have room together; `free`, what is left of
-    the limits.
+    State: `waiting`, which knows what is not settled; `ready`, a heap for each set of uses, since
+    those with the same uses have room together; `free`, what is left of the limits.
     """
 
     def __init__(self, steps, pipeline, jobs=2):
         from graphlib import TopologicalSorter
         self.tools = pipeline.tools
         self.position = {step.tool: i for i, step in enumerate(steps)}
-        self.rank = self.position
-        if jobs > 1:
-            ways_s = find_ways_s(steps)
-            self.rank = {tool: (-ways_s[tool], i) for tool, i in self.position.items()}
+        self.ways_s = find_ways_s(steps) if jobs > 1 else {}
         edges = {step.tool: step.edges for step in steps}
         self.after = invert(edges)
         self.waiting = TopologicalSorter(edges)
@@ -1234,24 +1227,22 @@ class Schedule:
 
     def add(self, tool):
         """Make a tool ready."""
-        heappush(self.ready.setdefault(self.tools[tool].uses, []), (self.rank[tool], tool))
+        heap = self.ready.setdefault(self.tools[tool].uses, [])
+        heappush(heap, (-self.ways_s.get(tool, 0.0), self.position[tool], tool))
 
     def next(self):
         """Take the best ready tool for which there is room, and its room; None if there is none."""
-        heaps = [heap for uses, heap in self.ready.items() if heap and self._has_room(uses)]
-        if not heaps:
-            return None
-        _, tool = heappop(min(heaps))  # which their best, at the front, decide
-        self.take(tool)
-        return tool
-
-    def _has_room(self, uses):
-        return all(units <= self.free[resource] for resource, units in uses)
+        for heap in sorted(filter(None, self.ready.values())):  # the heap of the best one first
+            tool = heap[0][-1]
+            if self.take(tool):
+                heappop(heap)
+                return tool
+        return None
 
     def take(self, tool):
         """Take room for one more worker of a tool that runs; return False if there is none."""
         uses = self.tools[tool].uses
-        if not self._has_room(uses):
+        if any(units > self.free[resource] for resource, units in uses):
             return False
         for resource, units in uses:
             self.free[resource] -= units
@@ -1264,7 +1255,7 @@ class Schedule:
 
     def take_all(self):
         """Return the ready tools, in the plan's order, which are then ready no more."""
-        tools = [tool for heap in self.ready.values() for _, tool in heap]
+        tools = [tool for heap in self.ready.values() for *_, tool in heap]
         self.ready.clear()
         return sorted(tools, key=self.position.__getitem__)
 
@@ -1353,7 +1344,7 @@ def check_begun(span, periods, today):
     """Raise UserError if some of the periods of a span have not begun, naming its last good day."""
     from datetime import date, timedelta
     begun = [period for period in periods if period.start <= today]
-    if len(begun) == len(periods):
+    if begun == periods:
         return
     last = str(date.fromisoformat(begun[-1].end) - timedelta(1)) if begun else today
     future = periods[len(begun)]
@@ -1373,14 +1364,17 @@ def decide_period(period, last, reprocess, today):
     action, reason, run_id = period.action, period.reason, None
     if last is not None:
         run_id, status, began_at = last
-        is_early = find_day(began_at) < period.end
-        is_left = status == "success" and not is_early or status == "failed" \
-            and reprocess != "failed"
-        action = "run" if reprocess == "all" else "skip" if is_left \
-            else "run" if is_early else "resume"
         how = {"success": "done", "failed": "failed"}.get(status, "interrupted")
-        reason = ("again, " * (how == "done" and reprocess == "all") + f"{how} in run {run_id}"
-                  + "; see --reprocess" * (how == "failed" and action == "skip"))
+        is_early = find_day(began_at) < period.end
+        reason = f"{how} in run {run_id}"
+        if reprocess == "all":
+            action = "run"
+            reason = "again, " * (how == "done") + reason
+        elif how == "failed" and not reprocess:
+            action = "skip"
+            reason += "; see --reprocess"
+        elif not is_early:
+            action = "skip" if how == "done" else "resume"
         if is_early and action == "run":
             reason += ", which ran before the period was over"
     if action != "skip" and today < period.end:
@@ -7064,7 +7058,7 @@ def make_own_request(targets, exclude, start_from, arguments, home, resume):
     """Return what run_pipeline() was asked for. Raise UserError for what it can not be asked."""
     request = Request(tuple(read_targets("targets", targets)),
                       tuple(read_targets("exclude", exclude)), start_from)
-    check_arguments({} if arguments is None else arguments)
+    check_arguments(arguments)
     if home is None and resume:
         raise UserError("resume needs a history.", "Say where it is: home=.")
     return request

@@ -589,8 +589,8 @@ def test_a_chain_may_be_longer_than_python_recurses():
 
 # --- whatever the tables ---
 
-def make_random_pipeline(chance):
-    """Return a pipeline whose stages contain tools and the stages before them."""
+def make_random_tables(chance):
+    """Return tools, and stages that contain tools and the stages before them."""
     tools = {f"t{i}": f"m{i}" for i in range(chance.randint(1, 12))}
     stages = {}
     for i in range(chance.randint(1, 10)):
@@ -598,7 +598,12 @@ def make_random_pipeline(chance):
         stages[f"s{i}"] = [chance.choice(known) for _ in range(chance.randint(1, 6))]
     rows = list(stages.items())
     chance.shuffle(rows)  # a stage may stand before or after those that it contains
-    return load_pipeline(tools, dict(rows))
+    return tools, dict(rows)
+
+
+def make_random_pipeline(chance):
+    """Return a pipeline of such tables."""
+    return load_pipeline(*make_random_tables(chance))
 
 
 def choose_words(chance, pipeline, most=5):
@@ -609,10 +614,11 @@ def choose_words(chance, pipeline, most=5):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_stage_is_planned_as_its_members_typed_one_by_one(seed):
-    pipeline = make_random_pipeline(random.Random(seed))
+    tools, stages = make_random_tables(random.Random(seed))
+    pipeline = load_pipeline(tools, stages)
 
-    for stage in pipeline.stages.values():
-        assert order(stage.name, pipeline=pipeline) == order(*stage.members, pipeline=pipeline)
+    for stage, members in stages.items():
+        assert order(stage, pipeline=pipeline) == order(*members, pipeline=pipeline)
 
 
 @pytest.mark.parametrize("seed", range(40))

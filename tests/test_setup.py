@@ -87,7 +87,6 @@ def test_a_stage_comes_to_the_tools_of_its_stages_each_once_at_its_first_place()
 
     assert pipeline.stages["late"].tools == ("render", "fetch", "parse")
     assert pipeline.stages["all"].tools == ("parse", "render", "fetch")
-    assert pipeline.stages["all"].members == ("parse", "late", "early")
 
 
 def test_a_name_that_is_both_is_the_tool_inside_its_own_stage_and_the_stage_in_others():
