@@ -821,17 +821,17 @@ class Order:
     """
 
     def __init__(self, needs):
-        self.bits = {}
+        self.bits, self.before, self.after = {}, {}, {}
         for tool in walk(needs)[0]:
             if all(need in self.bits for need in needs[tool]):
-                self.bits[tool] = 1 << len(self.bits)
+                bit = 1 << len(self.bits)
+                self.bits[tool] = self.before[tool] = self.after[tool] = bit
+                for need in needs[tool]:
+                    self.before[tool] |= self.before[need]
         self.tools = list(self.bits)
-        self.before, self.after = dict(self.bits), dict(self.bits)
-        edges = [(tool, need) for tool in self.tools for need in needs[tool]]
-        for tool, need in edges:
-            self.before[tool] |= self.before[need]
-        for tool, need in reversed(edges):
-            self.after[need] |= self.after[tool]
+        for tool in reversed(self.tools):
+            for need in needs[tool]:
+                self.after[need] |= self.after[tool]
 
     def find_gaps(self, tools):
         """Return each two tools of which neither comes before the other, and that nothing but an
@@ -1023,11 +1023,11 @@ def decide(pipeline, tool, ran, redo, past):
         return None, f"again, because {ran} will run"
     if done:
         return done, f"succeeded in run {done.run_id}"
-    change = find_change(pipeline.tools[tool], success, past)
+    change = find_reason_to_run(pipeline.tools[tool], success, past)
     return (None, change) if change else (success, f"unchanged since run {success.run_id}")
 
 
-def find_change(tool, success, past):
+def find_reason_to_run(tool, success, past):
     """Return why the success of a tool that is cached is none any more, or ""."""
     needed, since = past.find_needed_works(tool.name), f"since run {success.run_id}"
     if not success.source:
@@ -1136,16 +1136,15 @@ def find_needs_within(pipeline, planned):
     """
     tools, found = pipeline.tools, {}
     for tool in planned:
-        needs = pipeline.needs[tool]
-        if needs != ALL_BEFORE:
-            needs = list(needs)
-            used = {*tools[tool].reads, *tools[tool].writes}
+        found[tool] = pipeline.needs[tool]
+        used = {*tools[tool].reads, *tools[tool].writes}
+        if used:
+            needs = list(found[tool])
             for need in needs:  # which grows
                 if need not in planned and used.intersection(tools[need].writes):
                     needs += [each for each in pipeline.needs[need] if each not in needs
                               and used.intersection(tools[each].writes)]
-            needs = tuple(needs)
-        found[tool] = needs
+            found[tool] = tuple(needs)
     return found
 
 

@@ -8,8 +8,8 @@ import pytest
 
 import orchestrator
 from orchestrator import (
-    MOVES, Tool, UserError, check_mistakes, check_move, format_duration, format_nearest, parse_bytes,
-    parse_duration_s, retry_delay_s,
+    MOVES, Tool, UserError, check_mistakes, check_move, format_duration, format_nearest,
+    parse_bytes, parse_duration_s, retry_delay_s,
 )
 
 LEGAL = [("pending", "running"), ("pending", "skipped"), ("running", "success"),
