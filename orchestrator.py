@@ -111,12 +111,7 @@ SIGINT = 2  # on every system
 MOVES = {  # status of a tool in a run -> the statuses that may follow
     "pending": ("running", "cached", "skipped"),
     "running": ("success", "partial", "failed", "interrupted"),
-    "success": (),
-    "partial": (),
-    "cached": (),
-    "failed": (),
-    "skipped": (),
-    "interrupted": (),
+    **dict.fromkeys(["success", "partial", "cached", "failed", "skipped", "interrupted"], ()),
 }
 
 DONE = ("success", "cached")  # statuses of a tool that need not be done again
@@ -148,15 +143,18 @@ class Settled(UserError):
     exit_code = EXIT_SUCCESS
 
 
+Names = Tuple[str, ...]  # of tools, of items, or of what tools read and write
+
+
 class Tool(NamedTuple):
     """A row of TOOL_MAP, checked; what each option means stands beside OPTIONS."""
     name: str
     module: str
     function: str = "run"
     commits: bool = False
-    needs: Optional[Tuple[str, ...]] = None  # with `each`; None where the row declares nothing
-    reads: Tuple[str, ...] = ()
-    writes: Tuple[str, ...] = ()
+    needs: Optional[Names] = None  # with `each`; None where the row declares nothing
+    reads: Names = ()
+    writes: Names = ()
     retries: int = 0
     retry_delay_s: float = 30.0
     retry_factor: float = 2.0
@@ -178,7 +176,7 @@ class Tool(NamedTuple):
 class Stage(NamedTuple):
     """A row of STAGES, checked: the tools that its members come to."""
     name: str
-    tools: Tuple[str, ...]
+    tools: Names
 
 
 class Pipeline(NamedTuple):
@@ -191,7 +189,7 @@ class Pipeline(NamedTuple):
     name: str
     tools: Dict[str, Tool]
     stages: Dict[str, Stage]
-    needs: Dict[str, Union[str, Tuple[str, ...]]]
+    needs: Dict[str, Union[str, Names]]
     limits: Dict[str, int]
     get_connection: Callable[[], Any]
     mistakes: Tuple[UserError, ...] = ()
@@ -249,8 +247,8 @@ class Step(NamedTuple):
     wave: int
     action: str
     reason: str
-    needs: Union[str, Tuple[str, ...]]
-    edges: Tuple[str, ...] = ()
+    needs: Union[str, Names]
+    edges: Names = ()
     expected_s: Optional[float] = None
     success: Optional[Success] = None
 
@@ -262,7 +260,7 @@ class Plan(NamedTuple):
     expected to take; None if that is unknown of any tool.
     """
     steps: Tuple[Step, ...]
-    critical_path: Tuple[str, ...]
+    critical_path: Names
     expected_s: Optional[float] = None
     jobs: int = 1
 
@@ -315,7 +313,7 @@ class Job(NamedTuple):
     last_success_at: Optional[float] = None
     source: str = ""
     only: Optional[str] = None
-    retry: Optional[Tuple[str, ...]] = None
+    retry: Optional[Names] = None
 
 
 class Outcome(NamedTuple):
@@ -940,12 +938,10 @@ def make_plan(pipeline, targets=(), *, exclude=(), start_from=None, jobs=1, past
                         'Give one stage or tool: start_from="fetch".')
     if not targets and DEFAULT_STAGE in pipeline.stages:
         targets = [DEFAULT_STAGE]
-    reasons = {}
+    reasons = {} if targets else dict.fromkeys(pipeline.tools, "in TOOL_MAP")
     for target in targets:
         for tool, reason in expand_reasons(pipeline, target).items():
             reasons.setdefault(tool, reason)
-    if not targets:
-        reasons = dict.fromkeys(pipeline.tools, "in TOOL_MAP")
     order = sort_by_needs(reasons, find_needs_within(pipeline, reasons))
     order = leave_out(pipeline, order, exclude, start_from)
     if not order:
@@ -958,9 +954,10 @@ def make_plan(pipeline, targets=(), *, exclude=(), start_from=None, jobs=1, past
         steps = make_steps(pipeline, order, reasons, past, redo, describe)
         lost = find_lost_results(steps)
         redo.update(lost)
-    expected_s = None if any(step.expected_s is None for step in steps) \
-        else simulate(Schedule(steps, pipeline, jobs), durations_of(steps), jobs)
-    return Plan(tuple(steps), find_critical_path(steps), expected_s, jobs)
+    expected_s = {step.tool: step.expected_s for step in steps}
+    whole_s = None if None in expected_s.values() \
+        else simulate(Schedule(steps, pipeline, jobs), expected_s, jobs)
+    return Plan(tuple(steps), find_critical_path(steps), whole_s, jobs)
 
 
 def check_needs_met(pipeline, order, past):
@@ -1164,13 +1161,6 @@ def sort_by_needs(reasons, needs):
     return list(order)
 
 
-def durations_of(steps):
-    """Return the seconds to reckon with for each tool; for an unknown one, the mean of the rest."""
-    known = [step.expected_s for step in steps if step.expected_s is not None]
-    mean_s = sum(known) / len(known) if known else 1.0
-    return {step.tool: mean_s if step.expected_s is None else step.expected_s for step in steps}
-
-
 def find_critical_path(steps):
     """Return the chain of tools, each waiting for the one before it, that takes longest."""
     ways_s, after = find_ways_s(steps), invert({step.tool: step.edges for step in steps})
@@ -1182,8 +1172,14 @@ def find_critical_path(steps):
 
 
 def find_ways_s(steps):
-    """Return for each tool the seconds from its start to the end, on the longest way there."""
-    durations_s = durations_of(steps)
+    """Return for each tool the seconds from its start to the end, on the longest way there.
+
+    A tool of which nothing is known is taken to need as long as the others in the mean.
+    """
+    known = [step.expected_s for step in steps if step.expected_s is not None]
+    mean_s = sum(known) / len(known) if known else 1.0
+    durations_s = {step.tool: mean_s if step.expected_s is None else step.expected_s
+                   for step in steps}
     way_s = dict(durations_s)
     for step in reversed(steps):
         for each in step.edges:
@@ -1261,15 +1257,13 @@ class Schedule:
 
 def simulate(schedule, durations_s, jobs):
     """Return the seconds that a plan takes if every tool takes what is expected of it."""
+    from itertools import islice
     now_s, running = 0.0, []  # type: float, List[Tuple[float, str]]
     freed = schedule.begin()
     while True:
         for tool in freed:
             schedule.add(tool)
-        while len(running) < jobs:
-            tool = schedule.next()
-            if tool is None:
-                break
+        for tool in islice(iter(schedule.next, None), jobs - len(running)):
             heappush(running, (now_s + durations_s[tool], tool))
         if not running:
             return now_s
