@@ -418,7 +418,7 @@ def parse_quantity(value, units):
     if not isinstance(value, str):
         return accept(value, is_number(value))
     part = rf"(\d+(?:\.\d+)?) ?({'|'.join(units)}) *"
-    accept(value, re.fullmatch(f"({part})+", value))
+    accept(value, re.fullmatch(f" *({part})+", value))
     return sum(float(number) * units[unit] for number, unit in re.findall(part, value))
 
 

@@ -3,6 +3,7 @@ import ast
 import copy
 import math
 import random
+import re
 from graphlib import TopologicalSorter
 
 import pytest
@@ -686,6 +687,20 @@ def test_all_pairs_of_writers_in_no_order_are_reported_at_once():
             for line in error.splitlines() if "no order" in line] == [
         "'w1' and 'w2' write 'x'", "'w2' and 'w3' write 'x'", "'w1' and 'w4' write 'y'"]
     assert "a -> b -> a" in error or "b -> a -> b" in error
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_writers_are_in_order_when_each_pair_that_was_told_is_mended_as_it_says(seed):
+    chance = random.Random(seed)
+    names = [f"t{i}" for i in range(8)]
+    rows = {name: {"needs": chance.sample(names[:i], min(i, chance.randint(0, 1))),
+                   "writes": chance.sample("xyz", chance.randint(0, 2))}
+            for i, name in enumerate(names)}
+    mend = r"""Let one need the other: "needs": \["(\w+)"\] in '(\w+)'."""
+    for one, other in re.findall(mend, str(needs_refusal(**rows))):
+        rows[other]["needs"].append(one)
+
+    assert set(needs(**rows)) == set(names)
 
 
 def test_a_mistake_that_may_hide_the_order_of_writers_is_told_alone():
