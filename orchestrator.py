@@ -1574,12 +1574,6 @@ class Request(NamedTuple):
     item: Optional[str] = None
 
 
-class Versions(NamedTuple):
-    """What ran: the fingerprint of the tables, and that of each module's file."""
-    tables: str
-    sources: Dict[str, str]
-
-
 def find_pipeline_folder(home, name):
     """Return the folder of a pipeline in a home folder."""
     return os.path.join(os.path.abspath(home), make_file_name(name))
@@ -1604,19 +1598,25 @@ def make_folder(folder):
     home = os.path.dirname(folder)
     try:
         if not os.path.isdir(home):
-            os.makedirs(home, 0o700, exist_ok=True)  # another start may be as far
-            write_private(os.path.join(home, ".gitignore"), "*\n")
+            append_line(os.path.join(home, ".gitignore"), "*")
         os.makedirs(os.path.join(folder, "logs"), 0o700, exist_ok=True)
         os.chmod(folder, 0o700)
     except OSError as error:
         raise refused(folder, error) from error
 
 
-def write_private(path, text=""):
-    """Create a file that only its owner can read, if it is not there."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
-        if not file.tell():
-            file.write(text.encode())
+def open_private(path):
+    """Return a file, opened to append to it, which only its owner can read. It is made, in its
+    folder, where they are not.
+    """
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def append_line(path, line):
+    """Add a line to a file that only its owner can read."""
+    with open(open_private(path), "ab") as file:
+        file.write(line.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def refused(path, error):
@@ -1653,16 +1653,18 @@ class Lock:
         """Take the lock and return ""; or who has it, "run" or "worker"."""
         if _held.setdefault(self.path, self) is not self:  # which no other thread can tear
             return "run"
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.release)
+        holder = "run"
+        try:
             self.fd = open_lock(self.path)
-            if not lock_bytes(self.fd, 0, 1):
-                return "run"
-            if not lock_bytes(self.fd, 1, _WORKER_BYTES):
-                return "worker"
-            lock_bytes(self.fd, 1, _WORKER_BYTES, free=True)
-            undo.pop_all()
-        return ""
+            if lock_bytes(self.fd, 0, 1):
+                holder = "worker"
+                if lock_bytes(self.fd, 1, _WORKER_BYTES):
+                    lock_bytes(self.fd, 1, _WORKER_BYTES, free=True)
+                    holder = ""
+        finally:
+            if holder:
+                self.release()
+        return holder
 
     def release(self):
         """Give the lock back."""
@@ -1720,7 +1722,7 @@ def open_database(path):
     # Once it is there, nobody but SQLite opens it: to close it here would free the locks of
     # another connection of this process (https://sqlite.org/howtocorrupt.html, 2.2).
     if path != MEMORY and not os.path.exists(path):
-        write_private(path)
+        os.close(open_private(path))
     db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA synchronous = NORMAL")
@@ -1740,7 +1742,7 @@ def open_database(path):
     if head["version"] < SCHEMA_VERSION:
         db.execute("PRAGMA page_size = 1024")  # a commit writes whole pages
         use_wal(db)
-        upgrade(db, head["version"])
+        upgrade(db)
     return db
 
 
@@ -1758,26 +1760,25 @@ def use_wal(db):
         db.execute("COMMIT")
 
 
-def upgrade(db, version):
+def upgrade(db):
     """Bring a history to the schema of this engine, or create it, in one transaction."""
     db.execute("BEGIN IMMEDIATE")
-    if db.execute("PRAGMA user_version").fetchone()[0] == version:  # else another start was first
-        steps = [UPGRADES[each] for each in range(version, SCHEMA_VERSION)] if version else [SCHEMA]
-        for statement in re.sub(r"--.*", "", "".join(steps)).split(";"):
-            db.execute(statement)
-        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    version = db.execute("PRAGMA user_version").fetchone()[0]  # another start may have been first
+    steps = [UPGRADES[each] for each in range(version, SCHEMA_VERSION)] if version else [SCHEMA]
+    steps.append(f"PRAGMA user_version = {SCHEMA_VERSION}; "
+                 f"PRAGMA application_id = {APPLICATION_ID}")
+    for statement in re.sub(r"--.*", "", "".join(steps)).split(";"):
+        db.execute(statement)
     db.execute("COMMIT")
 
 
-def load_source(text):
-    """Return what ran at a success; {} where that is not recorded, or only the fingerprint of a
-    syntax tree: engines before this one did not say which function they had called, nor how.
-    """
-    import json
-    return json.loads(text) if text.startswith("{") else {}
-
-
+_LAST_RESUME = """
+    WITH RECURSIVE chain (run_id) AS (  -- a run, and each time the last that goes on with it
+        SELECT ? UNION ALL
+        SELECT (SELECT max(run_id) FROM runs WHERE resumes = chain.run_id) FROM chain
+        WHERE run_id IS NOT NULL)
+    SELECT max(run_id) FROM chain
+"""
 _STARTED = """
     WITH RECURSIVE chain (run_id) AS (  -- a run, and those that it goes on with
         SELECT ? UNION
@@ -1847,112 +1848,7 @@ class Store:
             self._cursor = None
             self.is_changed = False
 
-
-class Archive(Store):
-    """What planning and views ask of a history.
-
-    State: `found`, the successes that were asked for, by tool and arguments; `order` of the tools
-    in TOOL_MAP, their `places` there, and `newest`, by place, the newest work of those before it,
-    as far as somebody asked.
-    """
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.found, self.order, self.places, self.newest = {}, [], {}, [0]
-
-    def forget(self, tool):
-        """Note that a tool has a new success."""
-        self.found.pop(tool, None)
-        if tool in self.places:
-            del self.newest[self.places[tool] + 1:]
-
-    def load_successes(self, which, *values):
-        """Return rows of the view `successes`."""
-        import json
-        rows = self.load(f"SELECT {', '.join(Success._fields)} "  # noqa: S608 - our columns
-                         f"FROM successes {which}", *values)
-        return [Success(**{**row, "needed": json.loads(row["needed"]),
-                           "source": load_source(row["source"])}) for row in rows]
-
-    def find_success(self, tool, arguments=None):
-        """Return the last success of a tool, or of some of its items; or with arguments, as they
-        are recorded, the last that says something of all the data with these: not of a period, if
-        there is none among them, not of a single item, not of some items only.
-        """
-        found = self.found.setdefault(tool, {})
-        if arguments not in found:
-            successes = self.load_successes(
-                "WHERE tool = ? AND (? IS NULL OR status = 'success' AND item IS NULL "
-                "AND arguments = ?) ORDER BY attempt_id DESC LIMIT 1", tool, arguments, arguments)
-            found[arguments] = successes[0] if successes else None
-        return found[arguments]
-
-    def find_needed_works(self, pipeline, tool):
-        """Return the last work of each tool that one needs: what it was, or would be, built on.
-
-        For a tool that waits for all before it, the newest work of those before it in TOOL_MAP.
-        """
-        def find_work(name):
-            success = self.find_success(name)
-            return success.work if success else 0
-
-        needs = pipeline.needs[tool]
-        if needs != ALL_BEFORE:
-            return {need: find_work(need) for need in needs}
-        if not self.order:
-            self.order = list(pipeline.tools)
-            self.places = {name: place for place, name in enumerate(self.order)}
-        while len(self.newest) <= self.places[tool]:
-            before = self.order[len(self.newest) - 1]
-            self.newest.append(max(self.newest[-1], find_work(before)))
-        return {ALL_BEFORE: self.newest[self.places[tool]]}
-
-    def find_expected_s(self, tool):
-        """Return the median of the seconds that a tool's last successes took."""
-        return self.ask("""
-            WITH last AS (SELECT duration_s FROM attempts WHERE tool = ? AND attempt > 0
-                          AND status = 'success' AND duration_s IS NOT NULL
-                          ORDER BY attempt_id DESC LIMIT 11)
-            SELECT duration_s FROM last ORDER BY duration_s
-            LIMIT 1 OFFSET (SELECT count(*) / 2 FROM last)
-            """, tool)
-
-    def find_done(self, run_id):
-        """Return the tools that ended well in a run or were done before it."""
-        return {success.tool: success for success in self.load_successes(
-            "WHERE status <> 'partial' AND attempt_id IN (SELECT attempt_id FROM attempts_of_runs "
-            "WHERE of_run = ?) ORDER BY attempt_id", run_id)}
-
-    def find_started_at(self, tool, run_id):
-        """Return when the last attempt of a tool began in a run or in those that it goes on with;
-        if there was none, as there is of the tool "", when the first of these runs began.
-        """
-        return self.ask(_STARTED, run_id, tool)
-
-    def find_resumable(self, run_id):
-        """Return the run that a resume goes on with: the last of the runs that resumed it.
-
-        Without an id, of the last run that did not succeed. Raise Settled if there is nothing
-        to resume.
-        """
-        if run_id is None:
-            run_id = self.ask("SELECT max(run_id) FROM runs WHERE status <> 'success'")
-            if run_id is None:
-                raise Settled("There is nothing to resume: no run failed or was interrupted.")
-        run_id = self.find_run(run_id)["run_id"]
-        resumed_in = {row["resumes"]: row["run_id"] for row in self.load(
-            "SELECT resumes, run_id FROM runs WHERE resumes IS NOT NULL ORDER BY run_id")}
-        while run_id in resumed_in:
-            run_id = resumed_in[run_id]
-        good = self.ask(
-            "SELECT a.run_id FROM runs a, runs b WHERE b.run_id = ? AND a.run_id >= b.run_id "
-            "AND a.status = 'success' AND a.targets = b.targets AND a.exclude = b.exclude "
-            "AND a.start_from IS b.start_from AND a.item IS b.item "
-            "AND a.arguments = b.arguments LIMIT 1", run_id)
-        if good:
-            raise Settled(f"There is nothing to resume: run {good} did all of "
-                          f"{'it' if good == run_id else f'run {run_id}'}.")
-        return self.find_run(run_id)
+    # --- what views ask ---
 
     def hold_still(self):
         """Let all that is read from now on tell of one moment."""
@@ -1987,6 +1883,27 @@ class Archive(Store):
         return next(iter(self.load_runs(
             "WHERE status = 'running' AND run_id = (SELECT max(run_id) FROM runs)")), None)
 
+    def find_resumable(self, run_id):
+        """Return the run that a resume goes on with: the last of the runs that resumed it.
+
+        Without an id, of the last run that did not succeed. Raise Settled if there is nothing
+        to resume.
+        """
+        if run_id is None:
+            run_id = self.ask("SELECT max(run_id) FROM runs WHERE status <> 'success'")
+            if run_id is None:
+                raise Settled("There is nothing to resume: no run failed or was interrupted.")
+        run_id = self.ask(_LAST_RESUME, self.find_run(run_id)["run_id"])
+        good = self.ask(
+            "SELECT a.run_id FROM runs a, runs b WHERE b.run_id = ? AND a.run_id >= b.run_id "
+            "AND a.status = 'success' AND a.targets = b.targets AND a.exclude = b.exclude "
+            "AND a.start_from IS b.start_from AND a.item IS b.item "
+            "AND a.arguments = b.arguments LIMIT 1", run_id)
+        if good:
+            raise Settled(f"There is nothing to resume: run {good} did all of "
+                          f"{'it' if good == run_id else f'run {run_id}'}.")
+        return self.find_run(run_id)
+
     def load_last_like(self, request):
         """Return, by arguments as they are recorded, the last run with each of the same targets
         and item.
@@ -1994,47 +1911,126 @@ class Archive(Store):
         return {row["arguments"]: row for row in map(dict, self.do(
             "SELECT max(run_id) AS run_id, status, arguments FROM runs WHERE targets = :targets "
             "AND exclude = :exclude AND start_from IS :start_from AND item IS :item "
-            "GROUP BY arguments", make_columns(request)))}
+            "GROUP BY arguments", make_columns(request._asdict())))}
 
     def load_attempts(self, run_id):
         """Return the rows of `attempts` of a run, in the order in which they began."""
         return self.load("SELECT * FROM attempts_of_runs WHERE of_run = ? ORDER BY attempt_id",
                          run_id)
 
+    def load_last_attempts(self):
+        """Return the rows of the view `last_attempts` by tool."""
+        return {row["tool"]: row for row in self.load("SELECT * FROM last_attempts")}
+
     def find_called_in(self, tool):
         """Return the run in which a tool was called last; None if it never was."""
         return self.ask("SELECT run_id FROM attempts WHERE tool = ? AND attempt > 0 "
                         "ORDER BY attempt_id DESC LIMIT 1", tool)
 
-    def load_last_attempts(self):
-        """Return the rows of the view `last_attempts` by tool."""
-        return {row["tool"]: row for row in self.load("SELECT * FROM last_attempts")}
+    def find_started_at(self, tool, run_id):
+        """Return when the last attempt of a tool began in a run or in those that it goes on with;
+        if there was none, as there is of the tool "", when the first of these runs began.
+        """
+        return self.ask(_STARTED, run_id, tool)
+
+    def find_expected_s(self, tool):
+        """Return the median of the seconds that a tool's last successes took."""
+        return self.ask("""
+            WITH last AS (SELECT duration_s FROM attempts WHERE tool = ? AND attempt > 0
+                          AND status = 'success' AND duration_s IS NOT NULL
+                          ORDER BY attempt_id DESC LIMIT 11)
+            SELECT duration_s FROM last ORDER BY duration_s
+            LIMIT 1 OFFSET (SELECT count(*) / 2 FROM last)
+            """, tool)
+
+    def load_successes(self, which, *values):
+        """Return rows of the view `successes`. What ran is {} where that is not recorded, or only
+        the fingerprint of a syntax tree: of engines that did not say which function they called.
+        """
+        import json
+        rows = self.load(f"SELECT {', '.join(Success._fields)} "  # noqa: S608 - our columns
+                         f"FROM successes {which}", *values)
+        for row in rows:
+            source = row["source"]
+            row.update(needed=json.loads(row["needed"]),
+                       source=json.loads(source) if source.startswith("{") else {})
+        return [Success(**row) for row in rows]
+
+    def find_done(self, run_id):
+        """Return the tools that ended well in a run or were done before it."""
+        return {success.tool: success for success in self.load_successes(
+            "WHERE status <> 'partial' AND attempt_id IN (SELECT attempt_id FROM attempts_of_runs "
+            "WHERE of_run = ?) ORDER BY attempt_id", run_id)}
 
 
-class History(Archive):
+class History(Store):
     """The history of a pipeline, in its folder, where only who holds its lock writes to it; or,
     without a folder, one that is empty.
 
     `base` is the folder from which the pipeline names files. State: `run_id` of the run that is
     recorded; `arguments` of it, as recorded, or None for a backfill, which has no last success;
-    `open`, the attempt_id of each attempt that runs.
+    `open`, the attempt_id of each attempt that runs; `found`, the successes that were asked for,
+    by tool and arguments; `order` of the tools in TOOL_MAP, and `newest`, in that order, the
+    newest work of those before each tool, as far as somebody asked.
     """
 
     def __init__(self, folder="", base=""):
         super().__init__(folder)
         self.base, self.run_id, self.arguments, self.open = base, 0, None, {}
+        self.found, self.order, self.newest = {}, [], {}
+
+    def find_success(self, tool, arguments=None):
+        """Return the last success of a tool, or of some of its items; or with arguments, as they
+        are recorded, the last that says something of all the data with these: not of a period, if
+        there is none among them, not of a single item, not of some items only.
+        """
+        found = self.found.setdefault(tool, {})
+        if arguments not in found:
+            found[arguments] = next(iter(self.load_successes(
+                "WHERE tool = ? AND (? IS NULL OR status = 'success' AND item IS NULL "
+                "AND arguments = ?) ORDER BY attempt_id DESC LIMIT 1",
+                tool, arguments, arguments)), None)
+        return found[arguments]
+
+    def find_needed_works(self, pipeline, tool):
+        """Return the last work of each tool that one needs: what it was, or would be, built on.
+
+        For a tool that waits for all before it, the newest work of those before it in TOOL_MAP.
+        """
+        def find_work(name):
+            success = self.find_success(name)
+            return success.work if success else 0
+
+        needs = pipeline.needs[tool]
+        if needs != ALL_BEFORE:
+            return {need: find_work(need) for need in needs}
+        self.order = self.order or list(pipeline.tools)
+        while tool not in self.newest:
+            place = len(self.newest)
+            before = self.order[place - 1]
+            self.newest[self.order[place]] = place and max(self.newest[before], find_work(before))
+        return {ALL_BEFORE: self.newest[tool]}
+
+    def forget(self, tool):
+        """Note that a tool has a new success."""
+        self.found.pop(tool, None)
+        while tool in self.newest and next(reversed(self.newest)) != tool:
+            self.newest.popitem()
 
     def find_last_success_at(self, tool):
         """Return when the last success of a tool with the arguments of this run began."""
         success = self.arguments and self.find_success(tool, self.arguments)
         return success and success.started_at
 
-    def insert(self, tool, attempt, status, at, pid=None, reason="", work=None, rows=None):
-        """Record a row of `attempts`, and return its id."""
-        return self.change(
-            "INSERT INTO attempts (run_id, tool, attempt, status, started_at, pid, reason, work, "
-            "rows) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (self.run_id, tool, attempt, status, at, pid, reason, work, rows))
+    def insert(self, table, row):
+        """Record a row, and return its id."""
+        return self.change(f"INSERT INTO {table} ({', '.join(row)}) "  # noqa: S608 - our columns
+                           f"VALUES (:{', :'.join(row)})", row)
+
+    def note(self, tool, attempt, status, at, **more):
+        """Record an attempt, or with attempt 0 why there was none, and return its id."""
+        return self.insert("attempts", {"run_id": self.run_id, "tool": tool, "attempt": attempt,
+                                        "status": status, "started_at": at, **more})
 
     def update(self, attempt_id, row):
         """Record columns of an attempt; what is empty is so from its beginning."""
@@ -2050,46 +2046,41 @@ class History(Archive):
         killed = self.find_running()
         if killed is None:
             return "", []
-        logs, tools = find_logs(self.folder, str(killed["run_id"])), []
-        for attempt in self.load_attempts(killed["run_id"]):
-            if attempt["status"] == "running":
-                log = find_log(logs, attempt["tool"], attempt["attempt"])
-                self.update(attempt["attempt_id"], {
-                    "status": "interrupted", "reason": "its run was cut off",
-                    "log": has_bytes(log) and os.path.relpath(log, self.folder) or None})
-                tools.append(attempt["tool"])
         self.run_id = killed["run_id"]
+        cut_off = [row for row in self.load_attempts(self.run_id) if row["status"] == "running"]
+        for row in cut_off:
+            log = find_log(find_logs(self.folder, str(self.run_id)), row["tool"], row["attempt"])
+            self.update(row["attempt_id"], {
+                "status": "interrupted", "reason": "its run was cut off",
+                "log": os.path.relpath(log, self.folder) if has_bytes(log) else None})
         self.end_run("interrupted", None)
-        return str(self.run_id), tools
-
+        return str(self.run_id), [row["tool"] for row in cut_off]
 
     def begin_run(self, plan, request, arguments, versions, at):
         """Record a run, with the tools that it need not do, and return its id; where no history is
         kept, one that sorts by its start: `20130101T060000Z-1a2b`.
+
+        `versions` say what runs: see find_versions().
         """
         text = format_arguments(arguments)
         self.arguments = None if has_period(arguments) else text
         if not self.folder:
             return time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime(at)) + os.urandom(2).hex()
-        import json
-        row = {
-            **make_columns(request), "status": "running", "arguments": text,
+        self.run_id = self.insert("runs", make_columns({
+            **request._asdict(), **versions, "status": "running", "arguments": text,
             "planned": len(plan.steps), "started_at": at, "pid": os.getpid(),
             "first_attempt": 1 + (self.ask("SELECT max(attempt_id) FROM attempts") or 0),
-            "version": VERSION, "git_commit": find_git_commit(self.base),
-            "tables": versions.tables, "sources": json.dumps(versions.sources)}
-        self.run_id = self.change(f"INSERT INTO runs ({', '.join(row)}) "  # noqa: S608 - columns
-                                  f"VALUES (:{', :'.join(row)})", row)
+            "version": VERSION, "git_commit": find_git_commit(self.base)}))
         for step in plan.steps:
             if step.success:
-                self.insert(step.tool, 0, "cached", at, None, step.reason, step.success.work,
-                            step.success.rows)
+                self.note(step.tool, 0, "cached", at, reason=step.reason, work=step.success.work,
+                          rows=step.success.rows)
         self.commit()
         return str(self.run_id)
 
     def begin_attempt(self, tool, attempt, at, pid):
         """Record that an attempt begins."""
-        self.open[tool] = self.insert(tool, attempt, "running", at, pid)
+        self.open[tool] = self.note(tool, attempt, "running", at, pid=pid)
 
     def note_items(self, tool, counts):
         """Record how many items a tool that runs has."""
@@ -2112,10 +2103,6 @@ class History(Archive):
             row["result"], row["kind"] = outcome.kept or keep_result(outcome.result)
             self.forget(tool)
         self.update(attempt_id, row)
-
-    def note(self, tool, outcome, at):
-        """Record why there was no attempt."""
-        self.insert(tool, 0, outcome.status, at, None, outcome.reason)
 
     def end_run(self, status, duration_s):
         """Record how a run ended."""
@@ -2140,11 +2127,11 @@ class History(Archive):
         return gone
 
 
-def make_columns(request):
-    """Return a request as columns of `runs`."""
+def make_columns(row):
+    """Return a row of `runs` as it is recorded: what SQL has no type for, as JSON."""
     import json
-    return {name: json.dumps(value) if isinstance(value, (tuple, list)) else value
-            for name, value in request._asdict().items()}
+    return {name: json.dumps(value) if isinstance(value, (tuple, list, dict)) else value
+            for name, value in row.items()}
 
 
 _NOT_JSON = "repr"  # {"repr": "PosixPath('a')"} stands for what JSON can not say
@@ -2163,14 +2150,14 @@ def format_arguments(arguments):
             return {_NOT_JSON: sorted(map(repr, value))}
         return {_NOT_JSON: re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(value))}
 
-    texts = []
-    for name, value in sorted(arguments.items()):
+    def dump(value):
         try:
-            text = json.dumps(value, default=describe, sort_keys=True)
+            return json.dumps(value, default=describe, sort_keys=True)
         except (TypeError, ValueError, RecursionError):
-            text = json.dumps(describe(value))
-        texts.append(f"{json.dumps(name)}: {text}")
-    return "{" + ", ".join(texts) + "}"
+            return json.dumps(describe(value))
+
+    return "{" + ", ".join(f"{json.dumps(name)}: {dump(value)}"
+                           for name, value in sorted(arguments.items())) + "}"
 
 
 def keep_result(result):
@@ -2195,21 +2182,17 @@ def find_git_commit(folder):
     if not os.path.exists(git):
         above = os.path.dirname(folder)
         return None if above == folder else find_git_commit(above)
-    with contextlib.suppress(OSError, ValueError):  # a repository of a kind that we do not know
-        name = read_file(os.path.join(git, "HEAD")).partition("ref: ")[2]
-        for file in ("HEAD", name, "packed-refs"):
-            if os.path.isfile(os.path.join(git, file)):
-                commit = re.search(rf"^([0-9a-f]{{40,64}})( {re.escape(name)})?$",
-                                   read_file(os.path.join(git, file)), re.M)
-                if commit:
-                    return commit[1]
-    return None
 
+    def read(name):
+        with contextlib.suppress(OSError, ValueError):  # a repository of a kind we do not know
+            with open(os.path.join(git, name), encoding="utf-8") as file:
+                return file.read() + "\n"
+        return ""
 
-def read_file(path):
-    """Return a small text file, without blanks around it."""
-    with open(path, encoding="utf-8") as file:
-        return file.read().strip()
+    branch = read("HEAD").partition("ref: ")[2].strip()
+    commit = re.search(rf"^([0-9a-f]{{40,64}})( {re.escape(branch)})?$",
+                       read("HEAD") + read(branch) + read("packed-refs"), re.M)
+    return commit and commit[1]
 
 
 def find_reads(tool, base, known):
@@ -2225,11 +2208,11 @@ def find_reads(tool, base, known):
         inside = [os.path.join(folder, each) for folder, _, names in os.walk(top) for each in names]
         for path in filter(os.path.isfile, sorted(inside) or [top]):  # no pipes, no broken links
             shown = os.path.relpath(path, base).replace(os.sep, "/")
+            was = known.get(shown, [])
             try:
                 stat = os.stat(path)
-                size_time = [stat.st_size, stat.st_mtime_ns]
-                same = known.get(shown, [None])[:2] == size_time
-                files[shown] = [*size_time, known[shown][2] if same else hash_file(path)]
+                now = [stat.st_size, stat.st_mtime_ns]
+                files[shown] = was if was[:2] == now else [*now, hash_file(path)]
             except OSError:
                 files[shown] = [0, 0, ""]  # its tool will tell, if it matters
     return files
@@ -2245,7 +2228,7 @@ def hash_file(path):
     from hashlib import sha256
     digest = sha256()
     with open(path, "rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
+        while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
 
@@ -2257,8 +2240,10 @@ def find_changed_file(tool, base, inputs):
     old_reads = old.get("reads", {})
     new_reads = find_reads(tool, base, old_reads)
     for name in [*new_reads, *old_reads]:
-        if (name in old_reads) != (name in new_reads):
-            return f"{name} is {'new' if name in new_reads else 'gone'}"
+        if name not in old_reads:
+            return f"{name} is new"
+        if name not in new_reads:
+            return f"{name} is gone"
         if old_reads[name][2] != new_reads[name][2]:
             return f"{name} changed"
     writes = find_writes(tool, base)
@@ -2283,32 +2268,17 @@ def has_bytes(path):
         return False
 
 
-def open_log(path):
-    """Return a log, opened to append to it; its folder is made again if somebody removed it."""
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-
-
-def append_log(path, line):
-    """Add a line to a log."""
-    with open(open_log(path), "ab") as file:
-        file.write(line.encode("utf-8", "backslashreplace") + b"\n")
-
-
-def tidy_log(path):
-    """Remove a log without a byte, and trim one that is too long."""
-    if has_bytes(path):
-        trim_log(path)
-    elif os.path.exists(path):
-        os.unlink(path)
-
-
-def trim_log(path, cap_bytes=LOG_CAP_BYTES):
-    """Cut a file that is too long to its beginning and its end, and say there what was left out."""
-    size = os.path.getsize(path)
+def tidy_log(path, cap_bytes=LOG_CAP_BYTES):
+    """Remove a log without a byte; cut one that is too long to its beginning and its end, and say
+    there what was left out.
+    """
+    if not has_bytes(path):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return
+    size, half = os.path.getsize(path), cap_bytes // 2
     if size <= cap_bytes:
         return
-    half = cap_bytes // 2
     with open(path, "r+b") as file:
         file.seek(size - half)
         end = file.read()
@@ -3541,19 +3511,19 @@ class Parameters(NamedTuple):
 
 
 class Definition(NamedTuple):
-    """What gives a global name of a module its value, as it reads. `takes` is None where that is
-    not to be told so: of a class, an import, a function with decorators. `kind` is the type of a
-    number, a text, a list or the like, and "" of what an expression makes.
+    """What a global name of a module stands for, as it reads, or as it is once that is imported.
+    `takes` is that of a function, and all where that is not told so: of a class, an import, a
+    function with decorators. `kind` is the type of what can not be called, and "" of all else.
     """
-    line: int
+    line: int = 0
     summary: str = ""
-    takes: Optional[Parameters] = None
+    takes: Parameters = Parameters(takes_all=True)
     kind: str = ""
 
 
 class Module(NamedTuple):
-    """A module as it reads: `definitions` by name, None if it can not be read, because it is in C,
-    say, or has a `problem`. `summary` is the first line of its docstring.
+    """A module as it reads, or is: `definitions` by name, None if it can not be read, because it
+    is in C, say, or has a `problem`. `summary` is the first line of its docstring.
     """
     path: str
     definitions: Optional[Dict[str, Definition]] = None
@@ -3572,12 +3542,14 @@ class Callee(NamedTuple):
     items_takes: Parameters = Parameters()
     is_main: bool = False  # whether what run() returns is an exit code
 
+    @property
+    def all_takes(self):
+        """What each of its functions takes."""
+        return self.run_takes, self.check_takes, self.items_takes
+
     def takes(self, name):
         """Return whether a function of the tool gets an argument."""
-        for takes in (self.run_takes, self.check_takes, self.items_takes):
-            if takes.takes_all or name in takes.names:
-                return True
-        return False
+        return takes_any(self.all_takes, [name])
 
     @property
     def has_items(self):
@@ -3593,9 +3565,11 @@ class SaysFailed(Exception):
 def find_module(name):
     """Return the spec of a module, found without importing it or its packages; else None."""
     import importlib.util
-    from importlib.machinery import PathFinder
+    from importlib.machinery import ModuleSpec, PathFinder
     if name in sys.modules:
-        return getattr(sys.modules[name], "__spec__", None) or sys.modules[name]
+        module = sys.modules[name]
+        return getattr(module, "__spec__", None) or importlib.util.spec_from_file_location(
+            name, getattr(module, "__file__", None)) or ModuleSpec(name, None)
     first, *rest = name.split(".")
     try:
         spec = importlib.util.find_spec(first)
@@ -3610,12 +3584,12 @@ def find_module(name):
 
 @functools.lru_cache(maxsize=None)
 def read_module(name):
-    """Return a Module, read without importing it; None if it is not there."""
+    """Return a Module, read without importing it."""
     spec = find_module(name)
     if spec is None:
-        return None
-    path = getattr(spec, "origin", None) or ""
-    if not path and getattr(spec, "submodule_search_locations", None):  # it is a mere folder
+        return Module("", problem=UserError(f"no module {name}"))
+    path = spec.origin or ""
+    if not path and spec.submodule_search_locations:  # it is a mere folder
         return Module(name.replace(".", os.sep), {})
     try:
         tree = parse(path) if path.endswith(".py") else None
@@ -3638,7 +3612,7 @@ def parse(path):
 
 def forget_modules():
     """Forget what is known of modules: a command or a run begins, and they may have changed."""
-    for function in (find_module, read_module):
+    for function in (find_module, read_module, hash_module):
         function.cache_clear()
 
 
@@ -3650,11 +3624,10 @@ def read_definitions(tree):
     found, kinds, left = {}, {}, [tree]
     while left:
         node = left.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            found[node.name] = Definition(node.lineno, read_summary(node), None
-                                          if node.decorator_list else read_parameters(node.args))
-        elif isinstance(node, ast.ClassDef):
-            found[node.name] = Definition(node.lineno, read_summary(node))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            is_told = not isinstance(node, ast.ClassDef) and not node.decorator_list
+            found[node.name] = Definition(node.lineno, read_summary(node), *(
+                [read_parameters(node.args)] if is_told else []))
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             found.update(((each.asname or each.name).split(".")[0], Definition(node.lineno))
                          for each in node.names)
@@ -3679,12 +3652,12 @@ def find_kind(value):
 
 def read_parameters(args):
     """Return what a function takes, from the part of a syntax tree that says so."""
-    by_position = [arg.arg for arg in args.posonlyargs + args.args]
-    by_name = [arg.arg for arg in args.kwonlyargs]
-    required = by_position[:len(by_position) - len(args.defaults)]
-    required += [name for name, default in zip(by_name, args.kw_defaults) if default is None]
-    return Parameters(tuple(by_position + by_name), tuple(required),
-                      tuple(by_position[:len(args.posonlyargs)]), args.kwarg is not None)
+    by_position = args.posonlyargs + args.args
+    defaults = [None] * (len(by_position) - len(args.defaults)) + args.defaults + args.kw_defaults
+    names = [arg.arg for arg in by_position + args.kwonlyargs]
+    return Parameters(tuple(names),
+                      tuple(name for name, default in zip(names, defaults) if default is None),
+                      tuple(names[:len(args.posonlyargs)]), args.kwarg is not None)
 
 
 def read_summary(node):
@@ -3699,17 +3672,14 @@ def read_summary(node):
 
 
 def find_definition(tool, name):
-    """Return the Definition of a name in a tool's module, or None."""
-    module = read_module(tool.module)
-    found = module and module.definitions or {}
+    """Return the Definition of a name in a tool's module, as that reads; None if there is none."""
+    found = read_module(tool.module).definitions or {}
     return found.get(name) or found.get("*")
 
 
 def find_summary(tool):
     """Return the first line of a tool's docstring, or in brackets why there is none."""
     module = read_module(tool.module)
-    if module is None:
-        return f"(no module {tool.module})"
     if module.problem:
         return f"({module.problem.problem})"
     if module.summary and tool.function == "run":
@@ -3718,77 +3688,53 @@ def find_summary(tool):
     return function and function.summary or module.summary
 
 
-class Sources:
-    """Fingerprints of the files of tools' modules, each of which is read once.
-
-    Bytes count, since a syntax tree is another in each version of Python; only the ends of lines
-    do not, which a checkout may change, and which mean the same to Python. Nor does what a module
-    imports. `is_of_run`: they tell what this process runs, which is what a file held when it was
-    imported; asked for before that, so that who changes it meanwhile has changed it since.
-    """
-    imported: Dict[str, Tuple[Any, str]] = {}  # of this process: module -> its spec, fingerprint
-
-    def __init__(self, is_of_run=False):
-        self.is_of_run = is_of_run
-        self._known = {}
-
-    def find(self, tool):
-        """Return the fingerprint of a tool's module; "" of one without a file.
-
-        Raise UserError if the module is not there.
-        """
-        module = tool.module
-        if module not in self._known:
-            spec, digest = self.imported.get(module, (None, ""))
-            is_same = self.is_of_run and spec and spec is find_imported_spec(module)
-            self._known[module] = digest if is_same else hash_module(tool)
-        return self._known[module]
-
-    def note_imported(self):
-        """Keep what the modules held that this process has imported, however long it lives."""
-        for module, digest in self._known.items():
-            spec = find_imported_spec(module)
-            if spec is not None:
-                self.imported[module] = spec, digest
+def read_source(name):
+    """Return the bytes of a module's file, which may be in an archive; none if it has no file."""
+    try:
+        spec = find_module(name)
+        return spec.loader.get_data(spec.origin or "")
+    except (AttributeError, OSError):
+        return b""
 
 
-def find_imported_spec(module):
-    """Return the spec with which a module was imported, or last reloaded; None if it was not."""
-    return getattr(sys.modules.get(module), "__spec__", None)
+@functools.lru_cache(maxsize=None)
+def hash_module(name):
+    """Return a fingerprint of a module's file, "" if it has none.
 
-
-def hash_module(tool):
-    """Return a fingerprint of the bytes of a module's file, "" if it has none.
-
-    Raise UserError if the module is not there.
+    Its bytes count, since a syntax tree is another in each version of Python; only the ends of
+    lines do not, which a checkout may change, and which mean the same to Python. Nor does what it
+    imports.
     """
     from hashlib import sha256
-    spec = find_module(tool.module)
-    if spec is None:
-        raise missing_module(tool)
-    path = getattr(spec, "origin", None) or getattr(spec, "__file__", None) or ""
-    loader = getattr(spec, "loader", None) or getattr(spec, "__loader__", None)
-    try:
-        content = loader.get_data(path)  # which reads in archives, too
-    except (AttributeError, OSError):
-        return ""
-    if path.endswith(".py"):
+    content = read_source(name)
+    if content and find_module(name).origin.endswith(".py"):
         content = content.replace(b"\r\n", b"\n")
-    return sha256(content).hexdigest()
+    return sha256(content).hexdigest() if content else ""
 
 
-def describe_source(tool, sources):
-    """Return what of a tool itself decides what it does: the function, the source of its module,
-    and those options that change more than when, how often and where it runs.
+def hash_imported(name):
+    """Return a fingerprint of what this process has imported of a module, which is what its file
+    held then: it stays so with the module's spec, which is another when that is loaded again.
+
+    For one that has just been imported, hash_module() is asked for before that, so that who
+    changes it meanwhile has changed it since.
+    """
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    known = {} if spec is None else vars(spec)
+    return known.setdefault("orchestrator_source", hash_module(name))
+
+
+def describe_source(tool, source):
+    """Return what of a tool itself decides what it does: the function, the fingerprint of its
+    module, and those options that change more than when, how often and where it runs.
 
     Needs are not among them: they are recorded with what they had done. An option that says what
     is so without it is left out, so that one which a later engine knows changes nothing.
     """
-    given = tool._asdict()
-    options = {name: given[name] for name in ("commits", "reads", "writes") if given[name]}
-    options.update({name: sorted(names) for name, names in options.items() if name != "commits"})
-    return {"calls": f"{tool.module}:{tool.function}", "options": options,
-            "source": sources.find(tool)}
+    options = {"commits": tool.commits, "reads": sorted(tool.reads or ()),
+               "writes": sorted(tool.writes or ())}
+    return {"calls": f"{tool.module}:{tool.function}", "source": source,
+            "options": {name: given for name, given in options.items() if given}}
 
 
 def find_changed_source(was, now):
@@ -3802,28 +3748,24 @@ def find_changed_source(was, now):
     return "its source changed" if was["source"] != now["source"] else ""
 
 
-def hash_item_source(tool, sources):
+def hash_item_source(tool):
     """Return a short fingerprint of what the tries of an item are of: a change gives them back."""
     from hashlib import sha256
-    what = tool.module, tool.function, tool.commits, sources.find(tool)
+    what = tool.module, tool.function, tool.commits, hash_imported(tool.module)
     return sha256(repr(what).encode()).hexdigest()[:16]
 
 
 def find_versions(pipeline, tools):
-    """Return what runs: the fingerprint of the tables, and of the file of each module."""
+    """Return what runs, as columns of `runs`: fingerprints of the tables and of each module's file.
+
+    They are short and cheap, and tell who resumes what has changed.
+    """
     from zlib import crc32
-    tables = 0
-    for row in (*pipeline.tools.values(), *pipeline.stages.values(), *pipeline.limits.items()):
-        tables = crc32(repr(tuple(row)).encode(), tables)
-    sources = {}
-    for module in dict.fromkeys(tool.module for tool in tools):
-        path = getattr(find_module(module), "origin", None) or ""
-        try:
-            with open(path, "rb") as file:
-                sources[module] = f"{crc32(file.read()):08x}"
-        except OSError:
-            pass  # it has no file of its own
-    return Versions(f"{tables:08x}", sources)
+    rows = (*pipeline.tools.values(), *pipeline.stages.values(), *pipeline.limits.items())
+    tables = "".join(repr(tuple(row)) for row in rows)
+    return {"tables": f"{crc32(tables.encode()):08x}",
+            "sources": {name: f"{crc32(read_source(name)):08x}"
+                        for name in dict.fromkeys(tool.module for tool in tools)}}
 
 
 def find_base(get_connection):
@@ -3834,11 +3776,14 @@ def find_base(get_connection):
     return os.path.dirname(os.path.abspath(file))
 
 
-def check_modules_exist(tools):
-    """Raise UserError for the tools whose module is not there. Imports nothing."""
+def check_modules(pipeline, tools):
+    """Raise UserError for the tools whose module is not there, or whose items are to be those of
+    one that has none. Imports nothing.
+    """
     missing = [missing_module(tool) for tool in tools if find_module(tool.module) is None]
-    if missing:
-        raise merge_errors(missing)
+    errors = missing or find_wrong_each(pipeline, tools)
+    if errors:
+        raise merge_errors(errors)
 
 
 def missing_module(tool):
@@ -3855,93 +3800,93 @@ def missing_module(tool):
                      f"{sys.path[0] or 'this folder'}).")
 
 
-def missing_run(tool, file):
-    """Return the sentence for a module without the function that its tool needs."""
-    return UserError(f"TOOL_MAP[{tool.name!r}]: {format_path(file or tool.module)} has no function "
-                     f"{tool.function}().", f"Write `def {tool.function}(conn, **kwargs):` in it.")
+def find_wrong_each(pipeline, tools):
+    """Return an error for each tool whose items are to be those of one that has none."""
+    return [UserError(f"TOOL_MAP[{tool.name!r}]: 'each' is {tool.each!r}, which has no items.",
+                      f"Write `def items(conn):` in {pipeline.tools[tool.each].module}.")
+            for tool in tools if tool.each in pipeline.tools
+            and not has_items(pipeline.tools[tool.each])]
 
 
-def wrong_run(tool, file, kind):
-    """Return the sentence for a module in which the name of the function is something else."""
-    return UserError(f"TOOL_MAP[{tool.name!r}]: {tool.function} of "
-                     f"{format_path(file or tool.module)} is {kind}, not a function.",
-                     f"Write `def {tool.function}(conn, **kwargs):` in it.")
-
-
-def find_mistakes(tool, available):
+def read_mistakes(tool, available):
     """Yield the mistakes in a tool's module, with file and line, without importing it."""
     module = read_module(tool.module)
-    if module is None or module.problem:
-        yield missing_module(tool) if module is None else module.problem
-        return
-    if module.definitions is None:
-        return
-
-    def at(line, error):
-        return UserError(f"{format_path(module.path)}:{line}: {error.problem}", error.fix)
-
-    run = find_definition(tool, tool.function)
-    if run is None:
-        yield at(1, missing_run(tool, module.path))
-    elif run.kind:
-        yield at(run.line, wrong_run(tool, module.path, run.kind))
-    items = module.definitions.get("items")
-    for name in (tool.function, "items", "check"):
-        found = module.definitions.get(name)
-        if found and found.takes:
-            try:
-                check_function(tool, name, found.takes, bool(items and not items.kind), available)
-            except UserError as error:
-                yield at(found.line, error)
+    if module.problem:
+        yield module.problem if module.path else missing_module(tool)
+    elif module.definitions is not None:
+        for line, error in find_mistakes(tool, module, available):
+            yield UserError(f"{format_path(module.path)}:{line}: {error.problem}", error.fix)
 
 
-def check_function(tool, name, takes, has_own_items, available):
-    """Raise UserError if a function of a tool can not be called with what there will be, or what
-    TOOL_MAP says of the tool does not go with its items. `has_own_items`: it has an items().
+def find_mistakes(tool, module, available):
+    """Yield what is wrong with the functions of a tool, be its module read or imported: a line and
+    a UserError. `available` are the names of the arguments that there will be.
     """
-    where = f"TOOL_MAP[{tool.name!r}]: {name}() of {tool.module}"
+    where, file = f"TOOL_MAP[{tool.name!r}]", format_path(module.path or tool.module)
+    fix = f"Write `def {tool.function}(conn, **kwargs):` in it."
+    run = module.definitions.get(tool.function) or module.definitions.get("*")
+    items = tool.function != "items" and module.definitions.get("items") or None
+    if run is None:
+        yield 1, UserError(f"{where}: {file} has no function {tool.function}().", fix)
+    elif run.kind:
+        yield run.line, UserError(f"{where}: {tool.function} of {file} is {run.kind}, not a "
+                                  "function.", fix)
+    elif items and items.kind and tool.each is None and "item" in run.takes.required:
+        yield items.line, UserError(f"{where}: items of {tool.module} is {items.kind}, not a "
+                                    "function.", "Write `def items(conn):` and return it there.")
+        return
+    for name in dict.fromkeys((tool.function, "items", "check")):
+        found = module.definitions.get(name)
+        misfit = found and not found.kind and next(find_misfits(
+            tool, name, found.takes, bool(items and not items.kind), available), None)
+        if misfit:
+            yield found.line, UserError(f"{where}: {misfit[0]}", misfit[1])
+
+
+def find_misfits(tool, name, takes, has_own_items, available):
+    """Yield why a function of a tool can not be called with what there will be, and what to do;
+    after the first there may be more that come of it. `has_own_items`: it has an items().
+    """
     if name == tool.function:
-        check_item_options(tool, has_own_items, takes)
+        yield from find_item_misfits(tool, has_own_items, takes)
+    where = f"{name}() of {tool.module}"
     if takes.positional_only:
-        raise UserError(f"{where} takes {takes.positional_only[0]!r} by position only.",
-                        "Take the `/` out of its parameters: arguments are passed by name.")
+        yield (f"{where} takes {takes.positional_only[0]!r} by position only.",
+               "Take the `/` out of its parameters: arguments are passed by name.")
     has_items = name != "items" and (has_own_items or tool.each is not None)
     known = {*available, "item"} if has_items else available
     missing = [each for each in takes.required if each not in known]
     if not missing:
         return
+    if "item" in missing and name == "items":
+        yield (f"{where} asks for 'item', but it is what tells which there are.",
+               "Take that out of its parameters.")
     if "item" in missing:
-        if name == "items":
-            raise UserError(f"{where} asks for 'item', but it is what tells which there are.",
-                            "Take that out of its parameters.")
-        raise UserError(f"{where} asks for 'item', which nothing gives.",
-                        "Write `def items(conn):` beside it, which returns what there is to do.")
+        yield (f"{where} asks for 'item', which nothing gives.",
+               "Write `def items(conn):` beside it, which returns what there is to do.")
     if missing[0] in PERIOD_ARGUMENTS:
-        raise UserError(f"{where} asks for {missing[0]!r}, which only --backfill gives.",
-                        f"Run it so, or give it a default: {missing[0]}=None.")
-    raise UserError(f"{where} asks for {', '.join(map(repr, missing))}, which nothing gives.",
-                    f"There are {', '.join(sorted(known))}. Give it a default "
-                    f"({missing[0]}=None), or declare --{missing[0].replace('_', '-')} in "
-                    "add_arguments().")
+        yield (f"{where} asks for {missing[0]!r}, which only --backfill gives.",
+               f"Run it so, or give it a default: {missing[0]}=None.")
+    yield (f"{where} asks for {', '.join(map(repr, missing))}, which nothing gives.",
+           f"There are {', '.join(sorted(known))}. Give it a default ({missing[0]}=None), or "
+           f"declare --{missing[0].replace('_', '-')} in add_arguments().")
 
 
-def check_item_options(tool, has_own_items, run_takes):
-    """Raise UserError if what TOOL_MAP says of a tool does not go with its items, or their lack."""
-    where = f"TOOL_MAP[{tool.name!r}]"
+def find_item_misfits(tool, has_own_items, run_takes):
+    """Yield why what TOOL_MAP says of a tool does not go with its items, or their lack."""
     if has_own_items and tool.each is not None:
-        raise UserError(f"{where}: its items are those of {tool.each!r}, but {tool.module} has a "
-                        "function items() too.", "Take out the one or the other.")
-    if not has_own_items and tool.each is None:
-        if tool.batch != 1:
-            raise UserError(f"{where}: 'batch' is for tools with items, and {tool.module} has no "
-                            "function items().", "Write one, or take 'batch' out.")
-        return
-    if tool.cache_s is not None:
-        raise UserError(f"{where}: 'cache' is not for tools with items, of which each is done "
-                        "once.", "Take 'cache' out.")
-    if "item" not in run_takes.names and not run_takes.takes_all:
-        raise UserError(f"{where}: {tool.function}() of {tool.module} is called once per item, "
-                        "but does not take it.", f"Write `def {tool.function}(conn, item):`.")
+        yield (f"its items are those of {tool.each!r}, but {tool.module} has a function items() "
+               "too.", "Take out the one or the other.")
+    if has_own_items or tool.each is not None:
+        if tool.cache_s is not None:
+            yield ("'cache' is not for tools with items, of which each is done once.",
+                   "Take 'cache' out.")
+        if not takes_any([run_takes], ["item"]):
+            yield (f"{tool.function}() of {tool.module} is called once per item, but does not "
+                   "take it.", f"Write `def {tool.function}(conn, item):`.")
+    elif tool.batch != 1:
+        yield (f"'batch' is for tools with items, and {tool.module} has no function items().",
+               "Write one, or take 'batch' out.")
 
 
 def load_callees(tools, available, interrupts):
@@ -3952,16 +3897,8 @@ def load_callees(tools, available, interrupts):
     """
     errors = []
     known = {*available, "conn", "context"}
-    loaded = {}  # tools may share a function
-
-    def load(_, tool):
-        # and what it must be like depends on these options
-        key = tool.module, tool.function, tool.each is None, tool.batch, tool.cache_s
-        if key not in loaded:
-            loaded[key] = load_callee(tool, known, interrupts)
-        return loaded[key]._replace(tool=tool)
-
-    callees = make_all(errors, load, {tool.name: tool for tool in tools})
+    callees = make_all(errors, lambda _, tool: load_callee(tool, known, interrupts),
+                       {tool.name: tool for tool in tools})
     if errors:
         raise merge_errors(errors)
     return callees
@@ -3969,25 +3906,23 @@ def load_callees(tools, available, interrupts):
 
 def load_callee(tool, available, interrupts):
     """Return one tool, imported. Raise UserError if that can not be done."""
-    where = f"TOOL_MAP[{tool.name!r}]"
     interrupts.own_argv(tool)
     module = import_module(tool)
-    run, file = getattr(module, tool.function, None), getattr(module, "__file__", None)
-    if not hasattr(module, tool.function):
-        raise missing_run(tool, file)
-    if not callable(run):
-        raise wrong_run(tool, file, format_type(run))
-    items, check = (each if callable(each) and each is not run else None for each in
-                    (getattr(module, name, None) for name in ("items", "check")))
-    takes = [find_parameters(each) if each else Parameters() for each in (run, items, check)]
-    callee = Callee(tool, run, takes[0], check, takes[2], items, takes[1],
-                    "main" in (tool.function, getattr(run, "__name__", "")))
-    if not callee.has_items and "item" in callee.run_takes.required and hasattr(module, "items"):
-        raise UserError(f"{where}: items of {tool.module} is {format_type(module.items)}, not a "
-                        "function.", "Write `def items(conn):` and return it there.")
-    for name, each in zip((tool.function, "items", "check"), takes):
-        check_function(tool, name, each, items is not None, available)
-    return callee
+    run = getattr(module, tool.function, None)
+    given = {name: getattr(module, name) for name in ("items", "check") if hasattr(module, name)}
+    given = {name: value for name, value in given.items() if value is not run}
+    if hasattr(module, tool.function):
+        given[tool.function] = run
+    found = {name: Definition(takes=find_parameters(value)) if callable(value)
+             else Definition(kind=format_type(value)) for name, value in given.items()}
+    for _, error in find_mistakes(tool, Module(getattr(module, "__file__", None) or "", found),
+                                  available):
+        raise error
+    functions = {name: (given[name], found[name].takes) for name in found if not found[name].kind}
+    none = None, Parameters()
+    return Callee(tool, *functions.pop(tool.function), *functions.get("check", none),
+                  *functions.get("items", none),
+                  "main" in (tool.function, getattr(run, "__name__", "")))
 
 
 def import_module(tool):
@@ -4017,16 +3952,15 @@ def read_takes(tool):
     """Return what the functions of a tool take, as its module reads; of what can not be read so,
     that it takes all.
     """
-    module = read_module(tool.module)
-    if module is None or module.definitions is None:
+    if read_module(tool.module).definitions is None:
         return [Parameters(takes_all=True)]
     found = [find_definition(tool, name) for name in (tool.function, "items", "check")]
-    return [each.takes or Parameters(takes_all=True) for each in found if each]
+    return [each.takes for each in found if each]
 
 
-def takes_any(tool, names):
-    """Return whether a function of a tool takes one of some arguments, or can not be read."""
-    return any(each.takes_all or {*names} & {*each.names} for each in read_takes(tool))
+def takes_any(takes, names):
+    """Return whether one of some functions takes one of some arguments."""
+    return any(each.takes_all or not {*names}.isdisjoint(each.names) for each in takes)
 
 
 def check_are_taken(arguments, callees, tools, find_said):
@@ -4036,8 +3970,7 @@ def check_are_taken(arguments, callees, tools, find_said):
     takes an argument: it may be one of theirs. `find_said` gives those that somebody gave, each
     with where that was, and is asked last: it takes time, and there are defaults that none takes.
     """
-    takes = [each for callee in callees.values()
-             for each in (callee.run_takes, callee.check_takes, callee.items_takes)]
+    takes = [each for callee in callees.values() for each in callee.all_takes]
     left = find_untaken(arguments, takes)
     said = find_said() if left else {}
     left = [name for name in left if name in said]
@@ -4083,21 +4016,6 @@ def describe_items(tool, has_database):
     source = f" of {tool.each}" if tool.each else ""
     is_exact = has_database and not tool.commits
     return f"each item{source} " + ("exactly once" if is_exact else "at least once")
-
-
-def find_wrong_each(pipeline, tools):
-    """Return an error for each tool whose items are to be those of one that has none."""
-    return [UserError(f"TOOL_MAP[{tool.name!r}]: 'each' is {tool.each!r}, which has no items.",
-                      f"Write `def items(conn):` in {pipeline.tools[tool.each].module}.")
-            for tool in tools if tool.each in pipeline.tools
-            and not has_items(pipeline.tools[tool.each])]
-
-
-def check_each(pipeline, tools):
-    """Raise UserError for tools whose items are to be those of one that has none."""
-    errors = find_wrong_each(pipeline, tools)
-    if errors:
-        raise merge_errors(errors)
 
 
 def find_parameters(function):
@@ -4186,7 +4104,7 @@ def format_place(error, tool):
     """Return where an import failed: the tool's own line, and the one that it led to elsewhere."""
     import importlib
     import traceback
-    own = getattr(find_module(tool.module), "origin", None)
+    own = find_module(tool.module).origin
     places = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)
               if not is_engine_frame(f.filename, f.lineno) and f.filename != importlib.__file__]
     if isinstance(error, SyntaxError) and error.filename:
@@ -5316,7 +5234,7 @@ class Capture:
         if fd >= 0:
             with contextlib.suppress(OSError):  # removed, or the tool closed all descriptors
                 os.close(fd)
-                trim_log(log)
+                tidy_log(log)
         return fd >= 0
 
     def keep(self, text):
@@ -5324,7 +5242,7 @@ class Capture:
         with self.lock:
             try:
                 if self.log and self.log_fd < 0:
-                    self.log_fd = open_log(self.log)
+                    self.log_fd = open_private(self.log)
                 if self.log:
                     write_all(self.log_fd, text.encode("utf-8", "backslashreplace"))
             except OSError as error:  # no reason for a tool to fail, but to say so
@@ -6005,7 +5923,7 @@ def make_stream(fd):
 @contextlib.contextmanager
 def output_to(file):
     """Send what this process prints, its C code and its children included, to a file."""
-    point_output(open_log(file))
+    point_output(open_private(file))
     try:
         yield
     finally:
@@ -6088,8 +6006,7 @@ def run_plan(pipeline, plan, arguments, *, history=History(), request=Request(),
     """
     tools = [pipeline.tools[step.tool] for step in plan.steps if not step.success]
     check_get_connection(pipeline.get_connection)
-    check_modules_exist(tools)
-    check_each(pipeline, tools)
+    check_modules(pipeline, tools)
     count = count_workers(pipeline, plan)
     workers = None
     with contextlib.ExitStack() as stack:
@@ -6101,9 +6018,9 @@ def run_plan(pipeline, plan, arguments, *, history=History(), request=Request(),
             workers = Workers(count, setting, clock, grace_s)
             stack.push(lambda kind, *_: workers.close(0.0 if kind else grace_s))
         interrupts = stack.enter_context(Interrupts())
-        callees, sources = load_all(tools, arguments, interrupts)
+        callees = load_all(tools, arguments, interrupts)
         check_are_taken(arguments, callees, pipeline.tools, find_said)
-        session = Session(plan, setting, history, interrupts, callees, sources, on_event, clock,
+        session = Session(plan, setting, history, interrupts, callees, on_event, clock,
                           fail_fast, keep_results, request.item,
                           find_retries(callees, plan, request.item, retry_items))
         run = Run(session, workers)
@@ -6119,17 +6036,15 @@ def run_plan(pipeline, plan, arguments, *, history=History(), request=Request(),
 
 
 def load_all(tools, arguments, interrupts):
-    """Return the tools, imported, by name, and the Sources of what they were then."""
-    sources = Sources(is_of_run=True)
+    """Return the tools, imported, by name. Notes what the modules are of which that is recorded."""
     for tool in tools:
         if tool.cache_s is not None:
-            sources.find(tool)
+            hash_module(tool.module)
     callees = interrupts.call(load_callees, tools, arguments, interrupts)
     for callee in callees.values():
-        if callee.has_items:
-            sources.find(callee.tool)
-    sources.note_imported()
-    return callees, sources
+        if callee.has_items or callee.tool.cache_s is not None:
+            hash_imported(callee.tool.module)
+    return callees
 
 
 def count_workers(pipeline, plan):
@@ -6185,7 +6100,6 @@ class Session(NamedTuple):
     history: Any
     interrupts: Interrupts
     callees: Mapping[str, Callee]
-    sources: Any
     on_event: Optional[Callable[[Event], None]]
     clock: Clock
     fail_fast: bool
@@ -6490,7 +6404,7 @@ class Run:
         self.history.begin_attempt(tool, work.number, self.clock.wall(), performer.reserve())
         work.facts = self.find_facts(tool)
         if work.has_items:
-            work.source = hash_item_source(options, self.session.sources)
+            work.source = hash_item_source(options)
         if callee.takes("context"):
             work.last_success_at = self.history.find_last_success_at(tool)
         self.tell_now("tool_started", tool, output=work.log if work.in_worker else "")
@@ -6700,7 +6614,7 @@ class Run:
             return {}
         import json
         needed = history.find_needed_works(self.session.setting.pipeline, tool)
-        return {"source": json.dumps(describe_source(options, self.session.sources)),
+        return {"source": json.dumps(describe_source(options, hash_imported(options.module))),
                 "needed": json.dumps(needed),
                 "reads": find_reads(options, history.base, {})}
 
@@ -6755,7 +6669,7 @@ class Run:
         if output:
             self.publish()  # who listens shows the file, before it is cut
             if work.lines:
-                append_log(output, "\n".join(work.lines))
+                append_line(output, "\n".join(work.lines))
             tidy_log(output)
         if self.stopped_by:  # no tool is tried again
             self.again = [each for each in self.again if each[3]]
@@ -6821,7 +6735,8 @@ class Run:
                     self.schedule.add(tool)
                     continue
                 outcome = Outcome("skipped", reason)
-                self.history.note(tool, outcome, self.clock.wall())
+                self.history.note(tool, 0, outcome.status, self.clock.wall(),
+                                  reason=outcome.reason)
             self.note_end(tool, outcome)
             left += self.schedule.done(tool)
 
@@ -6866,7 +6781,7 @@ class Run:
         if work.in_worker:
             work.lines.append(text)
         else:
-            append_log(work.log, text)
+            append_line(work.log, text)
 
     def tell_now(self, kind, tool="", **what):
         """Have the listener told at once."""
@@ -7024,7 +6939,7 @@ def make_past(pipeline, history, arguments, now, done, is_forced, wants_duration
     """Return what planning may ask of a history. Durations cost time, and decide nothing where
     tools run one after another and nobody looks at the plan.
     """
-    mine, sources = format_arguments(arguments), Sources()
+    mine = format_arguments(arguments)
     texts = [mine]
     if has_period(arguments):  # then a run of all periods will do, too
         texts.append(format_arguments({name: value for name, value in arguments.items()
@@ -7039,7 +6954,8 @@ def make_past(pipeline, history, arguments, now, done, is_forced, wants_duration
             return "arguments changed"
         if find_day(success.started_at) < str(arguments.get(PERIOD_ARGUMENTS[1]) or ""):
             return "its period has gone on"
-        return find_changed_source(success.source, describe_source(tool, sources)) \
+        now = describe_source(tool, hash_module(tool.module))
+        return find_changed_source(success.source, now) \
             or find_changed_file(tool, history.base, success.inputs)
 
     find_expected_s = history.find_expected_s if wants_durations else lambda tool: None
@@ -7943,7 +7859,7 @@ def command_check(call):
     known = {*call.arguments, *PERIOD_ARGUMENTS, "conn", "context"}
     mistakes = dict.fromkeys(map(str, [  # tools may share a module
         *pipeline.mistakes, *find_wrong_each(pipeline, tools),
-        *(mistake for tool in tools for mistake in find_mistakes(tool, known))]))
+        *(mistake for tool in tools for mistake in read_mistakes(tool, known))]))
     for mistake in mistakes:
         show(mistake)
     show(f"{format_plural(len(tools), 'tool')} read, "
@@ -8168,7 +8084,7 @@ def find_periods(call, history):
     tools = [call.pipeline.tools[step.tool] for step in make_plan(
         call.pipeline, request.targets, exclude=request.exclude,
         start_from=request.start_from).steps]
-    if not any(takes_any(tool, PERIOD_ARGUMENTS) for tool in tools):
+    if not any(takes_any(read_takes(tool), PERIOD_ARGUMENTS) for tool in tools):
         raise UserError("--backfill: no tool of this plan takes period_start or period_end, so "
                         "each period would be the same.",
                         "Write `def run(conn, period_start=None, period_end=None):`.")
@@ -8292,16 +8208,16 @@ def find_valid(pipeline, done, arguments):
     changed = {was: find_changed(was, now) for was in {each.arguments for each in done.values()}}
     return {tool: success for tool, success in done.items() if tool not in pipeline.tools
             or not changed[success.arguments]
-            or not takes_any(pipeline.tools[tool], changed[success.arguments])}
+            or not takes_any(read_takes(pipeline.tools[tool]), changed[success.arguments])}
 
 
 def tell_changes(pipeline, run, plan, changed):
     """Say what changed since a run that is resumed, and which of that is not run again."""
     tools = {step.tool: pipeline.tools[step.tool] for step in plan.steps}
     now = find_versions(pipeline, tools.values())
-    modules = [module for module, source in now.sources.items()
+    modules = [module for module, source in now["sources"].items()
                if run["sources"].get(module, source) != source]
-    what = ["the tables"] * (now.tables != run["tables"]) + modules + changed
+    what = ["the tables"] * (now["tables"] != run["tables"]) + modules + changed
     kept = [step.tool for step in plan.steps if step.success
             and tools[step.tool].module in modules]
     if what:
