@@ -3510,14 +3510,17 @@ class Parameters(NamedTuple):
     takes_all: bool = False
 
 
+ANYTHING = Parameters(takes_all=True)  # what is taken where that can not be told
+
+
 class Definition(NamedTuple):
     """What a global name of a module stands for, as it reads, or as it is once that is imported.
-    `takes` is that of a function, and all where that is not told so: of a class, an import, a
-    function with decorators. `kind` is the type of what can not be called, and "" of all else.
+    `takes` is that of a function, and ANYTHING of a class, an import, a function with decorators,
+    as they read. `kind` is the type of what can not be called, and "" of all else.
     """
     line: int = 0
     summary: str = ""
-    takes: Parameters = Parameters(takes_all=True)
+    takes: Parameters = ANYTHING
     kind: str = ""
 
 
@@ -3621,23 +3624,20 @@ def read_definitions(tree):
     `with` too. That of "*" is a star import, which may define anything.
     """
     import ast
-    found, kinds, left = {}, {}, [tree]
+    found, left = {}, [(tree, "")]
     while left:
-        node = left.pop()
+        node, kind = left.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            is_told = not isinstance(node, ast.ClassDef) and not node.decorator_list
-            found[node.name] = Definition(node.lineno, read_summary(node), *(
-                [read_parameters(node.args)] if is_told else []))
+            found[node.name] = Definition(node.lineno, read_summary(node), read_parameters(node))
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             found.update(((each.asname or each.name).split(".")[0], Definition(node.lineno))
                          for each in node.names)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found[node.id] = Definition(node.lineno, kind=kinds.get(node, ""))
+            found[node.id] = Definition(node.lineno, kind=kind)
         elif not isinstance(node, ast.Lambda):
-            if isinstance(node, (ast.Assign, ast.AnnAssign)):
-                targets = getattr(node, "targets", None) or [node.target]
-                kinds.update(dict.fromkeys(targets, find_kind(node.value)))
-            left += [*ast.iter_child_nodes(node)][::-1]
+            is_given = isinstance(node, (ast.Assign, ast.AnnAssign))
+            kind = find_kind(node.value) if is_given else ""  # of the names right below
+            left += [(each, kind) for each in ast.iter_child_nodes(node)][::-1]
     return found
 
 
@@ -3650,8 +3650,13 @@ def find_kind(value):
         return ""
 
 
-def read_parameters(args):
-    """Return what a function takes, from the part of a syntax tree that says so."""
+def read_parameters(node):
+    """Return what a function takes, from its syntax tree; of a class, or one with decorators, that
+    it takes all.
+    """
+    args = getattr(node, "args", None)
+    if args is None or node.decorator_list:
+        return ANYTHING
     by_position = args.posonlyargs + args.args
     defaults = [None] * (len(by_position) - len(args.defaults)) + args.defaults + args.kw_defaults
     names = [arg.arg for arg in by_position + args.kwonlyargs]
@@ -3824,28 +3829,25 @@ def find_mistakes(tool, module, available):
     """
     where, file = f"TOOL_MAP[{tool.name!r}]", format_path(module.path or tool.module)
     fix = f"Write `def {tool.function}(conn, **kwargs):` in it."
-    run = module.definitions.get(tool.function) or module.definitions.get("*")
-    items = tool.function != "items" and module.definitions.get("items") or None
+    names = dict.fromkeys((tool.function, "items", "check"))
+    found = {name: module.definitions[name] for name in names if name in module.definitions}
+    run = found.get(tool.function) or module.definitions.get("*")
     if run is None:
         yield 1, UserError(f"{where}: {file} has no function {tool.function}().", fix)
     elif run.kind:
-        yield run.line, UserError(f"{where}: {tool.function} of {file} is {run.kind}, not a "
-                                  "function.", fix)
-    elif items and items.kind and tool.each is None and "item" in run.takes.required:
-        yield items.line, UserError(f"{where}: items of {tool.module} is {items.kind}, not a "
-                                    "function.", "Write `def items(conn):` and return it there.")
-        return
-    for name in dict.fromkeys((tool.function, "items", "check")):
-        found = module.definitions.get(name)
-        misfit = found and not found.kind and next(find_misfits(
-            tool, name, found.takes, bool(items and not items.kind), available), None)
-        if misfit:
-            yield found.line, UserError(f"{where}: {misfit[0]}", misfit[1])
+        yield run.line, UserError(
+            f"{where}: {tool.function} of {file} is {run.kind}, not a function.", fix)
+    functions = {name: each.takes for name, each in found.items() if not each.kind}
+    has_own_items = tool.function != "items" and "items" in functions
+    for name, takes in functions.items():
+        for problem, fix in find_misfits(tool, name, takes, has_own_items, available):
+            yield found[name].line, UserError(f"{where}: {problem}", fix)
+            break  # what follows may come of it
 
 
 def find_misfits(tool, name, takes, has_own_items, available):
-    """Yield why a function of a tool can not be called with what there will be, and what to do;
-    after the first there may be more that come of it. `has_own_items`: it has an items().
+    """Yield why a function of a tool can not be called with what there will be, and what to do.
+    `has_own_items`: it has an items().
     """
     if name == tool.function:
         yield from find_item_misfits(tool, has_own_items, takes)
@@ -3908,21 +3910,20 @@ def load_callee(tool, available, interrupts):
     """Return one tool, imported. Raise UserError if that can not be done."""
     interrupts.own_argv(tool)
     module = import_module(tool)
-    run = getattr(module, tool.function, None)
-    given = {name: getattr(module, name) for name in ("items", "check") if hasattr(module, name)}
-    given = {name: value for name, value in given.items() if value is not run}
-    if hasattr(module, tool.function):
-        given[tool.function] = run
+    given = {name: getattr(module, name) for name in (tool.function, "check", "items")
+             if hasattr(module, name)}
     found = {name: Definition(takes=find_parameters(value)) if callable(value)
              else Definition(kind=format_type(value)) for name, value in given.items()}
     for _, error in find_mistakes(tool, Module(getattr(module, "__file__", None) or "", found),
                                   available):
         raise error
-    functions = {name: (given[name], found[name].takes) for name in found if not found[name].kind}
-    none = None, Parameters()
-    return Callee(tool, *functions.pop(tool.function), *functions.get("check", none),
-                  *functions.get("items", none),
-                  "main" in (tool.function, getattr(run, "__name__", "")))
+    run = given.pop(tool.function)
+    functions = [run, found[tool.function].takes]
+    for name in ("check", "items"):
+        value = given.get(name)
+        is_function = callable(value) and value is not run
+        functions += (value, found[name].takes) if is_function else (None, Parameters())
+    return Callee(tool, *functions, "main" in (tool.function, getattr(run, "__name__", "")))
 
 
 def import_module(tool):
@@ -3953,7 +3954,7 @@ def read_takes(tool):
     that it takes all.
     """
     if read_module(tool.module).definitions is None:
-        return [Parameters(takes_all=True)]
+        return [ANYTHING]
     found = [find_definition(tool, name) for name in (tool.function, "items", "check")]
     return [each.takes for each in found if each]
 
@@ -3971,9 +3972,8 @@ def check_are_taken(arguments, callees, tools, find_said):
     with where that was, and is asked last: it takes time, and there are defaults that none takes.
     """
     takes = [each for callee in callees.values() for each in callee.all_takes]
-    left = find_untaken(arguments, takes)
-    said = find_said() if left else {}
-    left = [name for name in left if name in said]
+    said = find_said() if find_untaken(arguments, takes) else {}
+    left = find_untaken(said, takes)
     for tool in tools.values():
         if left and tool.name not in callees:
             read = read_takes(tool)
@@ -3988,14 +3988,11 @@ def check_are_taken(arguments, callees, tools, find_said):
 
 def find_untaken(arguments, takes):
     """Return the arguments that none takes. The two ends of a period are one."""
-    names = {}
-    for each in takes:
-        if each.takes_all:
-            return []
-        names.update(dict.fromkeys(each.names))
-    if any(name in names for name in PERIOD_ARGUMENTS):
-        names.update(dict.fromkeys(PERIOD_ARGUMENTS))
-    return [name for name in arguments if name not in names]
+    names = {name for each in takes for name in each.names}
+    if not names.isdisjoint(PERIOD_ARGUMENTS):
+        names.update(PERIOD_ARGUMENTS)
+    takes_all = any(each.takes_all for each in takes)
+    return [] if takes_all else [name for name in arguments if name not in names]
 
 
 def check_get_connection(get_connection):
@@ -4038,7 +4035,7 @@ def find_parameters_by_signature(function):
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return Parameters(takes_all=True)
+        return ANYTHING
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return Parameters(tuple(p.name for p in named),
                       tuple(p.name for p in named if p.default is p.empty),
