@@ -1678,7 +1678,7 @@ class Lock:
 def open_lock(path):
     """Return the lock file, opened."""
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        return open_private(path)
     except OSError as error:
         raise refused(path, error) from error
 
@@ -1749,13 +1749,10 @@ def open_database(path):
 def use_wal(db):
     """Let nobody who reads a history wait for who writes to it."""
     import sqlite3
-    for tries_left in range(50, -1, -1):
-        try:
+    for _ in range(50):  # then another has long done so
+        with contextlib.suppress(sqlite3.OperationalError):
             db.execute("PRAGMA journal_mode = WAL")
             return
-        except sqlite3.OperationalError:
-            if not tries_left:
-                raise
         db.execute("BEGIN IMMEDIATE")  # waits for another who is at it, which the above does not
         db.execute("COMMIT")
 
@@ -1772,6 +1769,11 @@ def upgrade(db):
     db.execute("COMMIT")
 
 
+_SUCCESSES = """
+    SELECT tool, work, run_id, started_at, ended_at, rows, result, kind, arguments,
+           CASE WHEN source LIKE '{%' THEN source ELSE '{}' END AS source, inputs, needed
+    FROM successes
+"""
 _LAST_RESUME = """
     WITH RECURSIVE chain (run_id) AS (  -- a run, and each time the last that goes on with it
         SELECT ? UNION ALL
@@ -1948,12 +1950,9 @@ class Store:
         the fingerprint of a syntax tree: of engines that did not say which function they called.
         """
         import json
-        rows = self.load(f"SELECT {', '.join(Success._fields)} "  # noqa: S608 - our columns
-                         f"FROM successes {which}", *values)
+        rows = self.load(_SUCCESSES + which, *values)
         for row in rows:
-            source = row["source"]
-            row.update(needed=json.loads(row["needed"]),
-                       source=json.loads(source) if source.startswith("{") else {})
+            row.update(needed=json.loads(row["needed"]), source=json.loads(row["source"]))
         return [Success(**row) for row in rows]
 
     def find_done(self, run_id):
@@ -2094,10 +2093,10 @@ class History(Store):
         if outcome.items is not None:
             self.note_items(tool, outcome.items)
         attempt_id = self.open.pop(tool)
-        row = {"status": outcome.status, "duration_s": outcome.duration_s, "rows": outcome.rows,
-               "reason": outcome.reason, "error": outcome.error,
-               "traceback": outcome.traceback.encode("utf-8", "backslashreplace").decode(),
+        row = {"traceback": outcome.traceback.encode("utf-8", "backslashreplace").decode(),
                "log": outcome.log and os.path.relpath(outcome.log, self.folder), **facts}
+        for name in ("status", "duration_s", "rows", "reason", "error"):
+            row[name] = getattr(outcome, name)
         if outcome.status in ("success", "partial"):
             row["work"] = attempt_id
             row["result"], row["kind"] = outcome.kept or keep_result(outcome.result)
@@ -2183,16 +2182,13 @@ def find_git_commit(folder):
         above = os.path.dirname(folder)
         return None if above == folder else find_git_commit(above)
 
-    def read(name):
-        with contextlib.suppress(OSError, ValueError):  # a repository of a kind we do not know
-            with open(os.path.join(git, name), encoding="utf-8") as file:
-                return file.read() + "\n"
-        return ""
-
-    branch = read("HEAD").partition("ref: ")[2].strip()
-    commit = re.search(rf"^([0-9a-f]{{40,64}})( {re.escape(branch)})?$",
-                       read("HEAD") + read(branch) + read("packed-refs"), re.M)
-    return commit and commit[1]
+    branch = "".join(read_tail(os.path.join(git, "HEAD"), 1)).partition("ref: ")[2]
+    for name in ("HEAD", branch, "packed-refs"):
+        text = "\n".join(read_tail(os.path.join(git, name), 1 << 20))
+        commit = re.search(rf"^([0-9a-f]{{40,64}})( {re.escape(branch)})?$", text, re.M)
+        if commit:
+            return commit[1]
+    return None
 
 
 def find_reads(tool, base, known):
@@ -2289,8 +2285,8 @@ def tidy_log(path, cap_bytes=LOG_CAP_BYTES):
 
 
 def read_tail(path, lines, line_bytes=1000):
-    """Return the last lines of a log, cut to their ends where they are very long, in which
-    nothing can take hold of a terminal.
+    """Return the last lines of a text file, cut to their ends where they are very long, in which
+    nothing can take hold of a terminal; none if it can not be read.
     """
     try:
         with open(path, "rb") as file:
@@ -3598,7 +3594,7 @@ def read_module(name):
         tree = parse(path) if path.endswith(".py") else None
     except UserError as error:
         return Module(path, problem=error)
-    return Module(path, tree and read_definitions(tree), read_summary(tree))
+    return Module(path, read_definitions(tree), read_summary(tree)) if tree else Module(path)
 
 
 def parse(path):
@@ -3666,20 +3662,21 @@ def read_parameters(node):
 
 
 def read_summary(node):
-    """Return the first line of the docstring of a module, function or class, or "".
-
-    What ast.get_docstring does takes `inspect`, whose import alone costs 4 ms.
-    """
+    """Return the first line of the docstring of a module, function or class, or ""."""
     import ast
-    first = next(iter(getattr(node, "body", ())), None)
-    text = isinstance(first, ast.Expr) and getattr(first.value, "value", None)
-    return text.strip().partition("\n")[0].strip() if isinstance(text, str) else ""
+    text = ast.get_docstring(node, clean=False) or ""  # to clean it takes `inspect`: 4 ms
+    return text.strip().partition("\n")[0].strip()
 
 
-def find_definition(tool, name):
-    """Return the Definition of a name in a tool's module, as that reads; None if there is none."""
+def read_functions(tool):
+    """Return the Definitions of a tool's functions, by name, as its module reads: its own, check()
+    and items(). What a star import may define is one of its own.
+    """
     found = read_module(tool.module).definitions or {}
-    return found.get(name) or found.get("*")
+    functions = {name: found[name] for name in (tool.function, "check", "items") if name in found}
+    if "*" in found:
+        functions.setdefault(tool.function, found["*"])
+    return functions
 
 
 def find_summary(tool):
@@ -3689,8 +3686,8 @@ def find_summary(tool):
         return f"({module.problem.problem})"
     if module.summary and tool.function == "run":
         return module.summary
-    function = find_definition(tool, tool.function)
-    return function and function.summary or module.summary
+    function = read_functions(tool).get(tool.function, Definition())
+    return function.summary or module.summary
 
 
 def read_source(name):
@@ -3819,29 +3816,30 @@ def read_mistakes(tool, available):
     if module.problem:
         yield module.problem if module.path else missing_module(tool)
     elif module.definitions is not None:
-        for line, error in find_mistakes(tool, module, available):
+        for line, error in find_mistakes(tool, module.path, read_functions(tool), available):
             yield UserError(f"{format_path(module.path)}:{line}: {error.problem}", error.fix)
 
 
-def find_mistakes(tool, module, available):
+def find_mistakes(tool, path, functions, available):
     """Yield what is wrong with the functions of a tool, be its module read or imported: a line and
-    a UserError. `available` are the names of the arguments that there will be.
+    a UserError.
+
+    `path` is that of the module, `functions` are Definitions by name, and `available` the names
+    of the arguments that there will be.
     """
-    where, file = f"TOOL_MAP[{tool.name!r}]", format_path(module.path or tool.module)
+    where, file = f"TOOL_MAP[{tool.name!r}]", format_path(path or tool.module)
     fix = f"Write `def {tool.function}(conn, **kwargs):` in it."
-    names = dict.fromkeys((tool.function, "items", "check"))
-    found = {name: module.definitions[name] for name in names if name in module.definitions}
-    run = found.get(tool.function) or module.definitions.get("*")
-    if run is None:
+    if tool.function not in functions:
         yield 1, UserError(f"{where}: {file} has no function {tool.function}().", fix)
-    elif run.kind:
-        yield run.line, UserError(
-            f"{where}: {tool.function} of {file} is {run.kind}, not a function.", fix)
-    functions = {name: each.takes for name, each in found.items() if not each.kind}
-    has_own_items = tool.function != "items" and "items" in functions
-    for name, takes in functions.items():
-        for problem, fix in find_misfits(tool, name, takes, has_own_items, available):
-            yield found[name].line, UserError(f"{where}: {problem}", fix)
+    items = functions.get("items")
+    has_own_items = tool.function != "items" and items is not None and not items.kind
+    for name, found in functions.items():
+        if found.kind and name == tool.function:
+            yield found.line, UserError(f"{where}: {name} of {file} is {found.kind}, not a "
+                                        "function.", fix)
+        for problem, fix in () if found.kind else find_misfits(
+                tool, name, found.takes, has_own_items, available):
+            yield found.line, UserError(f"{where}: {problem}", fix)
             break  # what follows may come of it
 
 
@@ -3914,8 +3912,7 @@ def load_callee(tool, available, interrupts):
              if hasattr(module, name)}
     found = {name: Definition(takes=find_parameters(value)) if callable(value)
              else Definition(kind=format_type(value)) for name, value in given.items()}
-    for _, error in find_mistakes(tool, Module(getattr(module, "__file__", None) or "", found),
-                                  available):
+    for _, error in find_mistakes(tool, getattr(module, "__file__", None), found, available):
         raise error
     run = given.pop(tool.function)
     functions = [run, found[tool.function].takes]
@@ -3944,8 +3941,9 @@ def import_module(tool):
 
 
 def has_items(tool):
-    """Return whether a tool has items, as its module reads."""
-    items = find_definition(tool, "items")
+    """Return whether a tool has items, as its module reads; where a star is imported, it may."""
+    found = read_module(tool.module).definitions or {}
+    items = found.get("items") or found.get("*")
     return tool.each is not None or items is not None and not items.kind
 
 
@@ -3953,10 +3951,10 @@ def read_takes(tool):
     """Return what the functions of a tool take, as its module reads; of what can not be read so,
     that it takes all.
     """
-    if read_module(tool.module).definitions is None:
+    found = read_module(tool.module).definitions
+    if found is None or "*" in found:
         return [ANYTHING]
-    found = [find_definition(tool, name) for name in (tool.function, "items", "check")]
-    return [each.takes for each in found if each]
+    return [each.takes for each in read_functions(tool).values()]
 
 
 def takes_any(takes, names):
@@ -4017,15 +4015,13 @@ def describe_items(tool, has_database):
 
 def find_parameters(function):
     """Return what a function takes, as inspect.signature tells, which is slow to import."""
-    code = getattr(function, "__code__", None)
-    if code is None or any(hasattr(function, name)
-                           for name in ("__wrapped__", "__self__", "__signature__")):
+    if not isinstance(function, type(find_parameters)) or vars(function):  # a wrapper says so there
         return find_parameters_by_signature(function)
-    by_position, by_name = code.co_argcount, code.co_kwonlyargcount
-    names = code.co_varnames[:by_position + by_name]
-    with_default = {*names[by_position - len(function.__defaults__ or ()):by_position],
-                    *(function.__kwdefaults__ or ())}
-    return Parameters(names, tuple(name for name in names if name not in with_default),
+    code = function.__code__
+    names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
+    first = code.co_argcount - len(function.__defaults__ or ())
+    optional = {*names[first:code.co_argcount], *(function.__kwdefaults__ or ())}
+    return Parameters(names, tuple(name for name in names if name not in optional),
                       names[:code.co_posonlyargcount], bool(code.co_flags & 0x08))
 
 
@@ -4053,12 +4049,11 @@ _PARSERS = ("argparse", "optparse", "click", "typer", "fire", "docopt", "absl")
 
 def explain_exit(error):
     """Return why a parser of command lines has ended a tool, if one did; else ""."""
-    last = error.__traceback__
-    if not isinstance(error, SystemExit) or last is None:
+    import traceback
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not frames or not isinstance(error, SystemExit):
         return ""
-    while last.tb_next is not None:
-        last = last.tb_next
-    parser = str(last.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    parser = str(frames[-1].f_globals.get("__name__")).partition(".")[0]
     if parser not in _PARSERS:
         return ""
     return (f"{parser} found nothing in sys.argv, which is the tool's name alone: declare what it "

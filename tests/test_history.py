@@ -1009,7 +1009,7 @@ def test_cached_tools_ask_history_once_or_twice_each_and_hash_their_module_once(
         modules, monkeypatch, is_line):
     folder = modules(m="def run(): return 1")
     finds = count_calls(monkeypatch, orchestrator.History, "find_success")
-    hashes = count_calls(monkeypatch, orchestrator, "hash_module")
+    hashes = count_calls(monkeypatch, orchestrator, "read_source")
     costs = []
     for count in (30, 300):
         tools = {f"t{i}": {"module": "m", "cache": True, **({} if is_line else {"needs": []})}
