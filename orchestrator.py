@@ -2021,15 +2021,12 @@ class History(Store):
         success = self.arguments and self.find_success(tool, self.arguments)
         return success and success.started_at
 
-    def insert(self, table, row):
-        """Record a row, and return its id."""
-        return self.change(f"INSERT INTO {table} ({', '.join(row)}) "  # noqa: S608 - our columns
-                           f"VALUES (:{', :'.join(row)})", row)
-
-    def note(self, tool, attempt, status, at, **more):
+    def note(self, tool, attempt, status, at, pid=None, reason="", work=None, rows=None):
         """Record an attempt, or with attempt 0 why there was none, and return its id."""
-        return self.insert("attempts", {"run_id": self.run_id, "tool": tool, "attempt": attempt,
-                                        "status": status, "started_at": at, **more})
+        return self.change(
+            "INSERT INTO attempts (run_id, tool, attempt, status, started_at, pid, reason, work, "
+            "rows) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (self.run_id, tool, attempt, status, at, pid, reason, work, rows))
 
     def update(self, attempt_id, row):
         """Record columns of an attempt; what is empty is so from its beginning."""
@@ -2065,11 +2062,13 @@ class History(Store):
         self.arguments = None if has_period(arguments) else text
         if not self.folder:
             return time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime(at)) + os.urandom(2).hex()
-        self.run_id = self.insert("runs", make_columns({
+        row = make_columns({
             **request._asdict(), **versions, "status": "running", "arguments": text,
             "planned": len(plan.steps), "started_at": at, "pid": os.getpid(),
             "first_attempt": 1 + (self.ask("SELECT max(attempt_id) FROM attempts") or 0),
-            "version": VERSION, "git_commit": find_git_commit(self.base)}))
+            "version": VERSION, "git_commit": find_git_commit(self.base)})
+        self.run_id = self.change(f"INSERT INTO runs ({', '.join(row)}) "  # noqa: S608 - columns
+                                  f"VALUES (:{', :'.join(row)})", row)
         for step in plan.steps:
             if step.success:
                 self.note(step.tool, 0, "cached", at, reason=step.reason, work=step.success.work,
@@ -2079,7 +2078,7 @@ class History(Store):
 
     def begin_attempt(self, tool, attempt, at, pid):
         """Record that an attempt begins."""
-        self.open[tool] = self.note(tool, attempt, "running", at, pid=pid)
+        self.open[tool] = self.note(tool, attempt, "running", at, pid)
 
     def note_items(self, tool, counts):
         """Record how many items a tool that runs has."""
@@ -3827,16 +3826,17 @@ def find_mistakes(tool, path, functions, available):
     `path` is that of the module, `functions` are Definitions by name, and `available` the names
     of the arguments that there will be.
     """
-    where, file = f"TOOL_MAP[{tool.name!r}]", format_path(path or tool.module)
-    fix = f"Write `def {tool.function}(conn, **kwargs):` in it."
-    if tool.function not in functions:
-        yield 1, UserError(f"{where}: {file} has no function {tool.function}().", fix)
+    where = f"TOOL_MAP[{tool.name!r}]"
+    run = functions.get(tool.function)
+    if run is None or run.kind:
+        file, line = format_path(path or tool.module), run.line if run else 1
+        problem = f"{tool.function} of {file} is {run.kind}, not a function." if run \
+            else f"{file} has no function {tool.function}()."
+        yield line, UserError(f"{where}: {problem}",
+                              f"Write `def {tool.function}(conn, **kwargs):` in it.")
     items = functions.get("items")
     has_own_items = tool.function != "items" and items is not None and not items.kind
     for name, found in functions.items():
-        if found.kind and name == tool.function:
-            yield found.line, UserError(f"{where}: {name} of {file} is {found.kind}, not a "
-                                        "function.", fix)
         for problem, fix in () if found.kind else find_misfits(
                 tool, name, found.takes, has_own_items, available):
             yield found.line, UserError(f"{where}: {problem}", fix)
