@@ -1723,7 +1723,7 @@ def open_database(path):
     # another connection of this process (https://sqlite.org/howtocorrupt.html, 2.2).
     if path != MEMORY and not os.path.exists(path):
         os.close(open_private(path))
-    db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=30.0, check_same_thread=False)
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA synchronous = NORMAL")
     head = db.execute(_HEAD).fetchone()
@@ -1800,14 +1800,13 @@ class Store:
         self.folder = folder
         self.path = os.path.join(folder, "history.db") if folder else MEMORY
         self.killed = None  # the run that reads as interrupted, until the next start records that
-        self.is_changed = False  # whether something is recorded that is not yet durable
         self._cursor = None  # one for all: to make one each time costs time
 
     def do(self, sql, values=()):
         """Execute a statement. Raise UserError if the file does not take it."""
         import sqlite3
         try:
-            if self._cursor is None:
+            if not self._cursor:
                 self._cursor = open_database(self.path).cursor()
             return self._cursor.execute(sql, values)
         except (sqlite3.Error, OSError) as error:
@@ -1830,25 +1829,18 @@ class Store:
         """Execute a statement that commit() makes durable, and return the id of a row that it made.
         In memory nothing is recorded: it would cost time, and nobody can ask for it later.
         """
-        if not self.folder:
-            return 0
-        if not self.is_changed:
-            self.do("BEGIN")
-            self.is_changed = True
-        return self.do(sql, values).lastrowid
+        return self.do(sql, values).lastrowid if self.folder else 0  # sqlite3 itself begins
 
     def commit(self):
         """Make durable what was recorded."""
-        if self.is_changed:
+        if self._cursor and self._cursor.connection.in_transaction:
             self.do("COMMIT")
-            self.is_changed = False
 
     def close(self):
         """Let go of the file; the next use opens it again."""
-        if self._cursor is not None:
+        if self._cursor:
             self._cursor.connection.close()
             self._cursor = None
-            self.is_changed = False
 
     # --- what views ask ---
 
@@ -3499,10 +3491,14 @@ def find_ledger_path(folder):
 
 class Parameters(NamedTuple):
     """What a function takes. `takes_all`: it has a **kwargs."""
-    names: Tuple[str, ...] = ()
-    required: Tuple[str, ...] = ()
-    positional_only: Tuple[str, ...] = ()
+    names: Sequence[str] = ()
+    required: Sequence[str] = ()
+    positional_only: Sequence[str] = ()
     takes_all: bool = False
+
+    def takes(self, name):
+        """Return whether the function gets an argument."""
+        return self.takes_all or name in self.names
 
 
 ANYTHING = Parameters(takes_all=True)  # what is taken where that can not be told
@@ -3547,7 +3543,7 @@ class Callee(NamedTuple):
 
     def takes(self, name):
         """Return whether a function of the tool gets an argument."""
-        return takes_any(self.all_takes, [name])
+        return any(each.takes(name) for each in self.all_takes)
 
     @property
     def has_items(self):
@@ -3655,9 +3651,8 @@ def read_parameters(node):
     by_position = args.posonlyargs + args.args
     defaults = [None] * (len(by_position) - len(args.defaults)) + args.defaults + args.kw_defaults
     names = [arg.arg for arg in by_position + args.kwonlyargs]
-    return Parameters(tuple(names),
-                      tuple(name for name, default in zip(names, defaults) if default is None),
-                      tuple(names[:len(args.posonlyargs)]), args.kwarg is not None)
+    return Parameters(names, [name for name, default in zip(names, defaults) if default is None],
+                      names[:len(args.posonlyargs)], args.kwarg is not None)
 
 
 def read_summary(node):
@@ -3881,7 +3876,7 @@ def find_item_misfits(tool, has_own_items, run_takes):
         if tool.cache_s is not None:
             yield ("'cache' is not for tools with items, of which each is done once.",
                    "Take 'cache' out.")
-        if not takes_any([run_takes], ["item"]):
+        if not run_takes.takes("item"):
             yield (f"{tool.function}() of {tool.module} is called once per item, but does not "
                    "take it.", f"Write `def {tool.function}(conn, item):`.")
     elif tool.batch != 1:
@@ -3957,9 +3952,9 @@ def read_takes(tool):
     return [each.takes for each in read_functions(tool).values()]
 
 
-def takes_any(takes, names):
-    """Return whether one of some functions takes one of some arguments."""
-    return any(each.takes_all or not {*names}.isdisjoint(each.names) for each in takes)
+def takes_any(tool, names):
+    """Return whether a function of a tool takes one of some arguments, or can not be read."""
+    return any(each.takes(name) for each in read_takes(tool) for name in names)
 
 
 def check_are_taken(arguments, callees, tools, find_said):
@@ -4021,8 +4016,7 @@ def find_parameters(function):
     names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
     first = code.co_argcount - len(function.__defaults__ or ())
     optional = {*names[first:code.co_argcount], *(function.__kwdefaults__ or ())}
-    return Parameters(names, tuple(name for name in names if name not in optional),
-                      names[:code.co_posonlyargcount], bool(code.co_flags & 0x08))
+    return Parameters(names, [name for name in names if name not in optional], names[:code.co_posonlyargcount], bool(code.co_flags & 0x08))
 
 
 def find_parameters_by_signature(function):
@@ -4033,9 +4027,8 @@ def find_parameters_by_signature(function):
     except (TypeError, ValueError):
         return ANYTHING
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return Parameters(tuple(p.name for p in named),
-                      tuple(p.name for p in named if p.default is p.empty),
-                      tuple(p.name for p in named if p.kind is p.POSITIONAL_ONLY),
+    return Parameters([p.name for p in named], [p.name for p in named if p.default is p.empty],
+                      [p.name for p in named if p.kind is p.POSITIONAL_ONLY],
                       any(p.kind is p.VAR_KEYWORD for p in parameters))
 
 
@@ -8076,7 +8069,7 @@ def find_periods(call, history):
     tools = [call.pipeline.tools[step.tool] for step in make_plan(
         call.pipeline, request.targets, exclude=request.exclude,
         start_from=request.start_from).steps]
-    if not any(takes_any(read_takes(tool), PERIOD_ARGUMENTS) for tool in tools):
+    if not any(takes_any(tool, PERIOD_ARGUMENTS) for tool in tools):
         raise UserError("--backfill: no tool of this plan takes period_start or period_end, so "
                         "each period would be the same.",
                         "Write `def run(conn, period_start=None, period_end=None):`.")
@@ -8200,7 +8193,7 @@ def find_valid(pipeline, done, arguments):
     changed = {was: find_changed(was, now) for was in {each.arguments for each in done.values()}}
     return {tool: success for tool, success in done.items() if tool not in pipeline.tools
             or not changed[success.arguments]
-            or not takes_any(read_takes(pipeline.tools[tool]), changed[success.arguments])}
+            or not takes_any(pipeline.tools[tool], changed[success.arguments])}
 
 
 def tell_changes(pipeline, run, plan, changed):
