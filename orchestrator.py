@@ -1815,8 +1815,8 @@ class Store:
     def load(self, sql, *values):
         """Return the rows of a query, as dicts by column."""
         rows = list(map(dict, self.do(sql, values)))
-        for row in rows if self.killed else ():
-            if row.get("run_id") == self.killed and row.get("status") == "running":
+        for row in rows:
+            if self.killed and row.get("status") == "running":  # there is one run at a time
                 row["status"] = "interrupted"
         return rows
 
@@ -2223,18 +2223,17 @@ def hash_file(path):
 def find_changed_file(tool, base, inputs):
     """Return what changed of a tool's files since `inputs` were recorded, in words, or ""."""
     import json
-    old = json.loads(inputs or "{}")
-    old_reads = old.get("reads", {})
-    new_reads = find_reads(tool, base, old_reads)
-    for name in [*new_reads, *old_reads]:
-        if name not in old_reads:
+    was = {"reads": {}, "writes": [], **json.loads(inputs or "{}")}
+    old, new = was["reads"], find_reads(tool, base, was["reads"])
+    for name in [*new, *old]:
+        if name not in old:
             return f"{name} is new"
-        if name not in new_reads:
+        if name not in new:
             return f"{name} is gone"
-        if old_reads[name][2] != new_reads[name][2]:
+        if old[name][2] != new[name][2]:
             return f"{name} changed"
     writes = find_writes(tool, base)
-    return next((f"{name} is gone" for name in old.get("writes", ()) if name not in writes), "")
+    return next((f"{name} is gone" for name in was["writes"] if name not in writes), "")
 
 
 def find_logs(folder, run_id):
@@ -2270,8 +2269,7 @@ def tidy_log(path, cap_bytes=LOG_CAP_BYTES):
         file.seek(size - half)
         end = file.read()
         file.seek(half)
-        file.write(b"\n[... %d bytes were left out here ...]\n" % (size - 2 * half))
-        file.write(end)
+        file.write(b"\n[... %d bytes were left out here ...]\n" % (size - 2 * half) + end)
         file.truncate()
 
 
@@ -3757,8 +3755,7 @@ def find_versions(pipeline, tools):
     They are short and cheap, and tell who resumes what has changed.
     """
     from zlib import crc32
-    rows = (*pipeline.tools.values(), *pipeline.stages.values(), *pipeline.limits.items())
-    tables = "".join(repr(tuple(row)) for row in rows)
+    tables = repr((pipeline.tools, pipeline.stages, pipeline.limits))
     return {"tables": f"{crc32(tables.encode()):08x}",
             "sources": {name: f"{crc32(read_source(name)):08x}"
                         for name in dict.fromkeys(tool.module for tool in tools)}}
@@ -3909,13 +3906,13 @@ def load_callee(tool, available, interrupts):
              else Definition(kind=format_type(value)) for name, value in given.items()}
     for _, error in find_mistakes(tool, getattr(module, "__file__", None), found, available):
         raise error
-    run = given.pop(tool.function)
-    functions = [run, found[tool.function].takes]
-    for name in ("check", "items"):
-        value = given.get(name)
-        is_function = callable(value) and value is not run
-        functions += (value, found[name].takes) if is_function else (None, Parameters())
-    return Callee(tool, *functions, "main" in (tool.function, getattr(run, "__name__", "")))
+    functions = {name: (value, found[name].takes) for name, value in given.items()
+                 if callable(value)}
+    run, takes = functions.pop(tool.function)
+    nothing = None, Parameters()
+    return Callee(tool, run, takes, *functions.get("check", nothing),
+                  *functions.get("items", nothing),
+                  "main" in (tool.function, getattr(run, "__name__", "")))
 
 
 def import_module(tool):
@@ -4016,7 +4013,8 @@ def find_parameters(function):
     names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
     first = code.co_argcount - len(function.__defaults__ or ())
     optional = {*names[first:code.co_argcount], *(function.__kwdefaults__ or ())}
-    return Parameters(names, [name for name in names if name not in optional], names[:code.co_posonlyargcount], bool(code.co_flags & 0x08))
+    return Parameters(names, [name for name in names if name not in optional],
+                      names[:code.co_posonlyargcount], bool(code.co_flags & 0x08))
 
 
 def find_parameters_by_signature(function):
