@@ -1704,6 +1704,11 @@ def hold_worker_byte(folder):
 
 
 MEMORY = ":memory:"  # the path of a history that is not kept, for SQLite
+_SETTINGS = """
+    PRAGMA synchronous = NORMAL;
+    PRAGMA wal_autocheckpoint = 4000;
+    PRAGMA page_size = 1024;  -- of a new file: a commit writes whole pages
+"""
 _HEAD = f"""
     SELECT user_version AS version, page_count * page_size AS size,
            application_id <> {APPLICATION_ID} AND (application_id OR user_version
@@ -1725,22 +1730,19 @@ def open_database(path):
         os.close(open_private(path))
     db = sqlite3.connect(path, timeout=30.0, check_same_thread=False)
     db.row_factory = sqlite3.Row
-    db.execute("PRAGMA synchronous = NORMAL")
-    head = db.execute(_HEAD).fetchone()
+    db.executescript(_SETTINGS)
+    version, size, is_foreign = db.execute(_HEAD).fetchone()
     # SQLite takes the missing end of a file for pages of zeros; with a log of changes beside it
     # (`-wal`) it may well be shorter.
-    if head["size"] and not has_bytes(path + "-wal") and head["size"] > os.path.getsize(path):
+    if size and not has_bytes(path + "-wal") and size > os.path.getsize(path):
         raise sqlite3.DatabaseError("it is malformed, its end is missing")
-    if head["is_foreign"]:
+    if is_foreign:
         raise UserError(f"{path} is a database of something else.",
                         "Move it away, or choose another folder in ORCHESTRATOR_HOME.")
-    if head["version"] > SCHEMA_VERSION:
-        raise UserError(f"{path} has schema version {head['version']}, and this engine, "
-                        f"{VERSION}, knows {SCHEMA_VERSION}.",
-                        "Use the newer orchestrator.py that wrote it.")
-    db.execute("PRAGMA wal_autocheckpoint = 4000")
-    if head["version"] < SCHEMA_VERSION:
-        db.execute("PRAGMA page_size = 1024")  # a commit writes whole pages
+    if version > SCHEMA_VERSION:
+        raise UserError(f"{path} has schema version {version}, and this engine, {VERSION}, knows "
+                        f"{SCHEMA_VERSION}.", "Use the newer orchestrator.py that wrote it.")
+    if version < SCHEMA_VERSION:
         use_wal(db)
         upgrade(db)
     return db
@@ -3530,9 +3532,9 @@ class Callee(NamedTuple):
     run_takes: Parameters
     check: Optional[Callable[..., Any]]
     check_takes: Parameters
-    items: Optional[Callable[..., Any]] = None
-    items_takes: Parameters = Parameters()
-    is_main: bool = False  # whether what run() returns is an exit code
+    items: Optional[Callable[..., Any]]
+    items_takes: Parameters
+    is_main: bool  # whether what run() returns is an exit code
 
     @property
     def all_takes(self):
