@@ -2217,7 +2217,7 @@ def hash_file(path):
     from hashlib import sha256
     digest = sha256()
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
+        for piece in iter(lambda: file.read(1 << 20), b""):
             digest.update(piece)
     return digest.hexdigest()
 
@@ -8199,10 +8199,10 @@ def find_valid(pipeline, done, arguments):
 def tell_changes(pipeline, run, plan, changed):
     """Say what changed since a run that is resumed, and which of that is not run again."""
     tools = {step.tool: pipeline.tools[step.tool] for step in plan.steps}
-    now = find_versions(pipeline, tools.values())
-    modules = [module for module, source in now["sources"].items()
+    tables, sources = find_versions(pipeline, tools.values()).values()
+    modules = [module for module, source in sources.items()
                if run["sources"].get(module, source) != source]
-    what = ["the tables"] * (now["tables"] != run["tables"]) + modules + changed
+    what = ["the tables"] * (tables != run["tables"]) + modules + changed
     kept = [step.tool for step in plan.steps if step.success
             and tools[step.tool].module in modules]
     if what:
