@@ -8198,13 +8198,12 @@ def find_valid(pipeline, done, arguments):
 
 def tell_changes(pipeline, run, plan, changed):
     """Say what changed since a run that is resumed, and which of that is not run again."""
-    tools = {step.tool: pipeline.tools[step.tool] for step in plan.steps}
-    tables, sources = find_versions(pipeline, tools.values()).values()
-    modules = [module for module, source in sources.items()
+    now = find_versions(pipeline, [pipeline.tools[step.tool] for step in plan.steps])
+    modules = [module for module, source in now["sources"].items()
                if run["sources"].get(module, source) != source]
-    what = ["the tables"] * (tables != run["tables"]) + modules + changed
+    what = ["the tables"] * (now["tables"] != run["tables"]) + modules + changed
     kept = [step.tool for step in plan.steps if step.success
-            and tools[step.tool].module in modules]
+            and pipeline.tools[step.tool].module in modules]
     if what:
         say(f"Changed since run {run['run_id']}: {', '.join(what)}."
             + (f" Done before, and not run again: {', '.join(kept)}." if kept else ""))
