@@ -3971,9 +3971,9 @@ def check_are_taken(arguments, callees, tools, find_said):
             read = read_takes(tool)
             left = find_untaken(left, read)
             takes += read
-    known = dict.fromkeys(name for each in takes for name in each.names
-                          if name not in RESERVED_ARGUMENTS)
     if left:
+        known = dict.fromkeys(name for each in takes for name in each.names
+                              if name not in RESERVED_ARGUMENTS)
         raise merge_errors([UserError(f"{said[name]}: no tool takes {name!r}.",
                                       format_nearest(name, known)) for name in left])
 
@@ -4042,11 +4042,11 @@ _PARSERS = ("argparse", "optparse", "click", "typer", "fire", "docopt", "absl")
 
 def explain_exit(error):
     """Return why a parser of command lines has ended a tool, if one did; else ""."""
-    import traceback
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if not frames or not isinstance(error, SystemExit):
+    if not isinstance(error, SystemExit) or not error.__traceback__:
         return ""
-    parser = str(frames[-1].f_globals.get("__name__")).partition(".")[0]
+    import traceback
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    parser = str(frame.f_globals.get("__name__")).partition(".")[0]
     if parser not in _PARSERS:
         return ""
     return (f"{parser} found nothing in sys.argv, which is the tool's name alone: declare what it "
