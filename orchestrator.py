@@ -3891,8 +3891,16 @@ def load_callees(tools, available, interrupts):
     """
     errors = []
     known = {*available, "conn", "context"}
-    callees = make_all(errors, lambda _, tool: load_callee(tool, known, interrupts),
-                       {tool.name: tool for tool in tools})
+    loaded = {}  # tools may share a function
+
+    def load(_, tool):
+        # and what it must be like depends on these options
+        key = tool.module, tool.function, tool.each is None, tool.batch, tool.cache_s
+        if key not in loaded:
+            loaded[key] = load_callee(tool, known, interrupts)
+        return loaded[key]._replace(tool=tool)
+
+    callees = make_all(errors, load, {tool.name: tool for tool in tools})
     if errors:
         raise merge_errors(errors)
     return callees
