@@ -1533,12 +1533,6 @@ class Request(NamedTuple):
     item: Optional[str] = None
 
 
-class Versions(NamedTuple):
-    """What ran: the fingerprint of the tables, and that of each module's file."""
-    tables: str
-    sources: Dict[str, str]
-
-
 def find_pipeline_folder(home, name):
     """Return the folder of a pipeline in a home folder."""
     return os.path.join(os.path.abspath(home), make_file_name(name))
@@ -1563,19 +1557,25 @@ def make_folder(folder):
     home = os.path.dirname(folder)
     try:
         if not os.path.isdir(home):
-            os.makedirs(home, 0o700, exist_ok=True)  # another start may be as far
-            write_private(os.path.join(home, ".gitignore"), "*\n")
+            append_line(os.path.join(home, ".gitignore"), "*")
         os.makedirs(os.path.join(folder, "logs"), 0o700, exist_ok=True)
         os.chmod(folder, 0o700)
     except OSError as error:
         raise refused(folder, error) from error
 
 
-def write_private(path, text=""):
-    """Create a file that only its owner can read, if it is not there."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
-        if not file.tell():
-            file.write(text.encode())
+def open_private(path):
+    """Return a file, opened to append to it, which only its owner can read. It is made, in its
+    folder, where they are not.
+    """
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def append_line(path, line):
+    """Add a line to a file that only its owner can read."""
+    with open(open_private(path), "ab") as file:
+        file.write(line.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def refused(path, error):
@@ -1612,16 +1612,18 @@ class Lock:
         """Take the lock and return ""; or who has it, "run" or "worker"."""
         if _held.setdefault(self.path, self) is not self:  # which no other thread can tear
             return "run"
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.release)
+        holder = "run"
+        try:
             self.fd = open_lock(self.path)
-            if not lock_bytes(self.fd, 0, 1):
-                return "run"
-            if not lock_bytes(self.fd, 1, _WORKER_BYTES):
-                return "worker"
-            lock_bytes(self.fd, 1, _WORKER_BYTES, free=True)
-            undo.pop_all()
-        return ""
+            if lock_bytes(self.fd, 0, 1):
+                holder = "worker"
+                if lock_bytes(self.fd, 1, _WORKER_BYTES):
+                    lock_bytes(self.fd, 1, _WORKER_BYTES, free=True)
+                    holder = ""
+        finally:
+            if holder:
+                self.release()
+        return holder
 
     def release(self):
         """Give the lock back."""
@@ -1635,7 +1637,7 @@ class Lock:
 def open_lock(path):
     """Return the lock file, opened."""
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        return open_private(path)
     except OSError as error:
         raise refused(path, error) from error
 
@@ -1661,6 +1663,11 @@ def hold_worker_byte(folder):
 
 
 MEMORY = ":memory:"  # the path of a history that is not kept, for SQLite
+_SETTINGS = """
+    PRAGMA synchronous = NORMAL;
+    PRAGMA wal_autocheckpoint = 4000;
+    PRAGMA page_size = 1024;  -- of a new file: a commit writes whole pages
+"""
 _HEAD = f"""
     SELECT user_version AS version, page_count * page_size AS size,
            application_id <> {APPLICATION_ID} AND (application_id OR user_version
@@ -1679,64 +1686,62 @@ def open_database(path):
     # Once it is there, nobody but SQLite opens it: to close it here would free the locks of
     # another connection of this process (https://sqlite.org/howtocorrupt.html, 2.2).
     if path != MEMORY and not os.path.exists(path):
-        write_private(path)
-    db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
+        os.close(open_private(path))
+    db = sqlite3.connect(path, timeout=30.0, check_same_thread=False)
     db.row_factory = sqlite3.Row
-    db.execute("PRAGMA synchronous = NORMAL")
-    head = db.execute(_HEAD).fetchone()
+    db.executescript(_SETTINGS)
+    version, size, is_foreign = db.execute(_HEAD).fetchone()
     # SQLite takes the missing end of a file for pages of zeros; with a log of changes beside it
     # (`-wal`) it may well be shorter.
-    if head["size"] and not has_bytes(path + "-wal") and head["size"] > os.path.getsize(path):
+    if size and not has_bytes(path + "-wal") and size > os.path.getsize(path):
         raise sqlite3.DatabaseError("it is malformed, its end is missing")
-    if head["is_foreign"]:
+    if is_foreign:
         raise UserError(f"{path} is a database of something else.",
                         "Move it away, or choose another folder in ORCHESTRATOR_HOME.")
-    if head["version"] > SCHEMA_VERSION:
-        raise UserError(f"{path} has schema version {head['version']}, and this engine, "
-                        f"{VERSION}, knows {SCHEMA_VERSION}.",
-                        "Use the newer orchestrator.py that wrote it.")
-    db.execute("PRAGMA wal_autocheckpoint = 4000")
-    if head["version"] < SCHEMA_VERSION:
-        db.execute("PRAGMA page_size = 1024")  # a commit writes whole pages
+    if version > SCHEMA_VERSION:
+        raise UserError(f"{path} has schema version {version}, and this engine, {VERSION}, knows "
+                        f"{SCHEMA_VERSION}.", "Use the newer orchestrator.py that wrote it.")
+    if version < SCHEMA_VERSION:
         use_wal(db)
-        upgrade(db, head["version"])
+        upgrade(db)
     return db
 
 
 def use_wal(db):
     """Let nobody who reads a history wait for who writes to it."""
     import sqlite3
-    for tries_left in range(50, -1, -1):
-        try:
+    for _ in range(50):  # then another has long done so
+        with contextlib.suppress(sqlite3.OperationalError):
             db.execute("PRAGMA journal_mode = WAL")
             return
-        except sqlite3.OperationalError:
-            if not tries_left:
-                raise
         db.execute("BEGIN IMMEDIATE")  # waits for another who is at it, which the above does not
         db.execute("COMMIT")
 
 
-def upgrade(db, version):
+def upgrade(db):
     """Bring a history to the schema of this engine, or create it, in one transaction."""
     db.execute("BEGIN IMMEDIATE")
-    if db.execute("PRAGMA user_version").fetchone()[0] == version:  # else another start was first
-        steps = [UPGRADES[each] for each in range(version, SCHEMA_VERSION)] if version else [SCHEMA]
-        for statement in re.sub(r"--.*", "", "".join(steps)).split(";"):
-            db.execute(statement)
-        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    version = db.execute("PRAGMA user_version").fetchone()[0]  # another start may have been first
+    steps = [UPGRADES[each] for each in range(version, SCHEMA_VERSION)] if version else [SCHEMA]
+    steps.append(f"PRAGMA user_version = {SCHEMA_VERSION}; "
+                 f"PRAGMA application_id = {APPLICATION_ID}")
+    for statement in re.sub(r"--.*", "", "".join(steps)).split(";"):
+        db.execute(statement)
     db.execute("COMMIT")
 
 
-def load_source(text):
-    """Return what ran at a success; {} where that is not recorded, or only the fingerprint of a
-    syntax tree: engines before this one did not say which function they had called, nor how.
-    """
-    import json
-    return json.loads(text) if text.startswith("{") else {}
-
-
+_SUCCESSES = """
+    SELECT tool, work, run_id, started_at, ended_at, rows, result, kind, arguments,
+           CASE WHEN source LIKE '{%' THEN source ELSE '{}' END AS source, inputs, needed
+    FROM successes
+"""
+_LAST_RESUME = """
+    WITH RECURSIVE chain (run_id) AS (  -- a run, and each time the last that goes on with it
+        SELECT ? UNION ALL
+        SELECT (SELECT max(run_id) FROM runs WHERE resumes = chain.run_id) FROM chain
+        WHERE run_id IS NOT NULL)
+    SELECT max(run_id) FROM chain
+"""
 _STARTED = """
     WITH RECURSIVE chain (run_id) AS (  -- a run, and those that it goes on with
         SELECT ? UNION
@@ -1756,14 +1761,13 @@ class Store:
         self.folder = folder
         self.path = os.path.join(folder, "history.db") if folder else MEMORY
         self.killed = None  # the run that reads as interrupted, until the next start records that
-        self.is_changed = False  # whether something is recorded that is not yet durable
         self._cursor = None  # one for all: to make one each time costs time
 
     def do(self, sql, values=()):
         """Execute a statement. Raise UserError if the file does not take it."""
         import sqlite3
         try:
-            if self._cursor is None:
+            if not self._cursor:
                 self._cursor = open_database(self.path).cursor()
             return self._cursor.execute(sql, values)
         except (sqlite3.Error, OSError) as error:
@@ -1772,8 +1776,8 @@ class Store:
     def load(self, sql, *values):
         """Return the rows of a query, as dicts by column."""
         rows = list(map(dict, self.do(sql, values)))
-        for row in rows if self.killed else ():
-            if row.get("run_id") == self.killed and row.get("status") == "running":
+        for row in rows:
+            if self.killed and row.get("status") == "running":  # there is one run at a time
                 row["status"] = "interrupted"
         return rows
 
@@ -1786,132 +1790,20 @@ class Store:
         """Execute a statement that commit() makes durable, and return the id of a row that it made.
         In memory nothing is recorded: it would cost time, and nobody can ask for it later.
         """
-        if not self.folder:
-            return 0
-        if not self.is_changed:
-            self.do("BEGIN")
-            self.is_changed = True
-        return self.do(sql, values).lastrowid
+        return self.do(sql, values).lastrowid if self.folder else 0  # sqlite3 itself begins
 
     def commit(self):
         """Make durable what was recorded."""
-        if self.is_changed:
+        if self._cursor and self._cursor.connection.in_transaction:
             self.do("COMMIT")
-            self.is_changed = False
 
     def close(self):
         """Let go of the file; the next use opens it again."""
-        if self._cursor is not None:
+        if self._cursor:
             self._cursor.connection.close()
             self._cursor = None
-            self.is_changed = False
 
-
-class Archive(Store):
-    """What planning and views ask of a history.
-
-    State: `found`, the successes that were asked for, by tool and arguments; `order` of the tools
-    in TOOL_MAP, their `places` there, and `newest`, by place, the newest work of those before it,
-    as far as somebody asked.
-    """
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.found, self.order, self.places, self.newest = {}, [], {}, [0]
-
-    def forget(self, tool):
-        """Note that a tool has a new success."""
-        self.found.pop(tool, None)
-        if tool in self.places:
-            del self.newest[self.places[tool] + 1:]
-
-    def load_successes(self, which, *values):
-        """Return rows of the view `successes`."""
-        import json
-        rows = self.load(f"SELECT {', '.join(Success._fields)} "  # noqa: S608 - our columns
-                         f"FROM successes {which}", *values)
-        return [Success(**{**row, "needed": json.loads(row["needed"]),
-                           "source": load_source(row["source"])}) for row in rows]
-
-    def find_success(self, tool, arguments=None):
-        """Return the last success of a tool, or of some of its items; or with arguments, as they
-        are recorded, the last that says something of all the data with these: not of a period, if
-        there is none among them, not of a single item, not of some items only.
-        """
-        found = self.found.setdefault(tool, {})
-        if arguments not in found:
-            successes = self.load_successes(
-                "WHERE tool = ? AND (? IS NULL OR status = 'success' AND item IS NULL "
-                "AND arguments = ?) ORDER BY attempt_id DESC LIMIT 1", tool, arguments, arguments)
-            found[arguments] = successes[0] if successes else None
-        return found[arguments]
-
-    def find_needed_works(self, pipeline, tool):
-        """Return the last work of each tool that one needs: what it was, or would be, built on.
-
-        For a tool that waits for all before it, the newest work of those before it in TOOL_MAP.
-        """
-        def find_work(name):
-            success = self.find_success(name)
-            return success.work if success else 0
-
-        needs = pipeline.needs[tool]
-        if needs != ALL_BEFORE:
-            return {need: find_work(need) for need in needs}
-        if not self.order:
-            self.order = list(pipeline.tools)
-            self.places = {name: place for place, name in enumerate(self.order)}
-        while len(self.newest) <= self.places[tool]:
-            before = self.order[len(self.newest) - 1]
-            self.newest.append(max(self.newest[-1], find_work(before)))
-        return {ALL_BEFORE: self.newest[self.places[tool]]}
-
-    def find_expected_s(self, tool):
-        """Return the median of the seconds that a tool's last successes took."""
-        return self.ask("""
-            WITH last AS (SELECT duration_s FROM attempts WHERE tool = ? AND attempt > 0
-                          AND status = 'success' AND duration_s IS NOT NULL
-                          ORDER BY attempt_id DESC LIMIT 11)
-            SELECT duration_s FROM last ORDER BY duration_s
-            LIMIT 1 OFFSET (SELECT count(*) / 2 FROM last)
-            """, tool)
-
-    def find_done(self, run_id):
-        """Return the tools that ended well in a run or were done before it."""
-        return {success.tool: success for success in self.load_successes(
-            "WHERE status <> 'partial' AND attempt_id IN (SELECT attempt_id FROM attempts_of_runs "
-            "WHERE of_run = ?) ORDER BY attempt_id", run_id)}
-
-    def find_started_at(self, tool, run_id):
-        """Return when the last attempt of a tool began in a run or in those that it goes on with;
-        if there was none, as there is of the tool "", when the first of these runs began.
-        """
-        return self.ask(_STARTED, run_id, tool)
-
-    def find_resumable(self, run_id):
-        """Return the run that a resume goes on with: the last of the runs that resumed it.
-
-        Without an id, of the last run that did not succeed. Raise Settled if there is nothing
-        to resume.
-        """
-        if run_id is None:
-            run_id = self.ask("SELECT max(run_id) FROM runs WHERE status <> 'success'")
-            if run_id is None:
-                raise Settled("There is nothing to resume: no run failed or was interrupted.")
-        run_id = self.find_run(run_id)["run_id"]
-        resumed_in = {row["resumes"]: row["run_id"] for row in self.load(
-            "SELECT resumes, run_id FROM runs WHERE resumes IS NOT NULL ORDER BY run_id")}
-        while run_id in resumed_in:
-            run_id = resumed_in[run_id]
-        good = self.ask(
-            "SELECT a.run_id FROM runs a, runs b WHERE b.run_id = ? AND a.run_id >= b.run_id "
-            "AND a.status = 'success' AND a.targets = b.targets AND a.exclude = b.exclude "
-            "AND a.start_from IS b.start_from AND a.item IS b.item "
-            "AND a.arguments = b.arguments LIMIT 1", run_id)
-        if good:
-            raise Settled(f"There is nothing to resume: run {good} did all of "
-                          f"{'it' if good == run_id else f'run {run_id}'}.")
-        return self.find_run(run_id)
+    # --- what views ask ---
 
     def hold_still(self):
         """Let all that is read from now on tell of one moment."""
@@ -1946,6 +1838,27 @@ class Archive(Store):
         return next(iter(self.load_runs(
             "WHERE status = 'running' AND run_id = (SELECT max(run_id) FROM runs)")), None)
 
+    def find_resumable(self, run_id):
+        """Return the run that a resume goes on with: the last of the runs that resumed it.
+
+        Without an id, of the last run that did not succeed. Raise Settled if there is nothing
+        to resume.
+        """
+        if run_id is None:
+            run_id = self.ask("SELECT max(run_id) FROM runs WHERE status <> 'success'")
+            if run_id is None:
+                raise Settled("There is nothing to resume: no run failed or was interrupted.")
+        run_id = self.ask(_LAST_RESUME, self.find_run(run_id)["run_id"])
+        good = self.ask(
+            "SELECT a.run_id FROM runs a, runs b WHERE b.run_id = ? AND a.run_id >= b.run_id "
+            "AND a.status = 'success' AND a.targets = b.targets AND a.exclude = b.exclude "
+            "AND a.start_from IS b.start_from AND a.item IS b.item "
+            "AND a.arguments = b.arguments LIMIT 1", run_id)
+        if good:
+            raise Settled(f"There is nothing to resume: run {good} did all of "
+                          f"{'it' if good == run_id else f'run {run_id}'}.")
+        return self.find_run(run_id)
+
     def load_last_like(self, request):
         """Return, by arguments as they are recorded, the last run with each of the same targets
         and item.
@@ -1953,43 +1866,116 @@ class Archive(Store):
         return {row["arguments"]: row for row in map(dict, self.do(
             "SELECT max(run_id) AS run_id, status, arguments FROM runs WHERE targets = :targets "
             "AND exclude = :exclude AND start_from IS :start_from AND item IS :item "
-            "GROUP BY arguments", make_columns(request)))}
+            "GROUP BY arguments", make_columns(request._asdict())))}
 
     def load_attempts(self, run_id):
         """Return the rows of `attempts` of a run, in the order in which they began."""
         return self.load("SELECT * FROM attempts_of_runs WHERE of_run = ? ORDER BY attempt_id",
                          run_id)
 
+    def load_last_attempts(self):
+        """Return the rows of the view `last_attempts` by tool."""
+        return {row["tool"]: row for row in self.load("SELECT * FROM last_attempts")}
+
     def find_called_in(self, tool):
         """Return the run in which a tool was called last; None if it never was."""
         return self.ask("SELECT run_id FROM attempts WHERE tool = ? AND attempt > 0 "
                         "ORDER BY attempt_id DESC LIMIT 1", tool)
 
-    def load_last_attempts(self):
-        """Return the rows of the view `last_attempts` by tool."""
-        return {row["tool"]: row for row in self.load("SELECT * FROM last_attempts")}
+    def find_started_at(self, tool, run_id):
+        """Return when the last attempt of a tool began in a run or in those that it goes on with;
+        if there was none, as there is of the tool "", when the first of these runs began.
+        """
+        return self.ask(_STARTED, run_id, tool)
+
+    def find_expected_s(self, tool):
+        """Return the median of the seconds that a tool's last successes took."""
+        return self.ask("""
+            WITH last AS (SELECT duration_s FROM attempts WHERE tool = ? AND attempt > 0
+                          AND status = 'success' AND duration_s IS NOT NULL
+                          ORDER BY attempt_id DESC LIMIT 11)
+            SELECT duration_s FROM last ORDER BY duration_s
+            LIMIT 1 OFFSET (SELECT count(*) / 2 FROM last)
+            """, tool)
+
+    def load_successes(self, which, *values):
+        """Return rows of the view `successes`. What ran is {} where that is not recorded, or only
+        the fingerprint of a syntax tree: of engines that did not say which function they called.
+        """
+        import json
+        rows = self.load(_SUCCESSES + which, *values)
+        for row in rows:
+            row.update(needed=json.loads(row["needed"]), source=json.loads(row["source"]))
+        return [Success(**row) for row in rows]
+
+    def find_done(self, run_id):
+        """Return the tools that ended well in a run or were done before it."""
+        return {success.tool: success for success in self.load_successes(
+            "WHERE status <> 'partial' AND attempt_id IN (SELECT attempt_id FROM attempts_of_runs "
+            "WHERE of_run = ?) ORDER BY attempt_id", run_id)}
 
 
-class History(Archive):
+class History(Store):
     """The history of a pipeline, in its folder, where only who holds its lock writes to it; or,
     without a folder, one that is empty.
 
     `base` is the folder from which the pipeline names files. State: `run_id` of the run that is
     recorded; `arguments` of it, as recorded, or None for a backfill, which has no last success;
-    `open`, the attempt_id of each attempt that runs.
+    `open`, the attempt_id of each attempt that runs; `found`, the successes that were asked for,
+    by tool and arguments; `order` of the tools in TOOL_MAP, and `newest`, in that order, the
+    newest work of those before each tool, as far as somebody asked.
     """
 
     def __init__(self, folder="", base=""):
         super().__init__(folder)
         self.base, self.run_id, self.arguments, self.open = base, 0, None, {}
+        self.found, self.order, self.newest = {}, [], {}
+
+    def find_success(self, tool, arguments=None):
+        """Return the last success of a tool, or of some of its items; or with arguments, as they
+        are recorded, the last that says something of all the data with these: not of a period, if
+        there is none among them, not of a single item, not of some items only.
+        """
+        found = self.found.setdefault(tool, {})
+        if arguments not in found:
+            found[arguments] = next(iter(self.load_successes(
+                "WHERE tool = ? AND (? IS NULL OR status = 'success' AND item IS NULL "
+                "AND arguments = ?) ORDER BY attempt_id DESC LIMIT 1",
+                tool, arguments, arguments)), None)
+        return found[arguments]
+
+    def find_needed_works(self, pipeline, tool):
+        """Return the last work of each tool that one needs: what it was, or would be, built on.
+
+        For a tool that waits for all before it, the newest work of those before it in TOOL_MAP.
+        """
+        def find_work(name):
+            success = self.find_success(name)
+            return success.work if success else 0
+
+        needs = pipeline.needs[tool]
+        if needs != ALL_BEFORE:
+            return {need: find_work(need) for need in needs}
+        self.order = self.order or list(pipeline.tools)
+        while tool not in self.newest:
+            place = len(self.newest)
+            before = self.order[place - 1]
+            self.newest[self.order[place]] = place and max(self.newest[before], find_work(before))
+        return {ALL_BEFORE: self.newest[tool]}
+
+    def forget(self, tool):
+        """Note that a tool has a new success."""
+        self.found.pop(tool, None)
+        while tool in self.newest and next(reversed(self.newest)) != tool:
+            self.newest.popitem()
 
     def find_last_success_at(self, tool):
         """Return when the last success of a tool with the arguments of this run began."""
         success = self.arguments and self.find_success(tool, self.arguments)
         return success and success.started_at
 
-    def insert(self, tool, attempt, status, at, pid=None, reason="", work=None, rows=None):
-        """Record a row of `attempts`, and return its id."""
+    def note(self, tool, attempt, status, at, pid=None, reason="", work=None, rows=None):
+        """Record an attempt, or with attempt 0 why there was none, and return its id."""
         return self.change(
             "INSERT INTO attempts (run_id, tool, attempt, status, started_at, pid, reason, work, "
             "rows) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -2009,46 +1995,43 @@ class History(Archive):
         killed = self.find_running()
         if killed is None:
             return "", []
-        logs, tools = find_logs(self.folder, str(killed["run_id"])), []
-        for attempt in self.load_attempts(killed["run_id"]):
-            if attempt["status"] == "running":
-                log = find_log(logs, attempt["tool"], attempt["attempt"])
-                self.update(attempt["attempt_id"], {
-                    "status": "interrupted", "reason": "its run was cut off",
-                    "log": has_bytes(log) and os.path.relpath(log, self.folder) or None})
-                tools.append(attempt["tool"])
         self.run_id = killed["run_id"]
+        cut_off = [row for row in self.load_attempts(self.run_id) if row["status"] == "running"]
+        for row in cut_off:
+            log = find_log(find_logs(self.folder, str(self.run_id)), row["tool"], row["attempt"])
+            self.update(row["attempt_id"], {
+                "status": "interrupted", "reason": "its run was cut off",
+                "log": os.path.relpath(log, self.folder) if has_bytes(log) else None})
         self.end_run("interrupted", None)
-        return str(self.run_id), tools
-
+        return str(self.run_id), [row["tool"] for row in cut_off]
 
     def begin_run(self, plan, request, arguments, versions, at):
         """Record a run, with the tools that it need not do, and return its id; where no history is
         kept, one that sorts by its start: `20130101T060000Z-1a2b`.
+
+        `versions` say what runs: see find_versions().
         """
         text = format_arguments(arguments)
         self.arguments = None if has_period(arguments) else text
         if not self.folder:
             return time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime(at)) + os.urandom(2).hex()
-        import json
-        row = {
-            **make_columns(request), "status": "running", "arguments": text,
+        row = make_columns({
+            **request._asdict(), **versions, "status": "running", "arguments": text,
             "planned": len(plan.steps), "started_at": at, "pid": os.getpid(),
             "first_attempt": 1 + (self.ask("SELECT max(attempt_id) FROM attempts") or 0),
-            "version": VERSION, "git_commit": find_git_commit(self.base),
-            "tables": versions.tables, "sources": json.dumps(versions.sources)}
+            "version": VERSION, "git_commit": find_git_commit(self.base)})
         self.run_id = self.change(f"INSERT INTO runs ({', '.join(row)}) "  # noqa: S608 - columns
                                   f"VALUES (:{', :'.join(row)})", row)
         for step in plan.steps:
             if step.success:
-                self.insert(step.tool, 0, "cached", at, None, step.reason, step.success.work,
-                            step.success.rows)
+                self.note(step.tool, 0, "cached", at, reason=step.reason, work=step.success.work,
+                          rows=step.success.rows)
         self.commit()
         return str(self.run_id)
 
     def begin_attempt(self, tool, attempt, at, pid):
         """Record that an attempt begins."""
-        self.open[tool] = self.insert(tool, attempt, "running", at, pid)
+        self.open[tool] = self.note(tool, attempt, "running", at, pid)
 
     def note_items(self, tool, counts):
         """Record how many items a tool that runs has."""
@@ -2062,19 +2045,15 @@ class History(Archive):
         if outcome.items is not None:
             self.note_items(tool, outcome.items)
         attempt_id = self.open.pop(tool)
-        row = {"status": outcome.status, "duration_s": outcome.duration_s, "rows": outcome.rows,
-               "reason": outcome.reason, "error": outcome.error,
-               "traceback": outcome.traceback.encode("utf-8", "backslashreplace").decode(),
+        row = {"traceback": outcome.traceback.encode("utf-8", "backslashreplace").decode(),
                "log": outcome.log and os.path.relpath(outcome.log, self.folder), **facts}
+        for name in ("status", "duration_s", "rows", "reason", "error"):
+            row[name] = getattr(outcome, name)
         if outcome.status in ("success", "partial"):
             row["work"] = attempt_id
             row["result"], row["kind"] = outcome.kept or keep_result(outcome.result)
             self.forget(tool)
         self.update(attempt_id, row)
-
-    def note(self, tool, outcome, at):
-        """Record why there was no attempt."""
-        self.insert(tool, 0, outcome.status, at, None, outcome.reason)
 
     def end_run(self, status, duration_s):
         """Record how a run ended."""
@@ -2099,11 +2078,11 @@ class History(Archive):
         return gone
 
 
-def make_columns(request):
-    """Return a request as columns of `runs`."""
+def make_columns(row):
+    """Return a row of `runs` as it is recorded: what SQL has no type for, as JSON."""
     import json
-    return {name: json.dumps(value) if isinstance(value, (tuple, list)) else value
-            for name, value in request._asdict().items()}
+    return {name: json.dumps(value) if isinstance(value, (tuple, list, dict)) else value
+            for name, value in row.items()}
 
 
 _NOT_JSON = "repr"  # {"repr": "PosixPath('a')"} stands for what JSON can not say
@@ -2122,14 +2101,14 @@ def format_arguments(arguments):
             return {_NOT_JSON: sorted(map(repr, value))}
         return {_NOT_JSON: re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(value))}
 
-    texts = []
-    for name, value in sorted(arguments.items()):
+    def dump(value):
         try:
-            text = json.dumps(value, default=describe, sort_keys=True)
+            return json.dumps(value, default=describe, sort_keys=True)
         except (TypeError, ValueError, RecursionError):
-            text = json.dumps(describe(value))
-        texts.append(f"{json.dumps(name)}: {text}")
-    return "{" + ", ".join(texts) + "}"
+            return json.dumps(describe(value))
+
+    return "{" + ", ".join(f"{json.dumps(name)}: {dump(value)}"
+                           for name, value in sorted(arguments.items())) + "}"
 
 
 def keep_result(result):
@@ -2154,21 +2133,14 @@ def find_git_commit(folder):
     if not os.path.exists(git):
         above = os.path.dirname(folder)
         return None if above == folder else find_git_commit(above)
-    with contextlib.suppress(OSError, ValueError):  # a repository of a kind that we do not know
-        name = read_file(os.path.join(git, "HEAD")).partition("ref: ")[2]
-        for file in ("HEAD", name, "packed-refs"):
-            if os.path.isfile(os.path.join(git, file)):
-                commit = re.search(rf"^([0-9a-f]{{40,64}})( {re.escape(name)})?$",
-                                   read_file(os.path.join(git, file)), re.M)
-                if commit:
-                    return commit[1]
+
+    branch = "".join(read_tail(os.path.join(git, "HEAD"), 1)).partition("ref: ")[2]
+    for name in ("HEAD", branch, "packed-refs"):
+        text = "\n".join(read_tail(os.path.join(git, name), 1 << 20))
+        commit = re.search(rf"^([0-9a-f]{{40,64}})( {re.escape(branch)})?$", text, re.M)
+        if commit:
+            return commit[1]
     return None
-
-
-def read_file(path):
-    """Return a small text file, without blanks around it."""
-    with open(path, encoding="utf-8") as file:
-        return file.read().strip()
 
 
 def find_reads(tool, base, known):
@@ -2184,11 +2156,11 @@ def find_reads(tool, base, known):
         inside = [os.path.join(folder, each) for folder, _, names in os.walk(top) for each in names]
         for path in filter(os.path.isfile, sorted(inside) or [top]):  # no pipes, no broken links
             shown = os.path.relpath(path, base).replace(os.sep, "/")
+            was = known.get(shown, [])
             try:
                 stat = os.stat(path)
-                size_time = [stat.st_size, stat.st_mtime_ns]
-                same = known.get(shown, [None])[:2] == size_time
-                files[shown] = [*size_time, known[shown][2] if same else hash_file(path)]
+                now = [stat.st_size, stat.st_mtime_ns]
+                files[shown] = was if was[:2] == now else [*now, hash_file(path)]
             except OSError:
                 files[shown] = [0, 0, ""]  # its tool will tell, if it matters
     return files
@@ -2212,16 +2184,17 @@ def hash_file(path):
 def find_changed_file(tool, base, inputs):
     """Return what changed of a tool's files since `inputs` were recorded, in words, or ""."""
     import json
-    old = json.loads(inputs or "{}")
-    old_reads = old.get("reads", {})
-    new_reads = find_reads(tool, base, old_reads)
-    for name in [*new_reads, *old_reads]:
-        if (name in old_reads) != (name in new_reads):
-            return f"{name} is {'new' if name in new_reads else 'gone'}"
-        if old_reads[name][2] != new_reads[name][2]:
+    was = {"reads": {}, "writes": [], **json.loads(inputs or "{}")}
+    old, new = was["reads"], find_reads(tool, base, was["reads"])
+    for name in [*new, *old]:
+        if name not in old:
+            return f"{name} is new"
+        if name not in new:
+            return f"{name} is gone"
+        if old[name][2] != new[name][2]:
             return f"{name} changed"
     writes = find_writes(tool, base)
-    return next((f"{name} is gone" for name in old.get("writes", ()) if name not in writes), "")
+    return next((f"{name} is gone" for name in was["writes"] if name not in writes), "")
 
 
 def find_logs(folder, run_id):
@@ -2242,44 +2215,28 @@ def has_bytes(path):
         return False
 
 
-def open_log(path):
-    """Return a log, opened to append to it; its folder is made again if somebody removed it."""
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-
-
-def append_log(path, line):
-    """Add a line to a log."""
-    with open(open_log(path), "ab") as file:
-        file.write(line.encode("utf-8", "backslashreplace") + b"\n")
-
-
-def tidy_log(path):
-    """Remove a log without a byte, and trim one that is too long."""
-    if has_bytes(path):
-        trim_log(path)
-    elif os.path.exists(path):
-        os.unlink(path)
-
-
-def trim_log(path, cap_bytes=LOG_CAP_BYTES):
-    """Cut a file that is too long to its beginning and its end, and say there what was left out."""
-    size = os.path.getsize(path)
+def tidy_log(path, cap_bytes=LOG_CAP_BYTES):
+    """Remove a log without a byte; cut one that is too long to its beginning and its end, and say
+    there what was left out.
+    """
+    if not has_bytes(path):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return
+    size, half = os.path.getsize(path), cap_bytes // 2
     if size <= cap_bytes:
         return
-    half = cap_bytes // 2
     with open(path, "r+b") as file:
         file.seek(size - half)
         end = file.read()
         file.seek(half)
-        file.write(b"\n[... %d bytes were left out here ...]\n" % (size - 2 * half))
-        file.write(end)
+        file.write(b"\n[... %d bytes were left out here ...]\n" % (size - 2 * half) + end)
         file.truncate()
 
 
 def read_tail(path, lines, line_bytes=1000):
-    """Return the last lines of a log, cut to their ends where they are very long, in which
-    nothing can take hold of a terminal.
+    """Return the last lines of a text file, cut to their ends where they are very long, in which
+    nothing can take hold of a terminal; none if it can not be read.
     """
     try:
         with open(path, "rb") as file:
@@ -3493,26 +3450,33 @@ def find_ledger_path(folder):
 
 class Parameters(NamedTuple):
     """What a function takes. `takes_all`: it has a **kwargs."""
-    names: Tuple[str, ...] = ()
-    required: Tuple[str, ...] = ()
-    positional_only: Tuple[str, ...] = ()
+    names: Sequence[str] = ()
+    required: Sequence[str] = ()
+    positional_only: Sequence[str] = ()
     takes_all: bool = False
+
+    def takes(self, name):
+        """Return whether the function gets an argument."""
+        return self.takes_all or name in self.names
+
+
+ANYTHING = Parameters(takes_all=True)  # what is taken where that can not be told
 
 
 class Definition(NamedTuple):
-    """What gives a global name of a module its value, as it reads. `takes` is None where that is
-    not to be told so: of a class, an import, a function with decorators. `kind` is the type of a
-    number, a text, a list or the like, and "" of what an expression makes.
+    """What a global name of a module stands for, as it reads, or as it is once that is imported.
+    `takes` is that of a function, and ANYTHING of a class, an import, a function with decorators,
+    as they read. `kind` is the type of what can not be called, and "" of all else.
     """
-    line: int
+    line: int = 0
     summary: str = ""
-    takes: Optional[Parameters] = None
+    takes: Parameters = ANYTHING
     kind: str = ""
 
 
 class Module(NamedTuple):
-    """A module as it reads: `definitions` by name, None if it can not be read, because it is in C,
-    say, or has a `problem`. `summary` is the first line of its docstring.
+    """A module as it reads, or is: `definitions` by name, None if it can not be read, because it
+    is in C, say, or has a `problem`. `summary` is the first line of its docstring.
     """
     path: str
     definitions: Optional[Dict[str, Definition]] = None
@@ -3527,16 +3491,18 @@ class Callee(NamedTuple):
     run_takes: Parameters
     check: Optional[Callable[..., Any]]
     check_takes: Parameters
-    items: Optional[Callable[..., Any]] = None
-    items_takes: Parameters = Parameters()
-    is_main: bool = False  # whether what run() returns is an exit code
+    items: Optional[Callable[..., Any]]
+    items_takes: Parameters
+    is_main: bool  # whether what run() returns is an exit code
+
+    @property
+    def all_takes(self):
+        """What each of its functions takes."""
+        return self.run_takes, self.check_takes, self.items_takes
 
     def takes(self, name):
         """Return whether a function of the tool gets an argument."""
-        for takes in (self.run_takes, self.check_takes, self.items_takes):
-            if takes.takes_all or name in takes.names:
-                return True
-        return False
+        return any(each.takes(name) for each in self.all_takes)
 
     @property
     def has_items(self):
@@ -3552,9 +3518,11 @@ class SaysFailed(Exception):
 def find_module(name):
     """Return the spec of a module, found without importing it or its packages; else None."""
     import importlib.util
-    from importlib.machinery import PathFinder
+    from importlib.machinery import ModuleSpec, PathFinder
     if name in sys.modules:
-        return getattr(sys.modules[name], "__spec__", None) or sys.modules[name]
+        module = sys.modules[name]
+        return getattr(module, "__spec__", None) or importlib.util.spec_from_file_location(
+            name, getattr(module, "__file__", None)) or ModuleSpec(name, None)
     first, *rest = name.split(".")
     try:
         spec = importlib.util.find_spec(first)
@@ -3569,18 +3537,18 @@ def find_module(name):
 
 @functools.lru_cache(maxsize=None)
 def read_module(name):
-    """Return a Module, read without importing it; None if it is not there."""
+    """Return a Module, read without importing it."""
     spec = find_module(name)
     if spec is None:
-        return None
-    path = getattr(spec, "origin", None) or ""
-    if not path and getattr(spec, "submodule_search_locations", None):  # it is a mere folder
+        return Module("", problem=UserError(f"no module {name}"))
+    path = spec.origin or ""
+    if not path and spec.submodule_search_locations:  # it is a mere folder
         return Module(name.replace(".", os.sep), {})
     try:
         tree = parse(path) if path.endswith(".py") else None
     except UserError as error:
         return Module(path, problem=error)
-    return Module(path, tree and read_definitions(tree), read_summary(tree))
+    return Module(path, read_definitions(tree), read_summary(tree)) if tree else Module(path)
 
 
 def parse(path):
@@ -3597,7 +3565,7 @@ def parse(path):
 
 def forget_modules():
     """Forget what is known of modules: a command or a run begins, and they may have changed."""
-    for function in (find_module, read_module):
+    for function in (find_module, read_module, hash_module):
         function.cache_clear()
 
 
@@ -3606,24 +3574,20 @@ def read_definitions(tree):
     `with` too. That of "*" is a star import, which may define anything.
     """
     import ast
-    found, kinds, left = {}, {}, [tree]
+    found, left = {}, [(tree, "")]
     while left:
-        node = left.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            found[node.name] = Definition(node.lineno, read_summary(node), None
-                                          if node.decorator_list else read_parameters(node.args))
-        elif isinstance(node, ast.ClassDef):
-            found[node.name] = Definition(node.lineno, read_summary(node))
+        node, kind = left.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found[node.name] = Definition(node.lineno, read_summary(node), read_parameters(node))
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             found.update(((each.asname or each.name).split(".")[0], Definition(node.lineno))
                          for each in node.names)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found[node.id] = Definition(node.lineno, kind=kinds.get(node, ""))
+            found[node.id] = Definition(node.lineno, kind=kind)
         elif not isinstance(node, ast.Lambda):
-            if isinstance(node, (ast.Assign, ast.AnnAssign)):
-                targets = getattr(node, "targets", None) or [node.target]
-                kinds.update(dict.fromkeys(targets, find_kind(node.value)))
-            left += [*ast.iter_child_nodes(node)][::-1]
+            is_given = isinstance(node, (ast.Assign, ast.AnnAssign))
+            kind = find_kind(node.value) if is_given else ""  # of the names right below
+            left += [(each, kind) for each in ast.iter_child_nodes(node)][::-1]
     return found
 
 
@@ -3636,118 +3600,96 @@ def find_kind(value):
         return ""
 
 
-def read_parameters(args):
-    """Return what a function takes, from the part of a syntax tree that says so."""
-    by_position = [arg.arg for arg in args.posonlyargs + args.args]
-    by_name = [arg.arg for arg in args.kwonlyargs]
-    required = by_position[:len(by_position) - len(args.defaults)]
-    required += [name for name, default in zip(by_name, args.kw_defaults) if default is None]
-    return Parameters(tuple(by_position + by_name), tuple(required),
-                      tuple(by_position[:len(args.posonlyargs)]), args.kwarg is not None)
+def read_parameters(node):
+    """Return what a function takes, from its syntax tree; of a class, or one with decorators, that
+    it takes all.
+    """
+    args = getattr(node, "args", None)
+    if args is None or node.decorator_list:
+        return ANYTHING
+    by_position = args.posonlyargs + args.args
+    defaults = [None] * (len(by_position) - len(args.defaults)) + args.defaults + args.kw_defaults
+    names = [arg.arg for arg in by_position + args.kwonlyargs]
+    return Parameters(names, [name for name, default in zip(names, defaults) if default is None],
+                      names[:len(args.posonlyargs)], args.kwarg is not None)
 
 
 def read_summary(node):
-    """Return the first line of the docstring of a module, function or class, or "".
-
-    What ast.get_docstring does takes `inspect`, whose import alone costs 4 ms.
-    """
+    """Return the first line of the docstring of a module, function or class, or ""."""
     import ast
-    first = next(iter(getattr(node, "body", ())), None)
-    text = isinstance(first, ast.Expr) and getattr(first.value, "value", None)
-    return text.strip().partition("\n")[0].strip() if isinstance(text, str) else ""
+    text = ast.get_docstring(node, clean=False) or ""  # to clean it takes `inspect`: 4 ms
+    return text.strip().partition("\n")[0].strip()
 
 
-def find_definition(tool, name):
-    """Return the Definition of a name in a tool's module, or None."""
-    module = read_module(tool.module)
-    found = module and module.definitions or {}
-    return found.get(name) or found.get("*")
+def read_functions(tool):
+    """Return the Definitions of a tool's functions, by name, as its module reads: its own, check()
+    and items(). What a star import may define is one of its own.
+    """
+    found = read_module(tool.module).definitions or {}
+    functions = {name: found[name] for name in (tool.function, "check", "items") if name in found}
+    if "*" in found:
+        functions.setdefault(tool.function, found["*"])
+    return functions
 
 
 def find_summary(tool):
     """Return the first line of a tool's docstring, or in brackets why there is none."""
     module = read_module(tool.module)
-    if module is None:
-        return f"(no module {tool.module})"
     if module.problem:
         return f"({module.problem.problem})"
     if module.summary and tool.function == "run":
         return module.summary
-    function = find_definition(tool, tool.function)
-    return function and function.summary or module.summary
+    function = read_functions(tool).get(tool.function, Definition())
+    return function.summary or module.summary
 
 
-class Sources:
-    """Fingerprints of the files of tools' modules, each of which is read once.
-
-    Bytes count, since a syntax tree is another in each version of Python; only the ends of lines
-    do not, which a checkout may change, and which mean the same to Python. Nor does what a module
-    imports. `is_of_run`: they tell what this process runs, which is what a file held when it was
-    imported; asked for before that, so that who changes it meanwhile has changed it since.
-    """
-    imported: Dict[str, Tuple[Any, str]] = {}  # of this process: module -> its spec, fingerprint
-
-    def __init__(self, is_of_run=False):
-        self.is_of_run = is_of_run
-        self._known = {}
-
-    def find(self, tool):
-        """Return the fingerprint of a tool's module; "" of one without a file.
-
-        Raise UserError if the module is not there.
-        """
-        module = tool.module
-        if module not in self._known:
-            spec, digest = self.imported.get(module, (None, ""))
-            is_same = self.is_of_run and spec and spec is find_imported_spec(module)
-            self._known[module] = digest if is_same else hash_module(tool)
-        return self._known[module]
-
-    def note_imported(self):
-        """Keep what the modules held that this process has imported, however long it lives."""
-        for module, digest in self._known.items():
-            spec = find_imported_spec(module)
-            if spec is not None:
-                self.imported[module] = spec, digest
+def read_source(name):
+    """Return the bytes of a module's file, which may be in an archive; none if it has no file."""
+    try:
+        spec = find_module(name)
+        return spec.loader.get_data(spec.origin or "")
+    except (AttributeError, OSError):
+        return b""
 
 
-def find_imported_spec(module):
-    """Return the spec with which a module was imported, or last reloaded; None if it was not."""
-    return getattr(sys.modules.get(module), "__spec__", None)
+@functools.lru_cache(maxsize=None)
+def hash_module(name):
+    """Return a fingerprint of a module's file, "" if it has none.
 
-
-def hash_module(tool):
-    """Return a fingerprint of the bytes of a module's file, "" if it has none.
-
-    Raise UserError if the module is not there.
+    Its bytes count, since a syntax tree is another in each version of Python; only the ends of
+    lines do not, which a checkout may change, and which mean the same to Python. Nor does what it
+    imports.
     """
     from hashlib import sha256
-    spec = find_module(tool.module)
-    if spec is None:
-        raise missing_module(tool)
-    path = getattr(spec, "origin", None) or getattr(spec, "__file__", None) or ""
-    loader = getattr(spec, "loader", None) or getattr(spec, "__loader__", None)
-    try:
-        content = loader.get_data(path)  # which reads in archives, too
-    except (AttributeError, OSError):
-        return ""
-    if path.endswith(".py"):
+    content = read_source(name)
+    if content and find_module(name).origin.endswith(".py"):
         content = content.replace(b"\r\n", b"\n")
-    return sha256(content).hexdigest()
+    return sha256(content).hexdigest() if content else ""
 
 
-def describe_source(tool, sources):
-    """Return what of a tool itself decides what it does: the function, the source of its module,
-    and those options that change more than when, how often and where it runs.
+def hash_imported(name):
+    """Return a fingerprint of what this process has imported of a module, which is what its file
+    held then: it stays so with the module's spec, which is another when that is loaded again.
+
+    For one that has just been imported, hash_module() is asked for before that, so that who
+    changes it meanwhile has changed it since.
+    """
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    known = {} if spec is None else vars(spec)
+    return known.setdefault("orchestrator_source", hash_module(name))
+
+
+def describe_source(tool, source):
+    """Return what of a tool itself decides what it does: the function, the fingerprint of its
+    module, and those options that change more than when, how often and where it runs.
 
     Needs are not among them: they are recorded with what they had done. An option that says what
     is so without it is left out, so that one which a later engine knows changes nothing.
     """
-    given = tool._asdict()
-    options = {name: given[name] for name in ("commits", "reads", "writes") if given[name]}
-    options.update({name: sorted(names) for name, names in options.items() if name != "commits"})
-    return {"calls": f"{tool.module}:{tool.function}", "options": options,
-            "source": sources.find(tool)}
+    options = {"commits": tool.commits, "reads": sorted(tool.reads or ()),
+               "writes": sorted(tool.writes or ())}
+    return {"calls": f"{tool.module}:{tool.function}", "source": source,
+            "options": {name: given for name, given in options.items() if given}}
 
 
 def find_changed_source(was, now):
@@ -3761,28 +3703,23 @@ def find_changed_source(was, now):
     return "its source changed" if was["source"] != now["source"] else ""
 
 
-def hash_item_source(tool, sources):
+def hash_item_source(tool):
     """Return a short fingerprint of what the tries of an item are of: a change gives them back."""
     from hashlib import sha256
-    what = tool.module, tool.function, tool.commits, sources.find(tool)
+    what = tool.module, tool.function, tool.commits, hash_imported(tool.module)
     return sha256(repr(what).encode()).hexdigest()[:16]
 
 
 def find_versions(pipeline, tools):
-    """Return what runs: the fingerprint of the tables, and of the file of each module."""
+    """Return what runs, as columns of `runs`: fingerprints of the tables and of each module's file.
+
+    They are short and cheap, and tell who resumes what has changed.
+    """
     from zlib import crc32
-    tables = 0
-    for row in (*pipeline.tools.values(), *pipeline.stages.values(), *pipeline.limits.items()):
-        tables = crc32(repr(tuple(row)).encode(), tables)
-    sources = {}
-    for module in dict.fromkeys(tool.module for tool in tools):
-        path = getattr(find_module(module), "origin", None) or ""
-        try:
-            with open(path, "rb") as file:
-                sources[module] = f"{crc32(file.read()):08x}"
-        except OSError:
-            pass  # it has no file of its own
-    return Versions(f"{tables:08x}", sources)
+    tables = repr((pipeline.tools, pipeline.stages, pipeline.limits))
+    return {"tables": f"{crc32(tables.encode()):08x}",
+            "sources": {name: f"{crc32(read_source(name)):08x}"
+                        for name in dict.fromkeys(tool.module for tool in tools)}}
 
 
 def find_base(get_connection):
@@ -3793,9 +3730,12 @@ def find_base(get_connection):
     return os.path.dirname(os.path.abspath(file))
 
 
-def check_modules_exist(tools):
-    """Raise UserError for the tools whose module is not there. Imports nothing."""
-    check_mistakes([missing_module(tool) for tool in tools if find_module(tool.module) is None])
+def check_modules(pipeline, tools):
+    """Raise UserError for the tools whose module is not there, or whose items are to be those of
+    one that has none. Imports nothing.
+    """
+    missing = [missing_module(tool) for tool in tools if find_module(tool.module) is None]
+    check_mistakes(missing or find_wrong_each(pipeline, tools))
 
 
 def missing_module(tool):
@@ -3812,93 +3752,92 @@ def missing_module(tool):
                      f"{sys.path[0] or 'this folder'}).")
 
 
-def missing_run(tool, file):
-    """Return the sentence for a module without the function that its tool needs."""
-    return UserError(f"TOOL_MAP[{tool.name!r}]: {format_path(file or tool.module)} has no function "
-                     f"{tool.function}().", f"Write `def {tool.function}(conn, **kwargs):` in it.")
+def find_wrong_each(pipeline, tools):
+    """Return an error for each tool whose items are to be those of one that has none."""
+    return [UserError(f"TOOL_MAP[{tool.name!r}]: 'each' is {tool.each!r}, which has no items.",
+                      f"Write `def items(conn):` in {pipeline.tools[tool.each].module}.")
+            for tool in tools if tool.each in pipeline.tools
+            and not has_items(pipeline.tools[tool.each])]
 
 
-def wrong_run(tool, file, kind):
-    """Return the sentence for a module in which the name of the function is something else."""
-    return UserError(f"TOOL_MAP[{tool.name!r}]: {tool.function} of "
-                     f"{format_path(file or tool.module)} is {kind}, not a function.",
-                     f"Write `def {tool.function}(conn, **kwargs):` in it.")
-
-
-def find_mistakes(tool, available):
+def read_mistakes(tool, available):
     """Yield the mistakes in a tool's module, with file and line, without importing it."""
     module = read_module(tool.module)
-    if module is None or module.problem:
-        yield missing_module(tool) if module is None else module.problem
-        return
-    if module.definitions is None:
-        return
-
-    def at(line, error):
-        return UserError(f"{format_path(module.path)}:{line}: {error.problem}", error.fix)
-
-    run = find_definition(tool, tool.function)
-    if run is None:
-        yield at(1, missing_run(tool, module.path))
-    elif run.kind:
-        yield at(run.line, wrong_run(tool, module.path, run.kind))
-    items = module.definitions.get("items")
-    for name in (tool.function, "items", "check"):
-        found = module.definitions.get(name)
-        if found and found.takes:
-            try:
-                check_function(tool, name, found.takes, bool(items and not items.kind), available)
-            except UserError as error:
-                yield at(found.line, error)
+    if module.problem:
+        yield module.problem if module.path else missing_module(tool)
+    elif module.definitions is not None:
+        for line, error in find_mistakes(tool, module.path, read_functions(tool), available):
+            yield UserError(f"{format_path(module.path)}:{line}: {error.problem}", error.fix)
 
 
-def check_function(tool, name, takes, has_own_items, available):
-    """Raise UserError if a function of a tool can not be called with what there will be, or what
-    TOOL_MAP says of the tool does not go with its items. `has_own_items`: it has an items().
+def find_mistakes(tool, path, functions, available):
+    """Yield what is wrong with the functions of a tool, be its module read or imported: a line and
+    a UserError.
+
+    `path` is that of the module, `functions` are Definitions by name, and `available` the names
+    of the arguments that there will be.
     """
-    where = f"TOOL_MAP[{tool.name!r}]: {name}() of {tool.module}"
+    where = f"TOOL_MAP[{tool.name!r}]"
+    run = functions.get(tool.function)
+    if run is None or run.kind:
+        file, line = format_path(path or tool.module), run.line if run else 1
+        problem = f"{tool.function} of {file} is {run.kind}, not a function." if run \
+            else f"{file} has no function {tool.function}()."
+        yield line, UserError(f"{where}: {problem}",
+                              f"Write `def {tool.function}(conn, **kwargs):` in it.")
+    items = functions.get("items")
+    has_own_items = tool.function != "items" and items is not None and not items.kind
+    for name, found in functions.items():
+        for problem, fix in () if found.kind else find_misfits(
+                tool, name, found.takes, has_own_items, available):
+            yield found.line, UserError(f"{where}: {problem}", fix)
+            break  # what follows may come of it
+
+
+def find_misfits(tool, name, takes, has_own_items, available):
+    """Yield why a function of a tool can not be called with what there will be, and what to do.
+    `has_own_items`: it has an items().
+    """
     if name == tool.function:
-        check_item_options(tool, has_own_items, takes)
+        yield from find_item_misfits(tool, has_own_items, takes)
+    where = f"{name}() of {tool.module}"
     if takes.positional_only:
-        raise UserError(f"{where} takes {takes.positional_only[0]!r} by position only.",
-                        "Take the `/` out of its parameters: arguments are passed by name.")
+        yield (f"{where} takes {takes.positional_only[0]!r} by position only.",
+               "Take the `/` out of its parameters: arguments are passed by name.")
     has_items = name != "items" and (has_own_items or tool.each is not None)
     known = {*available, "item"} if has_items else available
     missing = [each for each in takes.required if each not in known]
     if not missing:
         return
+    if "item" in missing and name == "items":
+        yield (f"{where} asks for 'item', but it is what tells which there are.",
+               "Take that out of its parameters.")
     if "item" in missing:
-        if name == "items":
-            raise UserError(f"{where} asks for 'item', but it is what tells which there are.",
-                            "Take that out of its parameters.")
-        raise UserError(f"{where} asks for 'item', which nothing gives.",
-                        "Write `def items(conn):` beside it, which returns what there is to do.")
+        yield (f"{where} asks for 'item', which nothing gives.",
+               "Write `def items(conn):` beside it, which returns what there is to do.")
     if missing[0] in PERIOD_ARGUMENTS:
-        raise UserError(f"{where} asks for {missing[0]!r}, which only --backfill gives.",
-                        f"Run it so, or give it a default: {missing[0]}=None.")
-    raise UserError(f"{where} asks for {', '.join(map(repr, missing))}, which nothing gives.",
-                    f"There are {', '.join(sorted(known))}. Give it a default "
-                    f"({missing[0]}=None), or declare --{missing[0].replace('_', '-')} in "
-                    "add_arguments().")
+        yield (f"{where} asks for {missing[0]!r}, which only --backfill gives.",
+               f"Run it so, or give it a default: {missing[0]}=None.")
+    yield (f"{where} asks for {', '.join(map(repr, missing))}, which nothing gives.",
+           f"There are {', '.join(sorted(known))}. Give it a default ({missing[0]}=None), or "
+           f"declare --{missing[0].replace('_', '-')} in add_arguments().")
 
 
-def check_item_options(tool, has_own_items, run_takes):
-    """Raise UserError if what TOOL_MAP says of a tool does not go with its items, or their lack."""
-    where = f"TOOL_MAP[{tool.name!r}]"
+def find_item_misfits(tool, has_own_items, run_takes):
+    """Yield why what TOOL_MAP says of a tool does not go with its items, or their lack."""
     if has_own_items and tool.each is not None:
-        raise UserError(f"{where}: its items are those of {tool.each!r}, but {tool.module} has a "
-                        "function items() too.", "Take out the one or the other.")
-    if not has_own_items and tool.each is None:
-        if tool.batch != 1:
-            raise UserError(f"{where}: 'batch' is for tools with items, and {tool.module} has no "
-                            "function items().", "Write one, or take 'batch' out.")
-        return
-    if tool.cache_s is not None:
-        raise UserError(f"{where}: 'cache' is not for tools with items, of which each is done "
-                        "once.", "Take 'cache' out.")
-    if "item" not in run_takes.names and not run_takes.takes_all:
-        raise UserError(f"{where}: {tool.function}() of {tool.module} is called once per item, "
-                        "but does not take it.", f"Write `def {tool.function}(conn, item):`.")
+        yield (f"its items are those of {tool.each!r}, but {tool.module} has a function items() "
+               "too.", "Take out the one or the other.")
+    if has_own_items or tool.each is not None:
+        if tool.cache_s is not None:
+            yield ("'cache' is not for tools with items, of which each is done once.",
+                   "Take 'cache' out.")
+        if not run_takes.takes("item"):
+            yield (f"{tool.function}() of {tool.module} is called once per item, but does not "
+                   "take it.", f"Write `def {tool.function}(conn, item):`.")
+    elif tool.batch != 1:
+        yield (f"'batch' is for tools with items, and {tool.module} has no function items().",
+               "Write one, or take 'batch' out.")
 
 
 def load_callees(tools, available, interrupts):
@@ -3925,25 +3864,21 @@ def load_callees(tools, available, interrupts):
 
 def load_callee(tool, available, interrupts):
     """Return one tool, imported. Raise UserError if that can not be done."""
-    where = f"TOOL_MAP[{tool.name!r}]"
     interrupts.own_argv(tool)
     module = import_module(tool)
-    run, file = getattr(module, tool.function, None), getattr(module, "__file__", None)
-    if not hasattr(module, tool.function):
-        raise missing_run(tool, file)
-    if not callable(run):
-        raise wrong_run(tool, file, format_type(run))
-    items, check = (each if callable(each) and each is not run else None for each in
-                    (getattr(module, name, None) for name in ("items", "check")))
-    takes = [find_parameters(each) if each else Parameters() for each in (run, items, check)]
-    callee = Callee(tool, run, takes[0], check, takes[2], items, takes[1],
-                    "main" in (tool.function, getattr(run, "__name__", "")))
-    if not callee.has_items and "item" in callee.run_takes.required and hasattr(module, "items"):
-        raise UserError(f"{where}: items of {tool.module} is {format_type(module.items)}, not a "
-                        "function.", "Write `def items(conn):` and return it there.")
-    for name, each in zip((tool.function, "items", "check"), takes):
-        check_function(tool, name, each, items is not None, available)
-    return callee
+    given = {name: getattr(module, name) for name in (tool.function, "check", "items")
+             if hasattr(module, name)}
+    found = {name: Definition(takes=find_parameters(value)) if callable(value)
+             else Definition(kind=format_type(value)) for name, value in given.items()}
+    for _, error in find_mistakes(tool, getattr(module, "__file__", None), found, available):
+        raise error
+    functions = {name: (value, found[name].takes) for name, value in given.items()
+                 if callable(value)}
+    run, takes = functions.pop(tool.function)
+    nothing = None, Parameters()
+    return Callee(tool, run, takes, *functions.get("check", nothing),
+                  *functions.get("items", nothing),
+                  "main" in (tool.function, getattr(run, "__name__", "")))
 
 
 def import_module(tool):
@@ -3964,8 +3899,9 @@ def import_module(tool):
 
 
 def has_items(tool):
-    """Return whether a tool has items, as its module reads."""
-    items = find_definition(tool, "items")
+    """Return whether a tool has items, as its module reads; where a star is imported, it may."""
+    found = read_module(tool.module).definitions or {}
+    items = found.get("items") or found.get("*")
     return tool.each is not None or items is not None and not items.kind
 
 
@@ -3973,16 +3909,15 @@ def read_takes(tool):
     """Return what the functions of a tool take, as its module reads; of what can not be read so,
     that it takes all.
     """
-    module = read_module(tool.module)
-    if module is None or module.definitions is None:
-        return [Parameters(takes_all=True)]
-    found = [find_definition(tool, name) for name in (tool.function, "items", "check")]
-    return [each.takes or Parameters(takes_all=True) for each in found if each]
+    found = read_module(tool.module).definitions
+    if found is None or "*" in found:
+        return [ANYTHING]
+    return [each.takes for each in read_functions(tool).values()]
 
 
 def takes_any(tool, names):
     """Return whether a function of a tool takes one of some arguments, or can not be read."""
-    return any(each.takes_all or {*names} & {*each.names} for each in read_takes(tool))
+    return any(each.takes(name) for each in read_takes(tool) for name in names)
 
 
 def check_are_taken(arguments, callees, tools, find_said):
@@ -3992,11 +3927,9 @@ def check_are_taken(arguments, callees, tools, find_said):
     takes an argument: it may be one of theirs. `find_said` gives those that somebody gave, each
     with where that was, and is asked last: it takes time, and there are defaults that none takes.
     """
-    takes = [each for callee in callees.values()
-             for each in (callee.run_takes, callee.check_takes, callee.items_takes)]
-    left = find_untaken(arguments, takes)
-    said = find_said() if left else {}
-    left = [name for name in left if name in said]
+    takes = [each for callee in callees.values() for each in callee.all_takes]
+    said = find_said() if find_untaken(arguments, takes) else {}
+    left = find_untaken(said, takes)
     for tool in tools.values():
         if left and tool.name not in callees:
             read = read_takes(tool)
@@ -4010,14 +3943,11 @@ def check_are_taken(arguments, callees, tools, find_said):
 
 def find_untaken(arguments, takes):
     """Return the arguments that none takes. The two ends of a period are one."""
-    names = {}
-    for each in takes:
-        if each.takes_all:
-            return []
-        names.update(dict.fromkeys(each.names))
-    if any(name in names for name in PERIOD_ARGUMENTS):
-        names.update(dict.fromkeys(PERIOD_ARGUMENTS))
-    return [name for name in arguments if name not in names]
+    names = {name for each in takes for name in each.names}
+    if not names.isdisjoint(PERIOD_ARGUMENTS):
+        names.update(PERIOD_ARGUMENTS)
+    takes_all = any(each.takes_all for each in takes)
+    return [] if takes_all else [name for name in arguments if name not in names]
 
 
 def check_get_connection(get_connection):
@@ -4040,30 +3970,15 @@ def describe_items(tool, has_database):
     return f"each item{source} " + ("exactly once" if is_exact else "at least once")
 
 
-def find_wrong_each(pipeline, tools):
-    """Return an error for each tool whose items are to be those of one that has none."""
-    return [UserError(f"TOOL_MAP[{tool.name!r}]: 'each' is {tool.each!r}, which has no items.",
-                      f"Write `def items(conn):` in {pipeline.tools[tool.each].module}.")
-            for tool in tools if tool.each in pipeline.tools
-            and not has_items(pipeline.tools[tool.each])]
-
-
-def check_each(pipeline, tools):
-    """Raise UserError for tools whose items are to be those of one that has none."""
-    check_mistakes(find_wrong_each(pipeline, tools))
-
-
 def find_parameters(function):
     """Return what a function takes, as inspect.signature tells, which is slow to import."""
-    code = getattr(function, "__code__", None)
-    if code is None or any(hasattr(function, name)
-                           for name in ("__wrapped__", "__self__", "__signature__")):
+    if not isinstance(function, type(find_parameters)) or vars(function):  # a wrapper says so there
         return find_parameters_by_signature(function)
-    by_position, by_name = code.co_argcount, code.co_kwonlyargcount
-    names = code.co_varnames[:by_position + by_name]
-    with_default = {*names[by_position - len(function.__defaults__ or ()):by_position],
-                    *(function.__kwdefaults__ or ())}
-    return Parameters(names, tuple(name for name in names if name not in with_default),
+    code = function.__code__
+    names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
+    first = code.co_argcount - len(function.__defaults__ or ())
+    optional = {*names[first:code.co_argcount], *(function.__kwdefaults__ or ())}
+    return Parameters(names, [name for name in names if name not in optional],
                       names[:code.co_posonlyargcount], bool(code.co_flags & 0x08))
 
 
@@ -4073,11 +3988,10 @@ def find_parameters_by_signature(function):
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return Parameters(takes_all=True)
+        return ANYTHING
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return Parameters(tuple(p.name for p in named),
-                      tuple(p.name for p in named if p.default is p.empty),
-                      tuple(p.name for p in named if p.kind is p.POSITIONAL_ONLY),
+    return Parameters([p.name for p in named], [p.name for p in named if p.default is p.empty],
+                      [p.name for p in named if p.kind is p.POSITIONAL_ONLY],
                       any(p.kind is p.VAR_KEYWORD for p in parameters))
 
 
@@ -4091,12 +4005,11 @@ _PARSERS = ("argparse", "optparse", "click", "typer", "fire", "docopt", "absl")
 
 def explain_exit(error):
     """Return why a parser of command lines has ended a tool, if one did; else ""."""
-    last = error.__traceback__
-    if not isinstance(error, SystemExit) or last is None:
+    if not isinstance(error, SystemExit) or not error.__traceback__:
         return ""
-    while last.tb_next is not None:
-        last = last.tb_next
-    parser = str(last.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    import traceback
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    parser = str(frame.f_globals.get("__name__")).partition(".")[0]
     if parser not in _PARSERS:
         return ""
     return (f"{parser} found nothing in sys.argv, which is the tool's name alone: declare what it "
@@ -4139,7 +4052,7 @@ def format_place(error, tool):
     """Return where an import failed: the tool's own line, and the one that it led to elsewhere."""
     import importlib
     import traceback
-    own = getattr(find_module(tool.module), "origin", None)
+    own = find_module(tool.module).origin
     places = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)
               if not is_engine_frame(f.filename, f.lineno) and f.filename != importlib.__file__]
     if isinstance(error, SyntaxError) and error.filename:
@@ -5269,7 +5182,7 @@ class Capture:
         if fd >= 0:
             with contextlib.suppress(OSError):  # removed, or the tool closed all descriptors
                 os.close(fd)
-                trim_log(log)
+                tidy_log(log)
         return fd >= 0
 
     def keep(self, text):
@@ -5277,7 +5190,7 @@ class Capture:
         with self.lock:
             try:
                 if self.log and self.log_fd < 0:
-                    self.log_fd = open_log(self.log)
+                    self.log_fd = open_private(self.log)
                 if self.log:
                     write_all(self.log_fd, text.encode("utf-8", "backslashreplace"))
             except OSError as error:  # no reason for a tool to fail, but to say so
@@ -5958,7 +5871,7 @@ def make_stream(fd):
 @contextlib.contextmanager
 def output_to(file):
     """Send what this process prints, its C code and its children included, to a file."""
-    point_output(open_log(file))
+    point_output(open_private(file))
     try:
         yield
     finally:
@@ -6041,8 +5954,7 @@ def run_plan(pipeline, plan, arguments, *, history=History(), request=Request(),
     """
     tools = [pipeline.tools[step.tool] for step in plan.steps if not step.success]
     check_get_connection(pipeline.get_connection)
-    check_modules_exist(tools)
-    check_each(pipeline, tools)
+    check_modules(pipeline, tools)
     count = count_workers(pipeline, plan)
     workers = None
     with contextlib.ExitStack() as stack:
@@ -6054,9 +5966,9 @@ def run_plan(pipeline, plan, arguments, *, history=History(), request=Request(),
             workers = Workers(count, setting, clock, grace_s)
             stack.push(lambda kind, *_: workers.close(0.0 if kind else grace_s))
         interrupts = stack.enter_context(Interrupts())
-        callees, sources = load_all(tools, arguments, interrupts)
+        callees = load_all(tools, arguments, interrupts)
         check_are_taken(arguments, callees, pipeline.tools, find_said)
-        session = Session(plan, setting, history, interrupts, callees, sources, on_event, clock,
+        session = Session(plan, setting, history, interrupts, callees, on_event, clock,
                           fail_fast, keep_results, request.item,
                           find_retries(callees, plan, request.item, retry_items))
         run = Run(session, workers)
@@ -6072,17 +5984,15 @@ def run_plan(pipeline, plan, arguments, *, history=History(), request=Request(),
 
 
 def load_all(tools, arguments, interrupts):
-    """Return the tools, imported, by name, and the Sources of what they were then."""
-    sources = Sources(is_of_run=True)
+    """Return the tools, imported, by name. Notes what the modules are of which that is recorded."""
     for tool in tools:
         if tool.cache_s is not None:
-            sources.find(tool)
+            hash_module(tool.module)
     callees = interrupts.call(load_callees, tools, arguments, interrupts)
     for callee in callees.values():
-        if callee.has_items:
-            sources.find(callee.tool)
-    sources.note_imported()
-    return callees, sources
+        if callee.has_items or callee.tool.cache_s is not None:
+            hash_imported(callee.tool.module)
+    return callees
 
 
 def count_workers(pipeline, plan):
@@ -6138,7 +6048,6 @@ class Session(NamedTuple):
     history: Any
     interrupts: Interrupts
     callees: Mapping[str, Callee]
-    sources: Any
     on_event: Optional[Callable[[Event], None]]
     clock: Clock
     fail_fast: bool
@@ -6443,7 +6352,7 @@ class Run:
         self.history.begin_attempt(tool, work.number, self.clock.wall(), performer.reserve())
         work.facts = self.find_facts(tool)
         if work.has_items:
-            work.source = hash_item_source(options, self.session.sources)
+            work.source = hash_item_source(options)
         if callee.takes("context"):
             work.last_success_at = self.history.find_last_success_at(tool)
         self.tell_now("tool_started", tool, output=work.log if work.in_worker else "")
@@ -6653,7 +6562,7 @@ class Run:
             return {}
         import json
         needed = history.find_needed_works(self.session.setting.pipeline, tool)
-        return {"source": json.dumps(describe_source(options, self.session.sources)),
+        return {"source": json.dumps(describe_source(options, hash_imported(options.module))),
                 "needed": json.dumps(needed),
                 "reads": find_reads(options, history.base, {})}
 
@@ -6708,7 +6617,7 @@ class Run:
         if output:
             self.publish()  # who listens shows the file, before it is cut
             if work.lines:
-                append_log(output, "\n".join(work.lines))
+                append_line(output, "\n".join(work.lines))
             tidy_log(output)
         if self.stopped_by:  # no tool is tried again
             self.again = [each for each in self.again if each[3]]
@@ -6774,7 +6683,8 @@ class Run:
                     self.schedule.add(tool)
                     continue
                 outcome = Outcome("skipped", reason)
-                self.history.note(tool, outcome, self.clock.wall())
+                self.history.note(tool, 0, outcome.status, self.clock.wall(),
+                                  reason=outcome.reason)
             self.note_end(tool, outcome)
             left += self.schedule.done(tool)
 
@@ -6819,7 +6729,7 @@ class Run:
         if work.in_worker:
             work.lines.append(text)
         else:
-            append_log(work.log, text)
+            append_line(work.log, text)
 
     def tell_now(self, kind, tool="", **what):
         """Have the listener told at once."""
@@ -6977,7 +6887,7 @@ def make_past(pipeline, history, arguments, now, done, is_forced, wants_duration
     """Return what planning may ask of a history. Durations cost time, and decide nothing where
     tools run one after another and nobody looks at the plan.
     """
-    mine, sources = format_arguments(arguments), Sources()
+    mine = format_arguments(arguments)
     texts = [mine]
     if has_period(arguments):  # then a run of all periods will do, too
         texts.append(format_arguments({name: value for name, value in arguments.items()
@@ -6992,7 +6902,8 @@ def make_past(pipeline, history, arguments, now, done, is_forced, wants_duration
             return "arguments changed"
         if find_day(success.started_at) < str(arguments.get(PERIOD_ARGUMENTS[1]) or ""):
             return "its period has gone on"
-        return find_changed_source(success.source, describe_source(tool, sources)) \
+        now = describe_source(tool, hash_module(tool.module))
+        return find_changed_source(success.source, now) \
             or find_changed_file(tool, history.base, success.inputs)
 
     find_expected_s = history.find_expected_s if wants_durations else lambda tool: None
@@ -7896,7 +7807,7 @@ def command_check(call):
     known = {*call.arguments, *PERIOD_ARGUMENTS, "conn", "context"}
     mistakes = dict.fromkeys(map(str, [  # tools may share a module
         *pipeline.mistakes, *find_wrong_each(pipeline, tools),
-        *(mistake for tool in tools for mistake in find_mistakes(tool, known))]))
+        *(mistake for tool in tools for mistake in read_mistakes(tool, known))]))
     for mistake in mistakes:
         show(mistake)
     show(f"{format_plural(len(tools), 'tool')} read, "
@@ -8250,13 +8161,12 @@ def find_valid(pipeline, done, arguments):
 
 def tell_changes(pipeline, run, plan, changed):
     """Say what changed since a run that is resumed, and which of that is not run again."""
-    tools = {step.tool: pipeline.tools[step.tool] for step in plan.steps}
-    now = find_versions(pipeline, tools.values())
-    modules = [module for module, source in now.sources.items()
+    now = find_versions(pipeline, [pipeline.tools[step.tool] for step in plan.steps])
+    modules = [module for module, source in now["sources"].items()
                if run["sources"].get(module, source) != source]
-    what = ["the tables"] * (now.tables != run["tables"]) + modules + changed
+    what = ["the tables"] * (now["tables"] != run["tables"]) + modules + changed
     kept = [step.tool for step in plan.steps if step.success
-            and tools[step.tool].module in modules]
+            and pipeline.tools[step.tool].module in modules]
     if what:
         say(f"Changed since run {run['run_id']}: {', '.join(what)}."
             + (f" Done before, and not run again: {', '.join(kept)}." if kept else ""))

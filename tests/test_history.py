@@ -1009,7 +1009,7 @@ def test_cached_tools_ask_history_once_or_twice_each_and_hash_their_module_once(
         modules, monkeypatch, is_line):
     folder = modules(m="def run(): return 1")
     finds = count_calls(monkeypatch, orchestrator.History, "find_success")
-    hashes = count_calls(monkeypatch, orchestrator, "hash_module")
+    hashes = count_calls(monkeypatch, orchestrator, "read_source")
     costs = []
     for count in (30, 300):
         tools = {f"t{i}": {"module": "m", "cache": True, **({} if is_line else {"needs": []})}
@@ -1031,7 +1031,7 @@ def test_the_newest_work_of_all_before_a_tool_is_right_in_any_order(tmp_path):
     pipeline = load_pipeline(dict.fromkeys(names, "m"), name="p")
     history, works = orchestrator.History(str(tmp_path), ""), {}
     plan = make_plan(pipeline)
-    history.begin_run(plan, Request(), {}, orchestrator.Versions("", {}), 0.0)
+    history.begin_run(plan, Request(), {}, {"tables": "", "sources": {}}, 0.0)
     for _ in range(200):
         tool, did = chance.choice(names), chance.choice(names)
         expected = max([works.get(name, 0) for name in names[:names.index(tool)]], default=0)

@@ -1158,9 +1158,9 @@ def test_a_dict_of_names_is_refused_with_what_to_return(world):
     assert "return its .items()" in world.run().errors["t"]
 
 
-def test_items_that_is_no_function_is_told_as_such(world):
+def test_items_that_is_no_function_is_told_with_what_to_write(world):
     world.tool("t", "items = ['a']\ndef run(conn, item): pass")
-    with pytest.raises(UserError, match="items of t is a list, not a function"):
+    with pytest.raises(UserError, match="'item', which nothing gives.\n  Write `def items"):
         world.run()
 
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import ENVIRONMENT, Ended, wait_until
 
 import orchestrator
-from orchestrator import clean, read_tail, run_pipeline, trim_log
+from orchestrator import clean, read_tail, run_pipeline, tidy_log
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="file descriptors of POSIX")
 NO_DATABASE = """
@@ -241,12 +241,12 @@ def test_a_log_above_the_cap_keeps_its_beginning_and_its_end(tmp_path):
     lines = [b"line %d\n" % i for i in range(10_000)]
     path.write_bytes(b"".join(lines))
     size = path.stat().st_size
-    trim_log(str(path), 1000)
+    tidy_log(str(path), 1000)
     text = path.read_bytes()
     assert text.startswith(b"".join(lines)[:500]) and text.endswith(b"".join(lines)[-500:])
     assert b"\n[... %d bytes were left out here ...]\n" % (size - 1000) in text
     assert len(text) < 1100
-    trim_log(str(path), 2000)
+    tidy_log(str(path), 2000)
     assert path.read_bytes() == text
 
 

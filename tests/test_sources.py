@@ -219,6 +219,19 @@ def test_a_module_that_is_changed_after_this_process_has_imported_it_is_not_take
     assert run()[0] == "after"
 
 
+def test_a_module_that_is_loaded_again_is_what_runs_from_then_on(modules):
+    def run():
+        result = run_pipeline([], {"t": {"module": "m", "needs": [], "cache": True}},
+                              home=str(folder / "home"))
+        return result.results["t"], result.cached
+
+    folder = modules(m="def run(): return 'before'")
+    assert run() == ("before", []) and run() == ("before", ["t"])
+    modules(m="def run():\n    return 'after'")
+    importlib.reload(sys.modules["m"])
+    assert run() == ("after", []) and run() == ("after", ["t"])
+
+
 def test_a_module_in_an_archive_is_cached_until_it_changes(bench):
     import zipfile
     top = "import sys\nsys.path.insert(0, str(Path(__file__).with_name('lib.zip')))\n"
