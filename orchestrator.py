@@ -7215,16 +7215,17 @@ class Style(NamedTuple):
 def format_table(columns, rows, style=Style(), has_head=True):
     """Return rows, mappings by column, as aligned lines under the names of columns.
 
-    The column of `>name` is aligned to the right; that of `?name` is left out where it is empty;
-    that of `status` is coloured. The last one is not padded: its longest cell may be a page.
+    `columns` are their names in one text. That of `>name` is aligned to the right; that of `?name`
+    is left out where it is empty; that of `status` is coloured. The last one is not padded: its
+    longest cell may be a page.
     """
-    shown = []
+    shown, columns = [], columns.split()
     for column in columns:
         name = column.lstrip(">?")
         cells = [format_cell(name, row.get(name)) for row in rows]
         if column[0] == "?" and not any(cells):
             continue
-        cells.insert(0, re.sub("_(s|at|id)$|^note$", "", name) if has_head else "")
+        cells.insert(0, format_head(name) if has_head else "")
         width = 0 if column == columns[-1] else max(map(len, cells))
         align = str.rjust if column[0] == ">" else str.ljust
         texts = [align(cell, width) for cell in cells]
@@ -7233,6 +7234,11 @@ def format_table(columns, rows, style=Style(), has_head=True):
         shown.append(texts)
     head, *lines = ["  ".join(texts).rstrip() for texts in zip(*shown)]
     return [style.bold(head), *lines] if has_head else lines
+
+
+def format_head(name):
+    """Return the name of a column without what it says of a unit."""
+    return re.sub("_(s|at|id)$|^note$", "", name)
 
 
 def format_cell(name, value):
@@ -7259,20 +7265,23 @@ def format_plural(count, thing):
     return f"{count} {thing}{'s' * (count != 1)}"
 
 
-def make_row(row, *columns):
-    """Return some columns of a row for --json, with ids and moments as text."""
-    def show(name, value):
-        if value is not None and name.endswith("_at"):
-            return format_moment(value)
-        return str(value) if name == "run_id" and value is not None else value
-
-    return {name: show(name, row.get(name)) for name in columns}
+def make_row(row, columns):
+    """Return some columns of a row, named in one text, for --json: ids and moments are text."""
+    shown = {}
+    for name in columns.split():
+        value = row.get(name)
+        if name.endswith("_at"):
+            value = format_moment(value)
+        elif name == "run_id" and value is not None:
+            value = str(value)
+        shown[name] = value
+    return shown
 
 
 def make_list(pipeline, tools, find_summary, find_last):
     """Return what --list shows, as data, for some of the tools and the stages made of them."""
     def make_last(row):
-        return row and {**make_row(row, "status", "run_id"), "at": format_moment(row["started_at"])}
+        return row and {**make_row(row, "status run_id"), "at": format_moment(row["started_at"])}
 
     tools_of = {stage.name: {*stage.tools} for stage in pipeline.stages.values()}
     return {
@@ -7288,11 +7297,11 @@ def make_list(pipeline, tools, find_summary, find_last):
 
 def format_list(shown, style):
     """Return --list as text."""
-    lines = [style.bold("Tools"), *format_table(("name", "?status", "summary"), [
+    lines = [style.bold("Tools"), *format_table("name ?status summary", [
         {"name": "  " + tool["name"], "status": (tool["last"] or {}).get("status"),
          "summary": tool["summary"]} for tool in shown["tools"]], style, has_head=False)]
     if shown["stages"]:
-        lines += ["", style.bold("Stages"), *format_table(("name", "tools"), [
+        lines += ["", style.bold("Stages"), *format_table("name tools", [
             {"name": "  " + stage["name"], "tools": stage["tools"]}
             for stage in shown["stages"]], has_head=False)]
     return "\n".join(lines)
@@ -7300,10 +7309,12 @@ def format_list(shown, style):
 
 def make_plan_view(plan):
     """Return what --plan shows, as data."""
-    return {"steps": [{"tool": step.tool, "wave": step.wave, "action": step.action,
-                       "reason": step.reason, "needs": step.needs if step.needs == ALL_BEFORE
-                       else list(step.needs), "expected_s": step.expected_s}
-                      for step in plan.steps],
+    def make_step(step):
+        needs = step.needs if step.needs == ALL_BEFORE else list(step.needs)
+        return make_row({**step._asdict(), "needs": needs},
+                        "tool wave action reason needs expected_s")
+
+    return {"steps": [make_step(step) for step in plan.steps],
             "critical_path": list(plan.critical_path), "expected_s": plan.expected_s}
 
 
@@ -7311,7 +7322,7 @@ def format_plan(shown, style, jobs):
     """Return --plan as text: the steps by waves, the critical path, what is expected."""
     steps, expected_s = shown["steps"], shown["expected_s"]
     there = {step["tool"] for step in steps}
-    lines = format_table((">wave", "tool", "action", ">expected_s", "reason"), [
+    lines = format_table(">wave tool action >expected_s reason", [
         {**step, "expected_s": step["expected_s"] if step["action"] == "run" else None,
          "reason": step["reason"] + format_needs(step, there)}
         for step in sorted(steps, key=lambda step: step["wave"])], style)
@@ -7372,9 +7383,8 @@ def format_progress(event, width, elapsed_s):
 
 def format_summary(result, next_command, style):
     """Return the closing table of a run: every tool, then the verdict and what to type next."""
-    lines = format_table(("tool", "status", ">rows", ">duration_s", "note"), [
-        {"tool": tool, "status": o.status, "rows": o.rows,
-         "duration_s": o.duration_s if o.attempts else None,
+    lines = format_table("tool status >rows >duration_s note", [
+        {**o._asdict(), "tool": tool, "duration_s": o.duration_s if o.attempts else None,
          "note": ", ".join(filter(None, [o.error, o.reason]))}
         for tool, o in result.outcomes.items()], style)
     lines += ["", style.paint(result.status, result.status)
@@ -7396,23 +7406,26 @@ def make_status(tools, find_last, running, attempts, now, items):
     """Return what --status shows, as data: the run that goes on, if any, and each tool, with how
     many of its `items` have each status.
     """
-    rows = []
-    for tool in tools:
-        last = {"status": "pending", **(find_last(tool) or {})}
-        age_s = max(0.0, now - last["started_at"]) if len(last) > 1 else None  # clocks are set back
-        rows.append({"tool": tool, **make_row(last, "status", "run_id", "started_at", "rows"),
-                     "age_s": age_s,
-                     "duration_s": age_s if last["status"] == "running" else last.get("duration_s"),
-                     "reason": last.get("reason") or "", "error": last.get("error") or "",
-                     "items": items.get(tool)})
-    return {"running": running and {**make_row(running, "run_id", "pid", "started_at"),
-                                    "tools": [each["tool"] for each in attempts]}, "tools": rows}
+    def make_tool(tool):
+        row = {"status": "pending", **(find_last(tool) or {}), "tool": tool,
+               "items": items.get(tool)}
+        if "started_at" in row:
+            row["age_s"] = max(0.0, now - row["started_at"])  # clocks are set back
+        if row["status"] == "running":
+            row["duration_s"] = row["age_s"]
+        row.update((name, row.get(name) or "") for name in ("reason", "error"))
+        return make_row(row, "tool status run_id started_at rows age_s duration_s reason error "
+                             "items")
+
+    return {"running": running and {**make_row(running, "run_id pid started_at"),
+                                    "tools": [each["tool"] for each in attempts]},
+            "tools": [make_tool(tool) for tool in tools]}
 
 
 def format_status(shown, style):
     """Return --status as text."""
     lines = format_table(
-        ("tool", "status", ">run_id", ">age_s", ">duration_s", ">rows", "?items", "note"),
+        "tool status >run_id >age_s >duration_s >rows ?items note",
         [{**tool, "items": format_counts(tool["items"]), "note": tool["error"] or tool["reason"]}
          for tool in shown["tools"]], style)
     run = shown["running"]
@@ -7446,14 +7459,14 @@ def format_counts(items):
 def make_item_view(row):
     """Return a row of the ledger as --items shows it, as data."""
     row = {**row, "run_id": row["run_id"].partition(".")[0], "rows": row["row_count"]}
-    return make_row(row, "item", "version", "status", "attempts", "deaths", "duration_s", "error",
-                    "run_id", "ended_at", "rows")
+    return make_row(row, "item version status attempts deaths duration_s error run_id ended_at "
+                         "rows")
 
 
 def format_items(shown, style):
     """Return --items as text."""
     return "\n".join(format_table(
-        ("item", "?version", "status", ">tries", "run_id", "ended_at", ">rows", "note"),
+        "item ?version status >tries run_id ended_at >rows note",
         [{**row, **{key: format_names([row[key]], 1) for key in ("item", "version")},
           "tries": row["attempts"] + row["deaths"], "note": row["error"]}
          for row in shown["items"]], style))
@@ -7461,32 +7474,32 @@ def format_items(shown, style):
 
 def make_backfill_view(periods):
     """Return what --plan shows of a backfill, as data."""
-    return {"periods": [{**p.arguments(), "action": p.action, "reason": p.reason,
-                         "run_id": p.run_id and str(p.run_id)} for p in periods]}
+    return {"periods": [make_row({**period.arguments(), **period._asdict()},
+                                 "period_start period_end action reason run_id")
+                        for period in periods]}
 
 
 def format_backfill(shown, style):
     """Return --plan of a backfill as text."""
     periods = shown["periods"]
-    lines = format_table((*PERIOD_ARGUMENTS, "action", "reason"), periods, style)
+    lines = format_table("period_start period_end action reason", periods, style)
     left = sum(period["action"] != "skip" for period in periods)
     return "\n".join([*lines, "", f"{left} of {format_plural(len(periods), 'period')} to run"])
 
 
 def make_run_view(run, attempts, is_detailed=False):
     """Return a run as --history shows it, as data: each tool once, as its last attempt ended."""
-    of_tools = ["tool", "status", "reason", "attempts", "started_at", "duration_s", "rows", "error"]
-    of_run = ["run_id", "status", "targets", "arguments", "started_at", "ended_at", "duration_s",
-              "planned"]
+    of_tools = "tool status reason attempts started_at duration_s rows error "
+    of_run = "run_id status targets arguments started_at ended_at duration_s planned "
     if is_detailed:
-        of_tools += ["traceback", "log", "pid", "result", "items"]
-        of_run += ["exclude", "start_from", "resumes", "pid", "version", "git_commit"]
+        of_tools += "traceback log pid result items"
+        of_run += "exclude start_from resumes pid version git_commit"
     tools = {}
     for row in attempts:
         tools.pop(row["tool"], None)
-        tools[row["tool"]] = make_row({**row, "attempts": row["attempt"]}, *of_tools)
+        tools[row["tool"]] = make_row({**row, "attempts": row["attempt"]}, of_tools)
     ended_at = None if run["duration_s"] is None else run["started_at"] + run["duration_s"]
-    return {**make_row({**run, "ended_at": ended_at}, *of_run), "tools": list(tools.values())}
+    return {**make_row({**run, "ended_at": ended_at}, of_run), "tools": list(tools.values())}
 
 
 def format_runs(shown, style):
@@ -7499,30 +7512,26 @@ def format_runs(shown, style):
         rows.append({**run, "tools": f"{done} of {run['planned']}",
                      "targets": [*run["targets"], *period]})
     return "\n".join(format_table(
-        (">run_id", "status", "started_at", ">duration_s", ">tools", "targets"), rows, style))
+        ">run_id status started_at >duration_s >tools targets", rows, style))
 
 
 def format_run(shown, style):
     """Return --history RUN as text: all that is known of one run."""
     import json
     run, = shown["runs"]
-    facts = {"run": run["run_id"] + (f", which resumed run {run['resumes']}"
-                                     if run["resumes"] else ""),
-             "status": run["status"], "targets": run["targets"], "without": run["exclude"],
-             "from": run["start_from"],
-             "arguments": json.dumps(run["arguments"], ensure_ascii=False),
-             "started": format_local(run["started_at"]),
-             "duration": format_duration(run["duration_s"]),
-             "version": run["version"] + (f", commit {run['git_commit'][:12]}"
-                                          if run["git_commit"] else "")}
-    lines = format_table(("name", "value"), [{"name": name, "value": value}
-                                             for name, value in facts.items() if value],
-                         has_head=False)
-    lines += ["", *format_table(
-        ("tool", "status", ">attempts", "started", ">duration_s", ">rows", "note"),
-        [{**tool, "attempts": tool["attempts"] or None,
-          "started": format_local(tool["started_at"])[11:], "note": tool["error"] or tool["reason"]}
-         for tool in run["tools"]], style)]
+    resumed = f", which resumed run {run['resumes']}" if run["resumes"] else ""
+    commit = f", commit {run['git_commit'][:12]}" if run["git_commit"] else ""
+    facts = {**run, "run": run["run_id"] + resumed, "without": run["exclude"],
+             "from": run["start_from"], "version": run["version"] + commit,
+             "arguments": json.dumps(run["arguments"], ensure_ascii=False)}
+    names = "run status targets without from arguments started_at duration_s version".split()
+    cells = [{"name": format_head(name), "value": format_cell(name, facts[name])}
+             for name in names]
+    lines = format_table("name value", [cell for cell in cells if cell["value"]], has_head=False)
+    lines += ["", *format_table("tool status >attempts started >duration_s >rows note", [
+        {**tool, "attempts": tool["attempts"] or None,
+         "started": format_local(tool["started_at"])[11:], "note": tool["error"] or tool["reason"]}
+        for tool in run["tools"]], style)]
     for tool in run["tools"]:
         if tool["traceback"]:
             lines += ["", style.bold(tool["tool"]), tool["traceback"].rstrip()]
