@@ -142,7 +142,7 @@ def test_a_group_of_flags_is_required_for_a_run_and_not_for_looking(quick):
 
 
 def test_help_shows_the_groups_of_add_arguments_after_the_engines(quick):
-    out = quick.pipeline(GROUPED).run("--help").out
+    out = quick.pipeline(GROUPED + '    parser.add_argument("--deep")\n').run("--help").out
     heads = [line for line in out.splitlines() if line.endswith(":") and line[0] != " "]
     assert heads == ["what to run:", "looking and tidying, without running anything:", "other:",
                      "arguments of the tools:", "days:"]
@@ -296,8 +296,8 @@ def test_letters_that_the_terminal_can_not_show_are_escaped(sandbox):
 
 def test_a_bug_of_the_engine_is_told_as_such(sandbox):
     path = sandbox.pipeline('TOOL_MAP = {"t": "t"}').folder / "orchestrator.py"
-    path.write_text(path.read_text().replace("code = options.command(",
-                                             "code = 1 / 0 or options.command("))
+    path.write_text(path.read_text().replace("code = COMMANDS[",
+                                             "code = 1 / 0 or COMMANDS["))
     ended = sandbox.run("--list", "--json")
     assert ended.code == 3
     assert "ZeroDivisionError" in ended.err and "['--list', '--json']" in ended.err

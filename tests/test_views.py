@@ -313,7 +313,8 @@ def test_the_last_column_is_not_padded_to_its_longest_cell():
 
 def test_colours_do_not_move_a_column():
     columns = "tool status note"
-    rows = make_rows(columns.split(), ("a", "success", "1"), ("bb", "failed", "2"), ("c", "pending", "3"))
+    rows = make_rows(columns.split(), ("a", "success", "1"), ("bb", "failed", "2"),
+                     ("c", "pending", "3"))
 
     coloured = format_table(columns, rows, COLOURED)
 
