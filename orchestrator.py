@@ -1349,9 +1349,6 @@ def find_day(at):
     return time.strftime("%Y-%m-%d", time.localtime(at))
 
 
-STEPS = ("day", "week", "month")
-
-
 def make_periods(span, step):
     """Return the periods of a span of days, `2024-01-01..2024-03-31`, both of which belong to it.
 
@@ -7479,21 +7476,20 @@ def format_backfill(shown, style):
     return "\n".join([*lines, "", f"{left} of {format_plural(len(periods), 'period')} to run"])
 
 
-def format_backfill_end(periods, codes, failed, cut_off, today):
-    """Return the closing line of a backfill: how many of its periods ended how. `codes` are the
-    exit codes of those that were begun; `today` is the day on which it began.
+def format_backfill_end(count, ends, failed, today):
+    """Return the closing line of a backfill. `ends` are words on how each of its `count` periods
+    ended that was not left alone; `failed` are the starts of those that failed, now or before.
     """
-    done = [period for period, code in codes.items() if not code]
-    left = sum(period.action != "skip" for period in periods)
-    parts = [f"\nBackfill: {format_plural(len(done), 'period')} done now",
-             f"{len(periods) - left} left alone",
-             f"{len(failed)} failed" + ": " * bool(failed)
-             + format_some([period.start for period in failed]),
-             *(f"{period.start} cut off" for period in cut_off),
-             *[f"{left - len(codes)} not begun"] * (left > len(codes))]
-    return ", ".join(parts) + "".join(
+    words = [*ends.values()]
+    text = (f"\nBackfill: {format_plural(words.count('done now'), 'period')} done now, "
+            f"{count - len(words)} left alone, {len(failed)} failed"
+            + ": " * bool(failed) + format_some(failed))
+    text += "".join(f", {period.start} cut off" for period in ends if ends[period] == "cut off")
+    if "not begun" in words:
+        text += f", {words.count('not begun')} not begun"
+    return text + "".join(
         f"; the period from {period.start} is not over yet, and will be run again when it is"
-        for period in done if today < period.end)
+        for period in ends if ends[period] == "done now" and today < period.end)
 
 
 def make_run_view(run, attempts, is_detailed=False):
@@ -7566,21 +7562,22 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
     stands above the ENGINE mark, by name.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    code, options = EXIT_SUCCESS, None
+    code, command = EXIT_SUCCESS, command_run
     try:
         forget_modules()
         check_not_hidden(yours)
         parser = make_parser(add_arguments)
         options, arguments = parser.read(argv)
+        command = next((COMMANDS[name] for name in COMMANDS if name in parser.given), command)
         parser.check(options, argv)
-        load = read_pipeline if options.command == "check" else load_pipeline
+        load = read_pipeline if command is command_check else load_pipeline
         pipeline = load(tool_map, stages, get_connection, name=name or find_name(), limits=limits)
         base = find_base(get_connection)
         home = home or os.environ.get("ORCHESTRATOR_HOME") or os.path.join(base, ".orchestrator")
-        code = COMMANDS[options.command](Call(
+        code = command(Call(
             pipeline, options, arguments, argv, parser, parser.given, find_program(), base,
-            find_pipeline_folder(home, pipeline.name)))
-        if not getattr(sys.stdout, "closed", True):
+            find_pipeline_folder(home, pipeline.name))) or EXIT_SUCCESS
+        with contextlib.suppress(Closed):  # which a run can do without
             show("", end="")  # what tools printed last goes out while a failure can be told
         return code
     except UserError as error:
@@ -7595,8 +7592,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         return EXIT_FAILED
     except KeyboardInterrupt as error:
         number = next((each for each in error.args if isinstance(each, int)), SIGINT)
-        is_run = options is None or options.command == "run"
-        say(format_signal(number) + ", before anything had run" * is_run)
+        say(format_signal(number) + ", before anything had run" * (command is command_run))
         return EXIT_SIGNAL + number
     except OutputError as error:
         if str(error):
@@ -7642,17 +7638,17 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings]
             raise UserError(f"There is no flag {unknown[0]!r}.",
                             format_nearest(unknown[0].partition("=")[0], flags))
-        options.command = next((name for name in COMMANDS if name in self.given), "run")
         return options, {name: value for name, value in vars(options).items()
                          if name in self.names}
 
     def check(self, options, words):
         """Raise UserError if words that were read say nothing together, or less than a run needs.
         """
-        check_companions(options, self.given)
+        check_companions(options, {name: action for name, action in self.given.items()
+                                   if name not in self.names})
         if [word.partition("=")[0] for word in words].count("--item") > 1:
             raise UserError("--item was given twice.", "Leave one out; without it, all are done.")
-        if self.required and options.command == "run" and options.resume is None:
+        if self.required and self.given.keys().isdisjoint((*COMMANDS, "resume")):
             for each in self.required:  # argparse itself says which of them is missing
                 each.required = True
             self.parse_known_intermixed_args(words)
@@ -7710,8 +7706,9 @@ def make_parser(add_arguments):
 
 
 def find_arguments(own, parser):
-    """Return the names of the arguments that tools get, which add_arguments() declared by actions
-    of its `own`. Raise UserError for one that has no flag, or a name of the engine's.
+    """Return the names of the arguments that tools get; `own` are the actions of add_arguments().
+
+    Raise UserError for one that has no flag, or a name of the engine's.
     """
     flags = {name: f"set_defaults({name}=...)" for name in parser._defaults}
     flags.update((action.dest, "".join(action.option_strings[:1])) for action in own)
@@ -7724,6 +7721,24 @@ def find_arguments(own, parser):
             raise UserError(f"add_arguments(): {flag} would reach tools as {name!r}, which is the "
                             "engine's own name.", "Choose another flag, or another dest=.")
     return flags.keys()
+
+
+def check_companions(options, given):
+    """Raise UserError for a flag that says nothing beside the others that were given."""
+    for name, action in given.items():
+        match = re.match("with (--.*?):", action.help)
+        if match and given.keys().isdisjoint(re.findall(r"\w+", match[1])):
+            raise UserError(f"--{name} goes with {match[1]}.", "Leave it out, or add that.")
+    said = [*options.targets, *(f"--exclude {name}" for name in options.exclude),
+            *["--from"] * ("start_from" in given), *["--no-history"] * options.no_history]
+    if said and ("resume" in given or "mark_done" in given):
+        raise UserError("--resume takes targets and exclusions from the run that it goes on with; "
+                        f"it does not go with {' '.join(said)}.",
+                        "Leave that out, or leave out --resume.")
+    if "backfill" in given and ("resume" in given or options.no_history):
+        raise UserError("--backfill looks into the history for what is done, and goes on there; it "
+                        f"does not go with --{'no-history' if options.no_history else 'resume'}.",
+                        "Leave that out.")
 
 
 def read_duration_s(text):
@@ -7741,99 +7756,89 @@ def read_whole(text):
     return int(text)
 
 
-_GOES_WITH = {"json": "list plan status history logs items", "failed": "items", "last": "history",
-              "run": "logs", "tail": "logs", "follow": "logs", "step": "backfill",
-              "reverse": "backfill", "reprocess": "backfill"}  # flag -> commands
-
-
-def check_companions(options, given):
-    """Raise UserError for a flag that says nothing beside the others that were given."""
-    for flag, commands in _GOES_WITH.items():
-        if flag in given and given.keys().isdisjoint(commands.split()):
-            raise UserError(f"--{flag} goes with --{commands.replace(' ', ', --')}.",
-                            "Leave it out, or add that.")
-    said = [*options.targets, *(f"--exclude {name}" for name in options.exclude),
-            *["--from"] * ("start_from" in given), *["--no-history"] * options.no_history]
-    if said and ("resume" in given or "mark_done" in given):
-        raise UserError("--resume takes targets and exclusions from the run that it goes on with; "
-                        f"it does not go with {' '.join(said)}.",
-                        "Leave that out, or leave out --resume.")
-    if "backfill" in given and ("resume" in given or options.no_history):
-        raise UserError("--backfill looks into the history for what is done, and goes on there; it "
-                        f"does not go with --{'no-history' if options.no_history else 'resume'}.",
-                        "Leave that out.")
+FLAGS = """\
+what to run
+  targets                     stages and tools; +TOOL adds all that it needs, TOOL+ all that needs
+                              it; none means the stage "full", or else every tool
+  --exclude NAME              leave out this tool or stage (may be repeated)
+  --from NAME                 begin at this tool or stage, leaving out what is before it
+  -j, --jobs N                run up to N tools side by side; 0 means one for each core
+  -x, --fail-fast             start nothing more after the first failure
+  --resume [RUN]              go on with the last run that did not succeed, or with that one
+  --force                     run cached tools too, and do without needs that never succeeded
+  --item NAME                 do only this item of a tool that has items
+  --retry-items TOOL [ITEM ...]  try items again that were given up: these, or all of the tool
+  --backfill A..B             run once per period from day A to day B, which tools get as
+                              period_start and period_end (the day after the last)
+  --step {day,week,month}     with --backfill: how long a period is (day)
+  --reverse                   with --backfill: the last one first
+  --reprocess {failed,all}    with --backfill: run periods again that failed, or all
+  --wait [DURATION]           wait for another run of this pipeline to end
+  --no-history                keep no history, and take no lock
+looking and tidying, without running anything
+  --list                      show the tools and stages
+  --plan, -n, --dry-run       show what a run would do, and why
+  --check                     read every module, import none, and report all mistakes
+  --status                    show how each tool ended last, and what runs now
+  --history [RUN]             show the last runs, or all of one
+  --logs [TOOL]               show what the tools of the last run printed, or one tool
+  --items TOOL [ITEM ...]     show how the items of a tool ended, or some of them
+  --mark-done TOOL [TOOL ...]  accept a tool that you mended by hand, for --resume
+  --prune DURATION            forget the runs that are older
+  --last N                    with --history: so many runs
+  --run RUN                   with --logs: of that run
+  --tail N                    with --logs: the last N lines
+  --follow                    with --logs: go on while the run goes on
+  --failed                    with --items: those that failed, with their errors
+  --json                      with --list, --plan, --status, --history, --logs, --items: print JSON
+                              for programs
+other
+  -v, --verbose               show the engine's part of tracebacks, and debug logs
+  -q, --quiet                 say only what went wrong
+  --version                   show the versions and exit
+  -h, --help                  show this help and exit
+"""
+_MORE = {  # what argparse is to know of a flag beside that, by its name
+    "targets": {"action": "store", "nargs": "*", "default": [], "metavar": "TARGET"},
+    "--exclude": {"action": "append", "default": []},
+    "--from": {"dest": "start_from"},
+    "--jobs": {"type": int, "default": 1},
+    "--retry-items": {"action": "append", "default": []},
+    "--step": {"default": "day"},
+    "--wait": {"type": read_duration_s, "const": float("inf"), "default": 0.0},
+    "--prune": {"type": read_duration_s},
+    "--last": {"type": read_whole, "default": 10},
+    "--tail": {"type": read_whole},
+    "--version": {"action": "version",
+                  "version": f"orchestrator.py {VERSION}, Python {sys.version.split()[0]}"},
+    "--help": {"action": "help"},
+}
 
 
 def add_flags(parser):
-    """Declare the engine's own flags."""
-    run = parser.add_argument_group("what to run").add_argument
-    run("targets", nargs="*", default=[], metavar="TARGET",
-        help='stages and tools; +TOOL adds all that it needs, TOOL+ all that needs '
-             'it; none means the stage "full", or else every tool')
-    run("--exclude", action="append", default=[], metavar="NAME",
-        help="leave out this tool or stage (may be repeated)")
-    run("--from", dest="start_from", metavar="NAME",
-        help="begin at this tool or stage, leaving out what is before it")
-    run("-j", "--jobs", type=int, default=1, metavar="N",
-        help="run up to N tools side by side; 0 means one for each core")
-    run("-x", "--fail-fast", action="store_true",
-        help="start nothing more after the first failure")
-    run("--resume", nargs="?", const="", metavar="RUN",
-        help="go on with the last run that did not succeed, or with that one")
-    run("--force", action="store_true",
-        help="run cached tools too, and do without needs that never succeeded")
-    run("--item", help="do only this item of a tool that has items")
-    run("--retry-items", nargs="+", action="append", default=[], metavar=("TOOL", "ITEM"),
-        help="try items again that were given up: these, or all of the tool")
-    run("--backfill", metavar="A..B", help="run once per period from day A to day B, "
-        "which tools get as period_start and period_end (the day after the last)")
-    run("--step", choices=STEPS, default="day", help="with --backfill: how long a period is (day)")
-    run("--reverse", action="store_true", help="with --backfill: the last one first")
-    run("--reprocess", choices=("failed", "all"),
-        help="with --backfill: run periods again that failed, or all")
-    run("--wait", nargs="?", type=read_duration_s, const=float("inf"), default=0.0,
-        metavar="DURATION", help="wait for another run of this pipeline to end")
-    run("--no-history", action="store_true", help="keep no history, and take no lock")
-    look = parser.add_argument_group("looking and tidying, without running anything")
-    add_commands(look.add_mutually_exclusive_group().add_argument)
-    add_details(look.add_argument)
-    other = parser.add_argument_group("other").add_argument
-    other("-v", "--verbose", action="store_true",
-          help="show the engine's part of tracebacks, and debug logs")
-    other("-q", "--quiet", action="store_true", help="say only what went wrong")
-    other("--version", action="version", help="show the versions and exit",
-          version=f"orchestrator.py {VERSION}, Python {sys.version.split()[0]}")
-    other("-h", "--help", action="help", help="show this help and exit")
+    """Declare the flags of FLAGS."""
+    for line in re.sub(r"\n {20,}", " ", FLAGS).splitlines():
+        flags, value, text = re.match(r" *(.*?)(?: ([A-Z[{].*?))?(?:  +(.*))?$", line).groups()
+        if not text:
+            group = parser.add_argument_group(line)
+            commands = group.add_mutually_exclusive_group()
+            continue
+        flags = flags.split(", ")
+        name = flags[-1] if flags[0][1] != "-" else flags[0]  # the first long one
+        there = commands if name[2:].replace("-", "_") in COMMANDS else group
+        there.add_argument(*flags, help=text, **{**read_value(value), **_MORE.get(name, {})})
 
 
-def add_commands(command):
-    """Declare the flags of COMMANDS."""
-    command("--list", action="store_true", help="show the tools and stages")
-    command("--plan", "-n", "--dry-run", action="store_true",
-            help="show what a run would do, and why")
-    command("--check", action="store_true",
-            help="read every module, import none, and report all mistakes")
-    command("--status", action="store_true", help="show how each tool ended last, and what runs now")
-    command("--history", nargs="?", metavar="RUN", help="show the last runs, or all of one")
-    command("--logs", nargs="?", metavar="TOOL",
-            help="show what the tools of the last run printed, or one tool")
-    command("--items", nargs="+", metavar=("TOOL", "ITEM"),
-            help="show how the items of a tool ended, or some of them")
-    command("--mark-done", nargs="+", metavar="TOOL",
-            help="accept a tool that you mended by hand, for --resume")
-    command("--prune", type=read_duration_s, metavar="DURATION",
-            help="forget the runs that are older: 90d")
-
-
-def add_details(detail):
-    """Declare the flags that go with some of COMMANDS."""
-    detail("--last", type=read_whole, default=10, metavar="N", help="with --history: so many runs")
-    detail("--run", help="with --logs: of that run")
-    detail("--tail", type=read_whole, metavar="N", help="with --logs: the last N lines")
-    detail("--follow", action="store_true", help="with --logs: go on while the run goes on")
-    detail("--failed", action="store_true",
-           help="with --items: those that failed, with their errors")
-    detail("--json", action="store_true", help="print JSON for programs")
+def read_value(value):
+    """Return what argparse is to know of the value that a flag takes, as FLAGS writes it."""
+    if value is None:
+        return {"action": "store_true"}
+    if value[0] == "{":
+        return {"choices": value[1:-1].split(",")}
+    if value[0] == "[":
+        return {"metavar": value[1:-1], "nargs": "?", "const": ""}
+    first, *more = re.findall(r"[A-Z][A-Z.]*", value)
+    return {"metavar": (first, *more), "nargs": "+"} if more else {"metavar": first}
 
 
 class Call(NamedTuple):
@@ -7907,7 +7912,6 @@ def check_tool(call, name):
 def answer(call, shown, format_text):
     """Show what a command was asked for, as text or as JSON."""
     show(to_json(shown) if call.options.json else format_text(shown, make_style(sys.stdout)))
-    return EXIT_SUCCESS
 
 
 def command_list(call):
@@ -7919,7 +7923,7 @@ def command_list(call):
         say(str(error))
         lasts = {}
     shown = make_list(call.pipeline, tools, find_summary, lasts.get)
-    return answer(call, shown, format_list)
+    answer(call, shown, format_list)
 
 
 def command_plan(call):
@@ -7946,7 +7950,7 @@ def command_check(call):
         show(mistake)
     show(f"{format_plural(len(tools), 'tool')} read, "
          f"{format_plural(len(mistakes) or 'no', 'mistake')} found")
-    return EXIT_USAGE if mistakes else EXIT_SUCCESS
+    return EXIT_USAGE if mistakes else None
 
 
 def command_status(call):
@@ -7957,7 +7961,7 @@ def command_status(call):
     lasts = history.load_last_attempts()
     shown = make_status(tools, lasts.get, running, attempts, Clock().wall(),
                         count_items_of(call, [lasts[tool] for tool in tools if tool in lasts]))
-    return answer(call, shown, format_status)
+    answer(call, shown, format_status)
 
 
 def count_items_of(call, lasts):
@@ -8025,7 +8029,6 @@ def command_items(call):
     elif not count:
         which = " or ".join(map(format_name, names)) or "item"
         say(f"No {which} of {tool} has {'failed' if options.failed else 'been tried'}.")
-    return EXIT_SUCCESS
 
 
 def load_item_pages(call, conn, tool, names):
@@ -8051,50 +8054,50 @@ def command_history(call):
         return answer(call, {"runs": [make_run_view(run, attempts, is_detailed=True)]}, format_run)
     views = [make_run_view(run, history.load_attempts(run["run_id"]))
              for run in history.load_last_runs(options.last)]
-    return answer(call, {"runs": views}, format_runs)
+    answer(call, {"runs": views}, format_runs)
 
 
 def command_logs(call):
     """Show what tools printed: in the last run or another, all tools or one."""
     history, options = need_history(call), call.options
-    tool = options.logs
-    if tool:
-        check_tool(call, tool)
-    run_id = options.run or tool and history.find_called_in(tool)
+    if options.logs:
+        check_tool(call, options.logs)
+    run_id = options.run or options.logs and history.find_called_in(options.logs)
     run = history.find_run(run_id) if run_id else next(iter(history.load_last_runs(1)), None)
-    logs = {}  # by file: what --json shows of it, how much was shown, whether it is of the run's pid
-    goes_on = run is not None
-    while goes_on:
+    logs = {}  # by file: what --json shows of it, and how much of it was shown
+    while run:
         goes_on = options.follow and is_held(call.folder)  # else look once more
         for row in history.load_attempts(run["run_id"]):
-            if row["attempt"] and tool in (None, row["tool"]):
+            if row["attempt"] and options.logs in ("", row["tool"]):
                 show_log(call, row, logs)
-        if goes_on:
-            Clock().sleep(0.2)
+        if not goes_on:
+            break
+        Clock().sleep(0.2)
+    shown = [log for log, _ in logs.values()]
     if options.json:
-        show(to_json({"logs": [log for log, _ in logs.values()]}))
-    elif not logs:
+        show(to_json({"logs": shown}))
+    elif not shown:
         say("Nothing was printed.")
-    elif any(log["pid"] == run["pid"] for log, _ in logs.values()):
+    elif any(log["pid"] == run["pid"] for log in shown):
         say("What C code and child processes of a tool print is kept only if it is isolated or "
             "runs with --jobs.")
-    return EXIT_SUCCESS
 
 
 def show_log(call, row, logs):
     """Show what is new in the log of an attempt, and note it in `logs`."""
-    options = call.options
+    options, lines = call.options, []
     path = find_log(find_logs(call.folder, str(row["run_id"])), row["tool"], row["attempt"])
     if not has_bytes(path):
         return
-    (log, at), lines = logs.get(path, (None, 0)), []
-    if log is None:
-        log = {**make_row(row, "run_id tool attempt pid"), "path": path, "lines": []}
+    log, at = logs.get(path, (make_row(row, "run_id tool attempt pid"), 0))
+    if path not in logs:
+        log.update(path=path, lines=[])
         if not (options.json or options.logs):
             show(make_style(sys.stdout).bold(f"{row['tool']}, attempt {row['attempt']} ({path}):"))
         if options.tail is not None:
             lines, at = read_tail(path, options.tail), os.path.getsize(path)
-    for piece, at in read_pieces(path, at, is_whole=row["status"] != "running"):
+    for piece, end in read_pieces(path, at, is_whole=row["status"] != "running"):
+        at = end
         lines += clean(b"".join(piece).decode("utf-8", "replace")).splitlines()
     logs[path] = {**log, "status": row["status"]}, at
     if options.json:
@@ -8142,7 +8145,6 @@ def command_mark_done(call):
     say("Marked as done: " + ", ".join(tools) + ".")
     say(f"Left to do: {', '.join(left)}. Next: "
         + format_command(call, "--resume") if left else "Nothing is left to do.")
-    return EXIT_SUCCESS
 
 
 def command_prune(call):
@@ -8151,7 +8153,6 @@ def command_prune(call):
     with change_history(call) as history:
         gone = history.prune(Clock().wall() - call.options.prune)
     show(f"{format_plural(len(gone) or 'no', 'run')} forgotten")
-    return EXIT_SUCCESS
 
 
 def command_run(call):
@@ -8162,10 +8163,10 @@ def command_run(call):
         return (backfill if call.options.backfill else carry_out)(call, history)
 
 
-COMMANDS = {  # what main() calls for a flag, or for none of them
+COMMANDS = {  # what main() calls for a flag, and takes the exit code of, if that is no success
     "list": command_list, "plan": command_plan, "check": command_check, "status": command_status,
     "history": command_history, "logs": command_logs, "items": command_items,
-    "mark_done": command_mark_done, "prune": command_prune, "run": command_run,
+    "mark_done": command_mark_done, "prune": command_prune,
 }
 
 
@@ -8193,23 +8194,22 @@ def find_periods(call, history):
 
 def backfill(call, history):
     """Run the plan once per period that is not done, and tell how each went."""
-    periods, today = find_periods(call, history), find_day(Clock().wall())
-    left = [period for period in periods if period.action != "skip"]
-    codes = {}  # by period that was begun, in their order
-    for number, period in enumerate(left, 1):
+    periods, today, code = find_periods(call, history), find_day(Clock().wall()), EXIT_SUCCESS
+    ends = {period: "not begun" for period in periods if period.action != "skip"}
+    for number, period in enumerate(list(ends), 1):
         if not call.options.quiet:
-            say(f"\nPeriod {period.start} to {period.end} ({number} of {len(left)})")
-        codes[period] = code = carry_out(call, history, period)
+            say(f"\nPeriod {period.start} to {period.end} ({number} of {len(ends)})")
+        code = carry_out(call, history, period)
+        ends[period] = "cut off" if code > EXIT_SIGNAL else "failed" if code else "done now"
         if code > EXIT_SIGNAL or code and call.options.fail_fast:
             break
-    cut_off = [period for period, code in codes.items() if code > EXIT_SIGNAL]
-    failed = [period for period, code in codes.items() if code and period not in cut_off]
-    failed += [period for period in periods if period not in left and "failed" in period.reason]
-    say(format_backfill_end(periods, codes, failed, cut_off, today))
-    if failed or cut_off:
-        again = [] if call.options.reprocess or cut_off else ["--reprocess", "failed"]
+    failed = [period.start for period in periods if ends.get(period) == "failed"
+              or period not in ends and "failed" in period.reason]
+    say(format_backfill_end(len(periods), ends, failed, today))
+    if failed or code > EXIT_SIGNAL:
+        again = [] if call.options.reprocess or code > EXIT_SIGNAL else ["--reprocess", "failed"]
         say("Next: " + format_command(call, *call.argv, *again))
-    return max(codes.values(), default=EXIT_SUCCESS) or (EXIT_FAILED if failed else EXIT_SUCCESS)
+    return code if code > EXIT_SIGNAL else EXIT_FAILED if failed else EXIT_SUCCESS
 
 
 def find_plan(call, history, period=None):
@@ -8364,7 +8364,10 @@ class Screen:
         self.stream, self.out, self.style = stream, sys.stdout, make_style(stream)
         self.quiet, self.follows = quiet, verbose  # workers' output, which is shown at once
         self.log_level = 10 if verbose else 30 if quiet else 20  # DEBUG, WARNING, INFO
-        self.width, self.shown_s, self.started_s, self.outputs = 0, 0.0, {}, {}
+        self.width = 0  # of the longest name of a tool
+        self.started_s = {}
+        self.outputs = {}
+        self.shown_s = 0.0
         self.is_live = self.has_lost = False
 
     def on_event(self, event):
@@ -8397,7 +8400,8 @@ class Screen:
         name = tool.encode() + b" | " if self.follows else b""
         if has_bytes(file):
             self.clear()
-            for lines, at in read_pieces(file, at, is_whole):
+            for lines, end in read_pieces(file, at, is_whole):
+                at = end
                 self.put(b"".join(name + line for line in lines))
         if not is_whole:
             self.outputs[tool] = file, at
@@ -8406,6 +8410,8 @@ class Screen:
         """Write to stdout what tools printed, and say once if that fails."""
         try:
             write(self.out, content)
+        except Closed:
+            pass
         except OutputError as error:
             if str(error):
                 self.has_lost = True
@@ -8460,6 +8466,10 @@ class OutputError(Exception):
     """Output could not be written. Without a text if there is nothing to say: nobody reads it."""
 
 
+class Closed(OutputError):
+    """A stream is closed, or there is none: pythonw has none, and a tool may close it."""
+
+
 def write(stream, content):
     """Write text, or bytes that a process printed, to stdout or stderr: all output goes this way.
 
@@ -8481,13 +8491,11 @@ def write(stream, content):
     except OSError as error:
         raise OutputError(error.strerror or str(error)) from error
     except (ValueError, AttributeError):
-        raise OutputError from None  # it is closed, or there is none (pythonw)
+        raise Closed("it is closed") from None
 
 
 def show(text, end="\n"):
     """Write a line to stdout: what a command was asked for. Raise OutputError if that fails."""
-    if sys.stdout is None:
-        raise OutputError("it is closed")
     try:
         write(sys.stdout, text + end)
     except OutputError:
@@ -8499,7 +8507,7 @@ def let_go(stream):
     """Let what waits in a stream, and all that is to come, go nowhere, also when the interpreter
     flushes it at its end.
     """
-    with contextlib.suppress(OSError, ValueError):  # it is closed, or no file
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -296,8 +296,8 @@ def test_letters_that_the_terminal_can_not_show_are_escaped(sandbox):
 
 def test_a_bug_of_the_engine_is_told_as_such(sandbox):
     path = sandbox.pipeline('TOOL_MAP = {"t": "t"}').folder / "orchestrator.py"
-    path.write_text(path.read_text().replace("code = COMMANDS[",
-                                             "code = 1 / 0 or COMMANDS["))
+    path.write_text(path.read_text().replace("code = command(",
+                                             "code = 1 / 0 or command("))
     ended = sandbox.run("--list", "--json")
     assert ended.code == 3
     assert "ZeroDivisionError" in ended.err and "['--list', '--json']" in ended.err
