@@ -8006,6 +8006,9 @@ def open_ledger(call, conn, tool):
         yield ledger if ledger.is_there() else None
 
 
+_END = "\n  ]\n}"  # of the JSON of a list of items
+
+
 def command_items(call):
     """Show the items of a tool that were tried, or those that failed, page by page."""
     options = call.options
@@ -8016,16 +8019,15 @@ def command_items(call):
                         'items(), or if TOOL_MAP says "each" of it.')
     count = 0
     with open_connection(call) as conn:
-        if options.json:  # page by page: the whole of it may be larger than memory
-            show('{"items": [', end="")
         for page in load_item_pages(call, conn, tool, names):
-            if options.json:
-                show("," * bool(count) + to_json(page)[1:-2], end="")
+            if options.json:  # without its end: the whole of it may be larger than memory
+                text = to_json({"items": page})[:-len(_END)]
+                show("," + text.partition("[")[2] if count else text, end="")
             else:
                 show(format_items(page, make_style(sys.stdout)))
             count += len(page)
     if options.json:
-        show("\n]}")
+        show(_END if count else to_json({"items": []}))
     elif not count:
         which = " or ".join(map(format_name, names)) or "item"
         say(f"No {which} of {tool} has {'failed' if options.failed else 'been tried'}.")
@@ -8199,7 +8201,8 @@ def backfill(call, history):
     for number, period in enumerate(list(ends), 1):
         if not call.options.quiet:
             say(f"\nPeriod {period.start} to {period.end} ({number} of {len(ends)})")
-        code = carry_out(call, history, period)
+        code = carry_out(call._replace(arguments={**call.arguments, **period.arguments()}), history,
+                         period.run_id if period.action == "resume" else None)
         ends[period] = "cut off" if code > EXIT_SIGNAL else "failed" if code else "done now"
         if code > EXIT_SIGNAL or code and call.options.fail_fast:
             break
@@ -8212,13 +8215,17 @@ def backfill(call, history):
     return code if code > EXIT_SIGNAL else EXIT_FAILED if failed else EXIT_SUCCESS
 
 
-def find_plan(call, history, period=None):
+def find_plan(call, history, resumes=None):
     """Return the plan, what was asked for, and the arguments of the tools; with --resume, those
-    of the run that is resumed, and what changed since is told.
+    of the run that is resumed, and what changed since is told. `resumes`: a run to go on with, of
+    which all that is the same.
     """
     options, is_resume = call.options, call.options.resume is not None
-    request, arguments, done, changed = find_resumed(call, history) if is_resume \
-        else find_wanted(call, history, period)
+    if is_resume:
+        request, arguments, done, changed = find_resumed(call, history)
+    else:
+        request, arguments = call.make_request()._replace(resumes=resumes), call.arguments
+        done = history.find_done(resumes) if resumes else {}
     jobs, past, describe = count_jobs(options.jobs), None, None
     if options.plan:
         describe = functools.partial(
@@ -8231,19 +8238,6 @@ def find_plan(call, history, period=None):
     if is_resume:
         tell_changes(call.pipeline, history.find_run(request.resumes), plan, changed)
     return plan, request, arguments
-
-
-def find_wanted(call, history, period):
-    """Return what is asked for, the arguments of the tools, what of it is done, and nothing: no
-    argument has changed.
-    """
-    request, arguments, done = call.make_request(), call.arguments, {}
-    if period:
-        arguments = {**arguments, **period.arguments()}
-        if period.action == "resume":
-            request = request._replace(resumes=period.run_id)
-            done = history.find_done(period.run_id)
-    return request, arguments, done, []
 
 
 def find_resumed(call, history):
@@ -8314,20 +8308,20 @@ def tell_changes(pipeline, run, plan, changed):
             + (f" Done before, and not run again: {', '.join(kept)}." if kept else ""))
 
 
-def carry_out(call, history, period=None):
-    """Run the plan, for a period if there is one, and tell on stderr how it goes."""
+def carry_out(call, history, resumes=None):
+    """Run the plan, and tell on stderr how it goes; see find_plan()."""
     options = call.options
-    plan, request, arguments = find_plan(call, history, period)
+    plan, request, arguments = find_plan(call, history, resumes)
     screen = Screen(sys.stderr, options.quiet, options.verbose)
     gc.freeze()  # what is here will stay: no collection during the run need walk it
     result = run_plan(call.pipeline, plan, arguments, history=history, request=request,
                       fail_fast=options.fail_fast, verbose=options.verbose, keep_results=False,
-                      retry_items=None if period and options.reprocess
+                      retry_items=None if options.reprocess
                       else read_retries(options.retry_items),
                       on_event=screen.on_event, find_said=call.find_said)
     if not options.quiet or result.status != "success":
         tell_tails(result, screen.style)
-        next_command = "" if period else make_next_command(result, call)
+        next_command = "" if options.backfill else make_next_command(result, call)
         say(format_summary(result, next_command, screen.style))
     if result.status == "interrupted":
         return EXIT_SIGNAL + (result.signal or SIGINT)
@@ -8345,10 +8339,10 @@ def tell_tails(result, style):
 
 def read_retries(given):
     """Return what --retry-items asks for, by tool; all items of a tool where none is named."""
-    named = {}
-    for tool, *items in given:
-        named.setdefault(tool, []).append(items)
-    return {tool: tuple(sum(lists, [])) if all(lists) else () for tool, lists in named.items()}
+    retries = {}
+    for tool, *items in sorted(given, key=len, reverse=True):  # one without items counts, as last
+        retries[tool] = (*retries.get(tool, ()), *items) if items else ()
+    return retries
 
 
 class Screen:
@@ -8377,7 +8371,7 @@ class Screen:
         elif event.kind == "progress":
             self.show_live(event)
         elif event.kind == "log" and event.level >= self.log_level:
-            self.has_lost = self.has_lost or event.level == OUTPUT_LOST
+            self.has_lost |= event.level == OUTPUT_LOST
             self.show(event)
         elif event.kind == "tool_started":
             self.started_s[event.tool] = self.shown_s = event.at
