@@ -7269,19 +7269,19 @@ def make_row(row, columns):
 
 def make_list(pipeline, tools, find_summary, find_last):
     """Return what --list shows, as data, for some of the tools and the stages made of them."""
-    def make_last(row):
-        return row and {**make_row(row, "status run_id"), "at": format_moment(row["started_at"])}
-
     tools_of = {stage.name: {*stage.tools} for stage in pipeline.stages.values()}
-    return {
-        "tools": [{"name": name, "module": pipeline.tools[name].module,
-                   "summary": find_summary(pipeline.tools[name]),
-                   "needs": pipeline.needs[name],
-                   "stages": [stage for stage, there in tools_of.items() if name in there],
-                   "last": make_last(find_last(name))} for name in tools],
-        "stages": [{"name": stage, "tools": list(pipeline.stages[stage].tools)}
-                   for stage, there in tools_of.items() if there.issubset(tools)],
-    }
+
+    def make_tool(name):
+        tool, last = pipeline.tools[name], find_last(name)
+        return {"name": name, "module": tool.module, "summary": find_summary(tool),
+                "needs": pipeline.needs[name],
+                "stages": [stage for stage, there in tools_of.items() if name in there],
+                "last": last and {**make_row(last, "status run_id"),
+                                  "at": format_moment(last["started_at"])}}
+
+    return {"tools": [make_tool(name) for name in tools],
+            "stages": [{"name": stage, "tools": list(pipeline.stages[stage].tools)}
+                       for stage, there in tools_of.items() if there.issubset(tools)]}
 
 
 def format_list(shown, style):
@@ -7568,7 +7568,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         check_not_hidden(yours)
         parser = make_parser(add_arguments)
         options, arguments = parser.read(argv)
-        command = next((COMMANDS[name] for name in COMMANDS if name in parser.given), command)
+        command = next((_COMMANDS[name] for name in _COMMANDS if name in parser.given), command)
         parser.check(options, argv)
         load = read_pipeline if command is command_check else load_pipeline
         pipeline = load(tool_map, stages, get_connection, name=name or find_name(), limits=limits)
@@ -7577,7 +7577,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         code = command(Call(
             pipeline, options, arguments, argv, parser, parser.given, find_program(), base,
             find_pipeline_folder(home, pipeline.name))) or EXIT_SUCCESS
-        with contextlib.suppress(Closed):  # which a run can do without
+        with contextlib.suppress(OutputClosed):  # which a run can do without
             show("", end="")  # what tools printed last goes out while a failure can be told
         return code
     except UserError as error:
@@ -7648,7 +7648,7 @@ class Parser(argparse.ArgumentParser):
                                    if name not in self.names})
         if [word.partition("=")[0] for word in words].count("--item") > 1:
             raise UserError("--item was given twice.", "Leave one out; without it, all are done.")
-        if self.required and self.given.keys().isdisjoint((*COMMANDS, "resume")):
+        if self.required and self.given.keys().isdisjoint((*_COMMANDS, "resume")):
             for each in self.required:  # argparse itself says which of them is missing
                 each.required = True
             self.parse_known_intermixed_args(words)
@@ -7756,7 +7756,7 @@ def read_whole(text):
     return int(text)
 
 
-FLAGS = """\
+_FLAGS = """\
 what to run
   targets                     stages and tools; +TOOL adds all that it needs, TOOL+ all that needs
                               it; none means the stage "full", or else every tool
@@ -7816,8 +7816,8 @@ _MORE = {  # what argparse is to know of a flag beside that, by its name
 
 
 def add_flags(parser):
-    """Declare the flags of FLAGS."""
-    for line in re.sub(r"\n {20,}", " ", FLAGS).splitlines():
+    """Declare the flags of _FLAGS."""
+    for line in re.sub(r"\n {20,}", " ", _FLAGS).splitlines():
         flags, value, text = re.match(r" *(.*?)(?: ([A-Z[{].*?))?(?:  +(.*))?$", line).groups()
         if not text:
             group = parser.add_argument_group(line)
@@ -7825,12 +7825,12 @@ def add_flags(parser):
             continue
         flags = flags.split(", ")
         name = flags[-1] if flags[0][1] != "-" else flags[0]  # the first long one
-        there = commands if name[2:].replace("-", "_") in COMMANDS else group
+        there = commands if name[2:].replace("-", "_") in _COMMANDS else group
         there.add_argument(*flags, help=text, **{**read_value(value), **_MORE.get(name, {})})
 
 
 def read_value(value):
-    """Return what argparse is to know of the value that a flag takes, as FLAGS writes it."""
+    """Return what argparse is to know of the value that a flag takes, as _FLAGS writes it."""
     if value is None:
         return {"action": "store_true"}
     if value[0] == "{":
@@ -8165,7 +8165,7 @@ def command_run(call):
         return (backfill if call.options.backfill else carry_out)(call, history)
 
 
-COMMANDS = {  # what main() calls for a flag, and takes the exit code of, if that is no success
+_COMMANDS = {  # what main() calls for a flag, and takes the exit code of, if that is no success
     "list": command_list, "plan": command_plan, "check": command_check, "status": command_status,
     "history": command_history, "logs": command_logs, "items": command_items,
     "mark_done": command_mark_done, "prune": command_prune,
@@ -8312,7 +8312,8 @@ def carry_out(call, history, resumes=None):
     """Run the plan, and tell on stderr how it goes; see find_plan()."""
     options = call.options
     plan, request, arguments = find_plan(call, history, resumes)
-    screen = Screen(sys.stderr, options.quiet, options.verbose)
+    screen = Screen(sys.stderr, options.quiet, options.verbose,
+                    "; --logs shows all of it" * bool(history.folder))
     gc.freeze()  # what is here will stay: no collection during the run need walk it
     result = run_plan(call.pipeline, plan, arguments, history=history, request=request,
                       fail_fast=options.fail_fast, verbose=options.verbose, keep_results=False,
@@ -8354,10 +8355,12 @@ class Screen:
     printed did not reach stdout.
     """
 
-    def __init__(self, stream, quiet, verbose):
+    def __init__(self, stream, quiet, verbose, way_out=""):
         self.stream, self.out, self.style = stream, sys.stdout, make_style(stream)
+        self.is_terminal = is_terminal(stream)  # asked once: a tool may close it
         self.quiet, self.follows = quiet, verbose  # workers' output, which is shown at once
         self.log_level = 10 if verbose else 30 if quiet else 20  # DEBUG, WARNING, INFO
+        self.way_out = way_out  # for who misses what did not reach stdout
         self.width = 0  # of the longest name of a tool
         self.started_s = {}
         self.outputs = {}
@@ -8393,7 +8396,6 @@ class Screen:
         file, at = self.outputs.pop(tool, ("", 0))
         name = tool.encode() + b" | " if self.follows else b""
         if has_bytes(file):
-            self.clear()
             for lines, end in read_pieces(file, at, is_whole):
                 at = end
                 self.put(b"".join(name + line for line in lines))
@@ -8402,15 +8404,16 @@ class Screen:
 
     def put(self, content):
         """Write to stdout what tools printed, and say once if that fails."""
+        self.clear()
         try:
-            write(self.out, content)
-        except Closed:
+            write_out(self.out, content)
+        except OutputClosed:
             pass
         except OutputError as error:
+            let_go(self.out)
             if str(error):
                 self.has_lost = True
-                let_go(self.out)
-                self.write(f"stdout could not be written: {error}; --logs shows all of it")
+                self.write(f"stdout could not be written: {error}{self.way_out}")
 
     def show(self, event):
         """Write the line of an event, unless only failures are wanted."""
@@ -8419,7 +8422,7 @@ class Screen:
 
     def show_live(self, event):
         """Write the live line, on a terminal and at most ten times a second."""
-        if is_terminal(self.stream) and not self.quiet and event.at - self.shown_s >= 0.1:
+        if self.is_terminal and not self.quiet and event.at - self.shown_s >= 0.1:
             self.shown_s, self.is_live = event.at, True
             line = format_progress(event, self.width, event.at - self.started_s[event.tool])
             say("\r" + line[:find_columns(self.stream) - 1] + "\x1b[K", self.stream, end="")
@@ -8460,11 +8463,11 @@ class OutputError(Exception):
     """Output could not be written. Without a text if there is nothing to say: nobody reads it."""
 
 
-class Closed(OutputError):
+class OutputClosed(OutputError):
     """A stream is closed, or there is none: pythonw has none, and a tool may close it."""
 
 
-def write(stream, content):
+def write_out(stream, content):
     """Write text, or bytes that a process printed, to stdout or stderr: all output goes this way.
 
     Letters that a stream can not show are escaped; bytes are unchanged where it takes them. Raise
@@ -8485,13 +8488,13 @@ def write(stream, content):
     except OSError as error:
         raise OutputError(error.strerror or str(error)) from error
     except (ValueError, AttributeError):
-        raise Closed("it is closed") from None
+        raise OutputClosed("it is closed") from None
 
 
 def show(text, end="\n"):
     """Write a line to stdout: what a command was asked for. Raise OutputError if that fails."""
     try:
-        write(sys.stdout, text + end)
+        write_out(sys.stdout, text + end)
     except OutputError:
         let_go(sys.stdout)
         raise
@@ -8508,7 +8511,7 @@ def let_go(stream):
 def say(text, stream=None, end="\n"):
     """Write a line to stderr: what there is to say beside that. No run ends for want of it."""
     with contextlib.suppress(OutputError):
-        write(sys.stderr if stream is None else stream, text + end)
+        write_out(sys.stderr if stream is None else stream, text + end)
 
 
 def to_json(data):

@@ -134,6 +134,16 @@ def test_all_that_add_arguments_declares_reaches_tools_from_groups_in_groups_too
     assert "not allowed with" in sandbox.run("--week", "2", "--day", "1").err
 
 
+def test_a_flag_may_be_called_what_the_engine_calls_nothing_of_its_own(quick):
+    quick.pipeline('''
+        TOOL_MAP = {"t": "t"}
+        def add_arguments(parser):
+            parser.add_argument("--command")
+            parser.add_argument("--given", help="with --json: whatever")
+    ''').tool("t", "def run(command, given): print(command, given)")
+    assert quick.run("--command", "c", "--given", "g").out == "c g\n"
+
+
 def test_a_group_of_flags_is_required_for_a_run_and_not_for_looking(quick):
     quick.pipeline(GROUPED).tool("t", "def run(day): print(day)")
     assert quick.run("--plan").code == 0
