@@ -1305,9 +1305,6 @@ def find_day(at):
     return time.strftime("%Y-%m-%d", time.localtime(at))
 
 
-STEPS = ("day", "week", "month")
-
-
 def make_periods(span, step):
     """Return the periods of a span of days, `2024-01-01..2024-03-31`, both of which belong to it.
 
@@ -5275,14 +5272,6 @@ def make_put_back():
     return put_back
 
 
-def is_own_fd(stream, fd):
-    """Return whether a stream of Python is one of the process's own file descriptors."""
-    try:
-        return stream.fileno() == fd and hasattr(stream, "reconfigure")
-    except (AttributeError, OSError, ValueError):
-        return False
-
-
 def write_all(fd, content):
     """Write all of some bytes."""
     while content:
@@ -7079,16 +7068,17 @@ class Style(NamedTuple):
 def format_table(columns, rows, style=Style(), has_head=True):
     """Return rows, mappings by column, as aligned lines under the names of columns.
 
-    The column of `>name` is aligned to the right; that of `?name` is left out where it is empty;
-    that of `status` is coloured. The last one is not padded: its longest cell may be a page.
+    `columns` are their names in one text. That of `>name` is aligned to the right; that of `?name`
+    is left out where it is empty; that of `status` is coloured. The last one is not padded: its
+    longest cell may be a page.
     """
-    shown = []
+    shown, columns = [], columns.split()
     for column in columns:
         name = column.lstrip(">?")
         cells = [format_cell(name, row.get(name)) for row in rows]
         if column[0] == "?" and not any(cells):
             continue
-        cells.insert(0, re.sub("_(s|at|id)$|^note$", "", name) if has_head else "")
+        cells.insert(0, format_head(name) if has_head else "")
         width = 0 if column == columns[-1] else max(map(len, cells))
         align = str.rjust if column[0] == ">" else str.ljust
         texts = [align(cell, width) for cell in cells]
@@ -7097,6 +7087,11 @@ def format_table(columns, rows, style=Style(), has_head=True):
         shown.append(texts)
     head, *lines = ["  ".join(texts).rstrip() for texts in zip(*shown)]
     return [style.bold(head), *lines] if has_head else lines
+
+
+def format_head(name):
+    """Return the name of a column without what it says of a unit."""
+    return re.sub("_(s|at|id)$|^note$", "", name)
 
 
 def format_cell(name, value):
@@ -7123,40 +7118,43 @@ def format_plural(count, thing):
     return f"{count} {thing}{'s' * (count != 1)}"
 
 
-def make_row(row, *columns):
-    """Return some columns of a row for --json, with ids and moments as text."""
-    def show(name, value):
-        if value is not None and name.endswith("_at"):
-            return format_moment(value)
-        return str(value) if name == "run_id" and value is not None else value
-
-    return {name: show(name, row.get(name)) for name in columns}
+def make_row(row, columns):
+    """Return some columns of a row, named in one text, for --json: ids and moments are text."""
+    shown = {}
+    for name in columns.split():
+        value = row.get(name)
+        if name.endswith("_at"):
+            value = format_moment(value)
+        elif name == "run_id" and value is not None:
+            value = str(value)
+        shown[name] = value
+    return shown
 
 
 def make_list(pipeline, tools, find_summary, find_last):
     """Return what --list shows, as data, for some of the tools and the stages made of them."""
-    def make_last(row):
-        return row and {**make_row(row, "status", "run_id"), "at": format_moment(row["started_at"])}
-
     tools_of = {stage.name: {*stage.tools} for stage in pipeline.stages.values()}
-    return {
-        "tools": [{"name": name, "module": pipeline.tools[name].module,
-                   "summary": find_summary(pipeline.tools[name]),
-                   "needs": pipeline.needs[name],
-                   "stages": [stage for stage, there in tools_of.items() if name in there],
-                   "last": make_last(find_last(name))} for name in tools],
-        "stages": [{"name": stage, "tools": list(pipeline.stages[stage].tools)}
-                   for stage, there in tools_of.items() if there.issubset(tools)],
-    }
+
+    def make_tool(name):
+        tool, last = pipeline.tools[name], find_last(name)
+        return {"name": name, "module": tool.module, "summary": find_summary(tool),
+                "needs": pipeline.needs[name],
+                "stages": [stage for stage, there in tools_of.items() if name in there],
+                "last": last and {**make_row(last, "status run_id"),
+                                  "at": format_moment(last["started_at"])}}
+
+    return {"tools": [make_tool(name) for name in tools],
+            "stages": [{"name": stage, "tools": list(pipeline.stages[stage].tools)}
+                       for stage, there in tools_of.items() if there.issubset(tools)]}
 
 
 def format_list(shown, style):
     """Return --list as text."""
-    lines = [style.bold("Tools"), *format_table(("name", "?status", "summary"), [
+    lines = [style.bold("Tools"), *format_table("name ?status summary", [
         {"name": "  " + tool["name"], "status": (tool["last"] or {}).get("status"),
          "summary": tool["summary"]} for tool in shown["tools"]], style, has_head=False)]
     if shown["stages"]:
-        lines += ["", style.bold("Stages"), *format_table(("name", "tools"), [
+        lines += ["", style.bold("Stages"), *format_table("name tools", [
             {"name": "  " + stage["name"], "tools": stage["tools"]}
             for stage in shown["stages"]], has_head=False)]
     return "\n".join(lines)
@@ -7164,10 +7162,12 @@ def format_list(shown, style):
 
 def make_plan_view(plan):
     """Return what --plan shows, as data."""
-    return {"steps": [{"tool": step.tool, "wave": step.wave, "action": step.action,
-                       "reason": step.reason, "needs": step.needs if step.needs == ALL_BEFORE
-                       else list(step.needs), "expected_s": step.expected_s}
-                      for step in plan.steps],
+    def make_step(step):
+        needs = step.needs if step.needs == ALL_BEFORE else list(step.needs)
+        return make_row({**step._asdict(), "needs": needs},
+                        "tool wave action reason needs expected_s")
+
+    return {"steps": [make_step(step) for step in plan.steps],
             "critical_path": list(plan.critical_path), "expected_s": plan.expected_s}
 
 
@@ -7175,7 +7175,7 @@ def format_plan(shown, style, jobs):
     """Return --plan as text: the steps by waves, the critical path, what is expected."""
     steps, expected_s = shown["steps"], shown["expected_s"]
     there = {step["tool"] for step in steps}
-    lines = format_table((">wave", "tool", "action", ">expected_s", "reason"), [
+    lines = format_table(">wave tool action >expected_s reason", [
         {**step, "expected_s": step["expected_s"] if step["action"] == "run" else None,
          "reason": step["reason"] + format_needs(step, there)}
         for step in sorted(steps, key=lambda step: step["wave"])], style)
@@ -7236,9 +7236,8 @@ def format_progress(event, width, elapsed_s):
 
 def format_summary(result, next_command, style):
     """Return the closing table of a run: every tool, then the verdict and what to type next."""
-    lines = format_table(("tool", "status", ">rows", ">duration_s", "note"), [
-        {"tool": tool, "status": o.status, "rows": o.rows,
-         "duration_s": o.duration_s if o.attempts else None,
+    lines = format_table("tool status >rows >duration_s note", [
+        {**o._asdict(), "tool": tool, "duration_s": o.duration_s if o.attempts else None,
          "note": ", ".join(filter(None, [o.error, o.reason]))}
         for tool, o in result.outcomes.items()], style)
     lines += ["", style.paint(result.status, result.status)
@@ -7260,23 +7259,26 @@ def make_status(tools, find_last, running, attempts, now, items):
     """Return what --status shows, as data: the run that goes on, if any, and each tool, with how
     many of its `items` have each status.
     """
-    rows = []
-    for tool in tools:
-        last = {"status": "pending", **(find_last(tool) or {})}
-        age_s = max(0.0, now - last["started_at"]) if len(last) > 1 else None  # clocks are set back
-        rows.append({"tool": tool, **make_row(last, "status", "run_id", "started_at", "rows"),
-                     "age_s": age_s,
-                     "duration_s": age_s if last["status"] == "running" else last.get("duration_s"),
-                     "reason": last.get("reason") or "", "error": last.get("error") or "",
-                     "items": items.get(tool)})
-    return {"running": running and {**make_row(running, "run_id", "pid", "started_at"),
-                                    "tools": [each["tool"] for each in attempts]}, "tools": rows}
+    def make_tool(tool):
+        row = {"status": "pending", **(find_last(tool) or {}), "tool": tool,
+               "items": items.get(tool)}
+        if "started_at" in row:
+            row["age_s"] = max(0.0, now - row["started_at"])  # clocks are set back
+        if row["status"] == "running":
+            row["duration_s"] = row["age_s"]
+        row.update((name, row.get(name) or "") for name in ("reason", "error"))
+        return make_row(row, "tool status run_id started_at rows age_s duration_s reason error "
+                             "items")
+
+    return {"running": running and {**make_row(running, "run_id pid started_at"),
+                                    "tools": [each["tool"] for each in attempts]},
+            "tools": [make_tool(tool) for tool in tools]}
 
 
 def format_status(shown, style):
     """Return --status as text."""
     lines = format_table(
-        ("tool", "status", ">run_id", ">age_s", ">duration_s", ">rows", "?items", "note"),
+        "tool status >run_id >age_s >duration_s >rows ?items note",
         [{**tool, "items": format_counts(tool["items"]), "note": tool["error"] or tool["reason"]}
          for tool in shown["tools"]], style)
     run = shown["running"]
@@ -7310,47 +7312,63 @@ def format_counts(items):
 def make_item_view(row):
     """Return a row of the ledger as --items shows it, as data."""
     row = {**row, "run_id": row["run_id"].partition(".")[0], "rows": row["row_count"]}
-    return make_row(row, "item", "version", "status", "attempts", "deaths", "duration_s", "error",
-                    "run_id", "ended_at", "rows")
+    return make_row(row, "item version status attempts deaths duration_s error run_id ended_at "
+                         "rows")
 
 
-def format_items(shown, style):
-    """Return --items as text."""
+def format_items(items, style):
+    """Return some of --items as text."""
     return "\n".join(format_table(
-        ("item", "?version", "status", ">tries", "run_id", "ended_at", ">rows", "note"),
+        "item ?version status >tries run_id ended_at >rows note",
         [{**row, **{key: format_names([row[key]], 1) for key in ("item", "version")},
           "tries": row["attempts"] + row["deaths"], "note": row["error"]}
-         for row in shown["items"]], style))
+         for row in items], style))
 
 
 def make_backfill_view(periods):
     """Return what --plan shows of a backfill, as data."""
-    return {"periods": [{**p.arguments(), "action": p.action, "reason": p.reason,
-                         "run_id": p.run_id and str(p.run_id)} for p in periods]}
+    return {"periods": [make_row({**period.arguments(), **period._asdict()},
+                                 "period_start period_end action reason run_id")
+                        for period in periods]}
 
 
 def format_backfill(shown, style):
     """Return --plan of a backfill as text."""
     periods = shown["periods"]
-    lines = format_table((*PERIOD_ARGUMENTS, "action", "reason"), periods, style)
+    lines = format_table("period_start period_end action reason", periods, style)
     left = sum(period["action"] != "skip" for period in periods)
     return "\n".join([*lines, "", f"{left} of {format_plural(len(periods), 'period')} to run"])
 
 
+def format_backfill_end(count, ends, failed, today):
+    """Return the closing line of a backfill. `ends` are words on how each of its `count` periods
+    ended that was not left alone; `failed` are the starts of those that failed, now or before.
+    """
+    words = [*ends.values()]
+    text = (f"\nBackfill: {format_plural(words.count('done now'), 'period')} done now, "
+            f"{count - len(words)} left alone, {len(failed)} failed"
+            + ": " * bool(failed) + format_some(failed))
+    text += "".join(f", {period.start} cut off" for period in ends if ends[period] == "cut off")
+    if "not begun" in words:
+        text += f", {words.count('not begun')} not begun"
+    return text + "".join(
+        f"; the period from {period.start} is not over yet, and will be run again when it is"
+        for period in ends if ends[period] == "done now" and today < period.end)
+
+
 def make_run_view(run, attempts, is_detailed=False):
     """Return a run as --history shows it, as data: each tool once, as its last attempt ended."""
-    of_tools = ["tool", "status", "reason", "attempts", "started_at", "duration_s", "rows", "error"]
-    of_run = ["run_id", "status", "targets", "arguments", "started_at", "ended_at", "duration_s",
-              "planned"]
+    of_tools = "tool status reason attempts started_at duration_s rows error "
+    of_run = "run_id status targets arguments started_at ended_at duration_s planned "
     if is_detailed:
-        of_tools += ["traceback", "log", "pid", "result", "items"]
-        of_run += ["exclude", "start_from", "resumes", "pid", "version", "git_commit"]
+        of_tools += "traceback log pid result items"
+        of_run += "exclude start_from resumes pid version git_commit"
     tools = {}
     for row in attempts:
         tools.pop(row["tool"], None)
-        tools[row["tool"]] = make_row({**row, "attempts": row["attempt"]}, *of_tools)
+        tools[row["tool"]] = make_row({**row, "attempts": row["attempt"]}, of_tools)
     ended_at = None if run["duration_s"] is None else run["started_at"] + run["duration_s"]
-    return {**make_row({**run, "ended_at": ended_at}, *of_run), "tools": list(tools.values())}
+    return {**make_row({**run, "ended_at": ended_at}, of_run), "tools": list(tools.values())}
 
 
 def format_runs(shown, style):
@@ -7363,30 +7381,26 @@ def format_runs(shown, style):
         rows.append({**run, "tools": f"{done} of {run['planned']}",
                      "targets": [*run["targets"], *period]})
     return "\n".join(format_table(
-        (">run_id", "status", "started_at", ">duration_s", ">tools", "targets"), rows, style))
+        ">run_id status started_at >duration_s >tools targets", rows, style))
 
 
 def format_run(shown, style):
     """Return --history RUN as text: all that is known of one run."""
     import json
     run, = shown["runs"]
-    facts = {"run": run["run_id"] + (f", which resumed run {run['resumes']}"
-                                     if run["resumes"] else ""),
-             "status": run["status"], "targets": run["targets"], "without": run["exclude"],
-             "from": run["start_from"],
-             "arguments": json.dumps(run["arguments"], ensure_ascii=False),
-             "started": format_local(run["started_at"]),
-             "duration": format_duration(run["duration_s"]),
-             "version": run["version"] + (f", commit {run['git_commit'][:12]}"
-                                          if run["git_commit"] else "")}
-    lines = format_table(("name", "value"), [{"name": name, "value": value}
-                                             for name, value in facts.items() if value],
-                         has_head=False)
-    lines += ["", *format_table(
-        ("tool", "status", ">attempts", "started", ">duration_s", ">rows", "note"),
-        [{**tool, "attempts": tool["attempts"] or None,
-          "started": format_local(tool["started_at"])[11:], "note": tool["error"] or tool["reason"]}
-         for tool in run["tools"]], style)]
+    resumed = f", which resumed run {run['resumes']}" if run["resumes"] else ""
+    commit = f", commit {run['git_commit'][:12]}" if run["git_commit"] else ""
+    facts = {**run, "run": run["run_id"] + resumed, "without": run["exclude"],
+             "from": run["start_from"], "version": run["version"] + commit,
+             "arguments": json.dumps(run["arguments"], ensure_ascii=False)}
+    names = "run status targets without from arguments started_at duration_s version".split()
+    cells = [{"name": format_head(name), "value": format_cell(name, facts[name])}
+             for name in names]
+    lines = format_table("name value", [cell for cell in cells if cell["value"]], has_head=False)
+    lines += ["", *format_table("tool status >attempts started >duration_s >rows note", [
+        {**tool, "attempts": tool["attempts"] or None,
+         "started": format_local(tool["started_at"])[11:], "note": tool["error"] or tool["reason"]}
+        for tool in run["tools"]], style)]
     for tool in run["tools"]:
         if tool["traceback"]:
             lines += ["", style.bold(tool["tool"]), tool["traceback"].rstrip()]
@@ -7412,26 +7426,27 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
     stands above the ENGINE mark, by name.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    verbose, code, call = "-v" in argv or "--verbose" in argv, EXIT_SUCCESS, None
+    code, command = EXIT_SUCCESS, command_run
     try:
         forget_modules()
         check_not_hidden(yours)
-        options, arguments = parse_arguments(add_arguments, argv)
-        verbose = options.verbose
-        load = read_pipeline if options.command is command_check else load_pipeline
+        parser = make_parser(add_arguments)
+        options, arguments = parser.read(argv)
+        command = next((_COMMANDS[name] for name in _COMMANDS if name in parser.given), command)
+        parser.check(options, argv)
+        load = read_pipeline if command is command_check else load_pipeline
         pipeline = load(tool_map, stages, get_connection, name=name or find_name(), limits=limits)
         base = find_base(get_connection)
         home = home or os.environ.get("ORCHESTRATOR_HOME") or os.path.join(base, ".orchestrator")
-        call = Call(pipeline, options, arguments, argv, find_program(), base,
-                    find_pipeline_folder(home, pipeline.name), add_arguments)
-        code = options.command(call)
-        with contextlib.suppress(ValueError):  # it is closed
-            if sys.stdout is not None:
-                show("", end="")  # what tools printed last goes out while a failure can be told
+        code = command(Call(
+            pipeline, options, arguments, argv, parser, parser.given, find_program(), base,
+            find_pipeline_folder(home, pipeline.name))) or EXIT_SUCCESS
+        with contextlib.suppress(OutputClosed):  # which a run can do without
+            show("", end="")  # what tools printed last goes out while a failure can be told
         return code
     except UserError as error:
-        if verbose and error.__cause__:
-            say(format_traceback(error.__cause__, verbose))
+        if error.__cause__ and not {"-v", "--verbose"}.isdisjoint(argv):
+            say(format_traceback(error.__cause__, verbose=True))
         say(str(error))
         return error.exit_code
     except SystemExit as done:  # argparse, after --help and --version; or add_arguments()
@@ -7441,12 +7456,11 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         return EXIT_FAILED
     except KeyboardInterrupt as error:
         number = next((each for each in error.args if isinstance(each, int)), SIGINT)
-        is_run = call is None or call.options.command is command_run
-        say(format_signal(number) + ", before anything had run" * is_run)
+        say(format_signal(number) + ", before anything had run" * (command is command_run))
         return EXIT_SIGNAL + number
     except OutputError as error:
-        if error.args:
-            say(str(error))
+        if str(error):
+            say(f"stdout could not be written: {error}.")
         return code or EXIT_FAILED
     except Exception as error:
         say(format_traceback(error, verbose=True) + format_bug(argv))
@@ -7473,7 +7487,39 @@ def check_not_hidden(yours):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are UserErrors, and whose help is output like any."""
+    """The parser of the command line. Its mistakes are UserErrors, its help is output like any.
+
+    `names` are those of the arguments that tools get; `required` are the flags, and groups of
+    them, that add_arguments() requires, which argparse is not told: only a run needs them.
+    State: `given`, the actions of the flags that the words read last have given, by name.
+    """
+
+    def read(self, words):
+        """Return the engine's options, and apart from them the arguments that tools get."""
+        self.given = {}
+        options, unknown = self.parse_known_intermixed_args(words)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            raise UserError(f"There is no flag {unknown[0]!r}.",
+                            format_nearest(unknown[0].partition("=")[0], flags))
+        return options, {name: value for name, value in vars(options).items()
+                         if name in self.names}
+
+    def check(self, options, words):
+        """Raise UserError if words that were read say nothing together, or less than a run needs.
+        """
+        check_companions(options, {name: action for name, action in self.given.items()
+                                   if name not in self.names})
+        if [word.partition("=")[0] for word in words].count("--item") > 1:
+            raise UserError("--item was given twice.", "Leave one out; without it, all are done.")
+        if self.required and self.given.keys().isdisjoint((*_COMMANDS, "resume")):
+            for each in self.required:  # argparse itself says which of them is missing
+                each.required = True
+            self.parse_known_intermixed_args(words)
+
+    def _get_values(self, action, words):
+        self.given[action.dest] = action
+        return super()._get_values(action, words)
 
     def _print_message(self, message, file=None):
         show(message, end="")
@@ -7483,9 +7529,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             text = str(action.help or "").replace("%%", "")
             try:
-                if re.search(r"%(?!\()", text):
-                    raise ValueError(text)
-                text % {**vars(action), "prog": self.prog}
+                re.sub(r"%(?!\()", "%()", text) % {**vars(action), "prog": self.prog}
             except (ValueError, TypeError, KeyError):
                 raise UserError(f"add_arguments(): a % in the help of {action.option_strings[0]} "
                                 "does not begin a name such as %(default)s.",
@@ -7498,23 +7542,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(add_arguments):
-    """Return the parser, and the names of the arguments that tools get.
-
-    add_arguments() declares them on a parser of its own, where it can do all that argparse can.
-    """
+    """Return the parser, with the flags of add_arguments() and those of the engine."""
     # With a width, since argparse would import what finds that of the terminal, for each flag.
-    own = Parser(add_help=False, allow_abbrev=False,
-                 formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80))
+    parser = Parser(description="Run the tools and stages of this pipeline.", add_help=False,
+                    usage="%(prog)s [TARGET ...] [flags]", allow_abbrev=False,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80))
+    parser._optionals.title = "arguments of the tools"
     try:
         if add_arguments is not None:
-            add_arguments(own)
-        parser = Parser(description=own.description or "Run the tools and stages of this pipeline.",
-                        epilog=own.epilog, usage="%(prog)s [TARGET ...] [flags]", parents=[own],
-                        allow_abbrev=False, add_help=False)
-        parser._optionals.title = "arguments of the tools"
-        groups, count = parser._action_groups, len(parser._action_groups)
+            add_arguments(parser)
+        own, groups = list(parser._actions), list(parser._action_groups)
         add_flags(parser)
-        groups[:] = groups[count:] + groups[:count]  # --help shows the engine's first
     except argparse.ArgumentError as error:
         raise UserError(f"add_arguments(): {error.message}.",
                         "Choose another flag: that one is the engine's, or declared twice."
@@ -7522,15 +7560,23 @@ def make_parser(add_arguments):
     except Exception as error:
         raise UserError(f"add_arguments() failed: {format_one_line(error)}",
                         "Mend it; -v shows where.") from error
-    flags = {name: f"set_defaults({name}=...)" for name in own._defaults}
-    flags.update({action.dest: "".join(action.option_strings[:1]) for action in own._actions})
-    engines = [action.dest for action in parser._actions[len(own._actions):]]
-    check_flags(flags, {*engines, *RESERVED_ARGUMENTS})
-    return parser, list(flags)
+    parser.formatter_class = argparse.HelpFormatter
+    parser._action_groups.sort(key=groups.__contains__)  # --help shows the engine's first
+    parser.names = find_arguments(own, parser)
+    parser.required = [each for each in (*own, *parser._mutually_exclusive_groups) if each.required]
+    for each in parser.required:
+        each.required = False
+    return parser
 
 
-def check_flags(flags, engines):
-    """Raise UserError for an argument of the tools that has no flag, or a name of the engine's."""
+def find_arguments(own, parser):
+    """Return the names of the arguments that tools get; `own` are the actions of add_arguments().
+
+    Raise UserError for one that has no flag, or a name of the engine's.
+    """
+    flags = {name: f"set_defaults({name}=...)" for name in parser._defaults}
+    flags.update((action.dest, "".join(action.option_strings[:1])) for action in own)
+    engines = {*RESERVED_ARGUMENTS, *(action.dest for action in parser._actions[len(own):])}
     for name, flag in flags.items():
         if not flag:
             raise UserError(f"add_arguments(): {name!r} is not a flag, and words on the command "
@@ -7538,26 +7584,33 @@ def check_flags(flags, engines):
         if name in engines:
             raise UserError(f"add_arguments(): {flag} would reach tools as {name!r}, which is the "
                             "engine's own name.", "Choose another flag, or another dest=.")
+    return flags.keys()
 
 
-class Choose(argparse.Action):
-    """A flag that says which command to do; what follows it is `options.operand`."""
+def check_companions(options, given):
+    """Raise UserError for a flag that says nothing beside the others that were given."""
+    for name, action in given.items():
+        match = re.match("with (--.*?):", action.help)
+        if match and given.keys().isdisjoint(re.findall(r"\w+", match[1])):
+            raise UserError(f"--{name} goes with {match[1]}.", "Leave it out, or add that.")
+    said = [*options.targets, *(f"--exclude {name}" for name in options.exclude),
+            *["--from"] * ("start_from" in given), *["--no-history"] * options.no_history]
+    if said and ("resume" in given or "mark_done" in given):
+        raise UserError("--resume takes targets and exclusions from the run that it goes on with; "
+                        f"it does not go with {' '.join(said)}.",
+                        "Leave that out, or leave out --resume.")
+    if "backfill" in given and ("resume" in given or options.no_history):
+        raise UserError("--backfill looks into the history for what is done, and goes on there; it "
+                        f"does not go with --{'no-history' if options.no_history else 'resume'}.",
+                        "Leave that out.")
 
-    def __init__(self, *args, command, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.command = command
 
-    def __call__(self, parser, namespace, values, option=None):
-        namespace.command, namespace.operand = self.command, values or None
-
-
-def read_wait_s(text):
-    """Return how long --wait waits."""
+def read_duration_s(text):
+    """Return seconds."""
     try:
         return parse_duration_s(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f'{text!r} is no duration like "10m"; write targets before the flag') from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration") from None
 
 
 def read_whole(text):
@@ -7567,152 +7620,104 @@ def read_whole(text):
     return int(text)
 
 
-_GOES_WITH = {"json": "list plan status history logs items", "failed": "items", "last": "history",
-              "run": "logs", "tail": "logs", "follow": "logs", "step": "backfill",
-              "reverse": "backfill", "reprocess": "backfill"}  # flag -> commands
-
-
-def check_companions(options):
-    """Raise UserError for a flag that says nothing beside the others that were given."""
-    command = options.command.__name__[len("command_"):]
-    given = {command, "backfill"} if options.backfill else {command}
-    for flag, commands in _GOES_WITH.items():
-        if getattr(options, flag) not in (None, False) and given.isdisjoint(commands.split()):
-            raise UserError(f"--{flag} goes with --{commands.replace(' ', ', --')}.",
-                            "Leave it out, or add that.")
-    if len(set(options.item or ())) > 1:
-        raise UserError("--item was given twice.", "Leave one out; without it, all are done.")
-    said = [*options.targets, *(f"--exclude {name}" for name in options.exclude),
-            *["--from"] * bool(options.start_from), *["--no-history"] * options.no_history]
-    if said and (options.resume is not None or command == "mark_done"):
-        raise UserError("--resume takes targets and exclusions from the run that it goes on with; "
-                        f"it does not go with {' '.join(said)}.",
-                        "Leave that out, or leave out --resume.")
-    if options.backfill and (options.resume is not None or options.no_history):
-        raise UserError("--backfill looks into the history for what is done, and goes on there; it "
-                        f"does not go with --{'no-history' if options.no_history else 'resume'}.",
-                        "Leave that out.")
+_FLAGS = """\
+what to run
+  targets                     stages and tools; +TOOL adds all that it needs, TOOL+ all that needs
+                              it; none means the stage "full", or else every tool
+  --exclude NAME              leave out this tool or stage (may be repeated)
+  --from NAME                 begin at this tool or stage, leaving out what is before it
+  -j, --jobs N                run up to N tools side by side; 0 means one for each core
+  -x, --fail-fast             start nothing more after the first failure
+  --resume [RUN]              go on with the last run that did not succeed, or with that one
+  --force                     run cached tools too, and do without needs that never succeeded
+  --item NAME                 do only this item of a tool that has items
+  --retry-items TOOL [ITEM ...]  try items again that were given up: these, or all of the tool
+  --backfill A..B             run once per period from day A to day B, which tools get as
+                              period_start and period_end (the day after the last)
+  --step {day,week,month}     with --backfill: how long a period is (day)
+  --reverse                   with --backfill: the last one first
+  --reprocess {failed,all}    with --backfill: run periods again that failed, or all
+  --wait [DURATION]           wait for another run of this pipeline to end
+  --no-history                keep no history, and take no lock
+looking and tidying, without running anything
+  --list                      show the tools and stages
+  --plan, -n, --dry-run       show what a run would do, and why
+  --check                     read every module, import none, and report all mistakes
+  --status                    show how each tool ended last, and what runs now
+  --history [RUN]             show the last runs, or all of one
+  --logs [TOOL]               show what the tools of the last run printed, or one tool
+  --items TOOL [ITEM ...]     show how the items of a tool ended, or some of them
+  --mark-done TOOL [TOOL ...]  accept a tool that you mended by hand, for --resume
+  --prune DURATION            forget the runs that are older
+  --last N                    with --history: so many runs
+  --run RUN                   with --logs: of that run
+  --tail N                    with --logs: the last N lines
+  --follow                    with --logs: go on while the run goes on
+  --failed                    with --items: those that failed, with their errors
+  --json                      with --list, --plan, --status, --history, --logs, --items: print JSON
+                              for programs
+other
+  -v, --verbose               show the engine's part of tracebacks, and debug logs
+  -q, --quiet                 say only what went wrong
+  --version                   show the versions and exit
+  -h, --help                  show this help and exit
+"""
+_MORE = {  # what argparse is to know of a flag beside that, by its name
+    "targets": {"action": "store", "nargs": "*", "default": [], "metavar": "TARGET"},
+    "--exclude": {"action": "append", "default": []},
+    "--from": {"dest": "start_from"},
+    "--jobs": {"type": int, "default": 1},
+    "--retry-items": {"action": "append", "default": []},
+    "--step": {"default": "day"},
+    "--wait": {"type": read_duration_s, "const": float("inf"), "default": 0.0},
+    "--prune": {"type": read_duration_s},
+    "--last": {"type": read_whole, "default": 10},
+    "--tail": {"type": read_whole},
+    "--version": {"action": "version",
+                  "version": f"orchestrator.py {VERSION}, Python {sys.version.split()[0]}"},
+    "--help": {"action": "help"},
+}
 
 
 def add_flags(parser):
-    """Declare the engine's own flags."""
-    run = parser.add_argument_group("what to run").add_argument
-    run("targets", nargs="*", default=[], metavar="TARGET",
-        help='stages and tools; +TOOL adds all that it needs, TOOL+ all that needs '
-             'it; none means the stage "full", or else every tool')
-    run("--exclude", action="append", default=[], metavar="NAME",
-        help="leave out this tool or stage (may be repeated)")
-    run("--from", dest="start_from", metavar="NAME",
-        help="begin at this tool or stage, leaving out what is before it")
-    run("-j", "--jobs", type=int, default=1, metavar="N",
-        help="run up to N tools side by side; 0 means one for each core")
-    run("-x", "--fail-fast", action="store_true",
-        help="start nothing more after the first failure")
-    run("--resume", nargs="?", const="", metavar="RUN",
-        help="go on with the last run that did not succeed, or with that one")
-    run("--force", action="store_true",
-        help="run cached tools too, and do without needs that never succeeded")
-    run("--item", metavar="NAME", action="append",
-        help="do only this item of a tool that has items")
-    run("--retry-items", nargs="+", action="append", default=[],
-        metavar=("TOOL", "ITEM"),
-        help="try items again that were given up: these, or all of the tool")
-    run("--backfill", metavar="A..B", help="run once per period from day A to day B, "
-        "which tools get as period_start and period_end (the day after the last)")
-    run("--step", choices=STEPS, help="with --backfill: how long a period is (day)")
-    run("--reverse", action="store_true", help="with --backfill: the last one first")
-    run("--reprocess", choices=("failed", "all"),
-        help="with --backfill: run periods again that failed, or all")
-    run("--wait", nargs="?", type=read_wait_s, const=float("inf"), default=0.0,
-        metavar="DURATION", help="wait for another run of this pipeline to end")
-    run("--no-history", action="store_true",
-        help="keep no history, and take no lock")
-    add_commands(parser.add_argument_group("looking and tidying, without running anything"))
-    other = parser.add_argument_group("other").add_argument
-    other("-v", "--verbose", action="store_true",
-          help="show the engine's part of tracebacks, and debug logs")
-    other("-q", "--quiet", action="store_true", help="say only what went wrong")
-    other("--version", action="version", help="show the versions and exit",
-          version=f"orchestrator.py {VERSION}, Python {sys.version.split()[0]}")
-    other("-h", "--help", action="help", help="show this help and exit")
+    """Declare the flags of _FLAGS."""
+    for line in re.sub(r"\n {20,}", " ", _FLAGS).splitlines():
+        flags, value, text = re.match(r" *(.*?)(?: ([A-Z[{].*?))?(?:  +(.*))?$", line).groups()
+        if not text:
+            group = parser.add_argument_group(line)
+            commands = group.add_mutually_exclusive_group()
+            continue
+        flags = flags.split(", ")
+        name = flags[-1] if flags[0][1] != "-" else flags[0]  # the first long one
+        there = commands if name[2:].replace("-", "_") in _COMMANDS else group
+        there.add_argument(*flags, help=text, **{**read_value(value), **_MORE.get(name, {})})
 
 
-def add_commands(look):
-    """Declare the flags that do something else than run, and what goes with them."""
-    commands = look.add_mutually_exclusive_group()
-    for flags, command, operand, text in [
-        (("--list",), command_list, {}, "show the tools and stages"),
-        (("--plan", "-n", "--dry-run"), command_plan, {}, "show what a run would do, and why"),
-        (("--check",), command_check, {},
-         "read every module, import none, and report all mistakes"),
-        (("--status",), command_status, {}, "show how each tool ended last, and what runs now"),
-        (("--history",), command_history, {"nargs": "?", "metavar": "RUN"},
-         "show the last runs, or all of one"),
-        (("--logs",), command_logs, {"nargs": "?", "metavar": "TOOL"},
-         "show what the tools of the last run printed, or one tool"),
-        (("--items",), command_items, {"nargs": "+", "metavar": ("TOOL", "ITEM")},
-         "show how the items of a tool ended, or some of them"),
-        (("--mark-done",), command_mark_done, {"nargs": "+", "metavar": "TOOL"},
-         "accept a tool that you mended by hand, for --resume"),
-        (("--prune",), command_prune, {"nargs": 1, "metavar": "DURATION"},
-         "forget the runs that are older"),
-    ]:
-        commands.add_argument(*flags, dest="command", action=Choose, command=command,
-                              default=command_run, help=text, **{"nargs": 0, **operand})
-    flag = look.add_argument
-    flag("--last", type=read_whole, metavar="N", help="with --history: so many runs")
-    flag("--run", metavar="RUN", help="with --logs: of that run")
-    flag("--tail", type=read_whole, metavar="N", help="with --logs: the last N lines")
-    flag("--follow", action="store_true",
-         help="with --logs: go on while the run goes on")
-    flag("--failed", action="store_true",
-         help="with --items: those that failed, with their errors")
-    flag("--json", action="store_true", help="print JSON for programs")
-
-
-def parse_arguments(add_arguments, argv, known=None):
-    """Return the engine's options, and apart from them the arguments that tools get.
-
-    `known` are arguments that flags override: of a run that is recorded, or none for its words.
-    They are taken as they are, and what add_arguments() requires is there; that is required of no
-    command but a run either.
-    """
-    parser, names = make_parser(add_arguments)
-    required = [each for each in (*parser._actions, *parser._mutually_exclusive_groups)
-                if each.required]
-    for each in required:
-        each.required = False
-    options, unknown = parser.parse_known_intermixed_args(argv, argparse.Namespace(**known or {}))
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        raise UserError(f"There is no flag {unknown[0]!r}.",
-                        format_nearest(unknown[0].partition("=")[0], flags))
-    if known is None:
-        check_companions(options)
-        if required and options.command is command_run and options.resume is None:
-            for each in required:  # argparse itself says which of them is missing
-                each.required = True
-            parser.parse_known_intermixed_args(argv)
-    options.item = options.item and options.item[-1]
-    return options, {name: value for name, value in vars(options).items() if name in names}
+def read_value(value):
+    """Return what argparse is to know of the value that a flag takes, as _FLAGS writes it."""
+    if value is None:
+        return {"action": "store_true"}
+    if value[0] == "{":
+        return {"choices": value[1:-1].split(",")}
+    if value[0] == "[":
+        return {"metavar": value[1:-1], "nargs": "?", "const": ""}
+    first, *more = re.findall(r"[A-Z][A-Z.]*", value)
+    return {"metavar": (first, *more), "nargs": "+"} if more else {"metavar": first}
 
 
 class Call(NamedTuple):
-    """A call of the program: `program` are the words that started it, `argv` those after them.
-    `folder` is that of its history.
+    """A call of the program: `program` are the words that started it, `argv` those after them,
+    `given` what its parser found given in them. `folder` is that of its history.
     """
     pipeline: Pipeline
     options: Any
     arguments: Dict[str, Any]
     argv: List[str]
+    parser: Parser
+    given: Dict[str, Any]
     program: Tuple[str, ...]
     base: str
     folder: str
-    add_arguments: Optional[Callable[[Any], None]]
-
-    def parse(self, words, known):
-        """Return what parse_arguments() makes of other words."""
-        return parse_arguments(self.add_arguments, words, known)
 
     def make_request(self):
         """Return what is asked for, where nothing is resumed."""
@@ -7725,10 +7730,8 @@ class Call(NamedTuple):
 
         One whose action is of the user's own is left out: it may do something by itself.
         """
-        parser, names = make_parser(self.add_arguments)
-        _, said = self.parse(self.argv, dict.fromkeys(names))
-        return {action.dest: action.option_strings[0] for action in parser._actions
-                if said.get(action.dest) is not None and type(action).__module__ == "argparse"}
+        return {name: action.option_strings[0] for name, action in self.given.items()
+                if name in self.arguments and type(action).__module__ == "argparse"}
 
 
 def open_history(call):
@@ -7773,7 +7776,6 @@ def check_tool(call, name):
 def answer(call, shown, format_text):
     """Show what a command was asked for, as text or as JSON."""
     show(to_json(shown) if call.options.json else format_text(shown, make_style(sys.stdout)))
-    return EXIT_SUCCESS
 
 
 def command_list(call):
@@ -7785,7 +7787,7 @@ def command_list(call):
         say(str(error))
         lasts = {}
     shown = make_list(call.pipeline, tools, find_summary, lasts.get)
-    return answer(call, shown, format_list)
+    answer(call, shown, format_list)
 
 
 def command_plan(call):
@@ -7812,7 +7814,7 @@ def command_check(call):
         show(mistake)
     show(f"{format_plural(len(tools), 'tool')} read, "
          f"{format_plural(len(mistakes) or 'no', 'mistake')} found")
-    return EXIT_USAGE if mistakes else EXIT_SUCCESS
+    return EXIT_USAGE if mistakes else None
 
 
 def command_status(call):
@@ -7823,7 +7825,7 @@ def command_status(call):
     lasts = history.load_last_attempts()
     shown = make_status(tools, lasts.get, running, attempts, Clock().wall(),
                         count_items_of(call, [lasts[tool] for tool in tools if tool in lasts]))
-    return answer(call, shown, format_status)
+    answer(call, shown, format_status)
 
 
 def count_items_of(call, lasts):
@@ -7868,10 +7870,13 @@ def open_ledger(call, conn, tool):
         yield ledger if ledger.is_there() else None
 
 
+_END = "\n  ]\n}"  # of the JSON of a list of items
+
+
 def command_items(call):
     """Show the items of a tool that were tried, or those that failed, page by page."""
     options = call.options
-    tool, *names = options.operand
+    tool, *names = options.items
     check_tool(call, tool)
     if not has_items(call.pipeline.tools[tool]):
         raise UserError(f"{tool} has no items.", "A tool has items if its module has a function "
@@ -7879,18 +7884,17 @@ def command_items(call):
     count = 0
     with open_connection(call) as conn:
         for page in load_item_pages(call, conn, tool, names):
-            if options.json:  # as to_json() has it, but for the whole of it in memory
-                show("," if count else '{\n  "items": [', end="")
-                show(to_json(page)[1:-2].replace("\n", "\n  "), end="")
+            if options.json:  # without its end: the whole of it may be larger than memory
+                text = to_json({"items": page})[:-len(_END)]
+                show("," + text.partition("[")[2] if count else text, end="")
             else:
-                show(format_items({"items": page}, make_style(sys.stdout)))
+                show(format_items(page, make_style(sys.stdout)))
             count += len(page)
     if options.json:
-        show("\n  ]\n}" if count else to_json({"items": []}))
+        show(_END if count else to_json({"items": []}))
     elif not count:
         which = " or ".join(map(format_name, names)) or "item"
         say(f"No {which} of {tool} has {'failed' if options.failed else 'been tried'}.")
-    return EXIT_SUCCESS
 
 
 def load_item_pages(call, conn, tool, names):
@@ -7908,73 +7912,81 @@ def load_item_pages(call, conn, tool, names):
 def command_history(call):
     """Show the last runs, or all that is known of one."""
     history, options = look_at(need_history(call), call), call.options
-    if options.operand:
-        run = history.find_run(options.operand)
+    if options.history:
+        run = history.find_run(options.history)
         attempts = history.load_attempts(run["run_id"])
         for row in attempts:
             row["log"] = row["log"] and format_path(os.path.join(call.folder, row["log"]))
         return answer(call, {"runs": [make_run_view(run, attempts, is_detailed=True)]}, format_run)
-    runs = history.load_last_runs(10 if options.last is None else options.last)
-    views = [make_run_view(run, history.load_attempts(run["run_id"])) for run in runs]
-    return answer(call, {"runs": views}, format_runs)
+    views = [make_run_view(run, history.load_attempts(run["run_id"]))
+             for run in history.load_last_runs(options.last)]
+    answer(call, {"runs": views}, format_runs)
 
 
 def command_logs(call):
     """Show what tools printed: in the last run or another, all tools or one."""
     history, options = need_history(call), call.options
-    tool = options.operand
-    if tool:
-        check_tool(call, tool)
-    run_id = options.run or tool and history.find_called_in(tool)
+    if options.logs:
+        check_tool(call, options.logs)
+    run_id = options.run or options.logs and history.find_called_in(options.logs)
     run = history.find_run(run_id) if run_id else next(iter(history.load_last_runs(1)), None)
     logs = {}  # by file: what --json shows of it, and how much of it was shown
-    goes_on, is_here = run is not None, False
-    while goes_on:
+    while run:
         goes_on = options.follow and is_held(call.folder)  # else look once more
         for row in history.load_attempts(run["run_id"]):
-            if tool in (None, row["tool"]) and row["attempt"]:
-                path = find_log(find_logs(call.folder, str(run["run_id"])), row["tool"],
-                                row["attempt"])
-                show_log(row, path, logs, options)
-                is_here = is_here or path in logs and row["pid"] == run["pid"]
-        if goes_on:
-            Clock().sleep(0.2)
-    if is_here and not options.json:
+            if row["attempt"] and options.logs in ("", row["tool"]):
+                show_log(call, row, logs)
+        if not goes_on:
+            break
+        Clock().sleep(0.2)
+    shown = [log for log, _ in logs.values()]
+    if options.json:
+        show(to_json({"logs": shown}))
+    elif not shown:
+        say("Nothing was printed.")
+    elif any(log["pid"] == run["pid"] for log in shown):
         say("What C code and child processes of a tool print is kept only if it is isolated or "
             "runs with --jobs.")
-    if options.json:
-        show(to_json({"logs": [log for log, _ in logs.values()]}))
-    elif not logs:
-        say("Nothing was printed.")
-    return EXIT_SUCCESS
 
 
-def show_log(row, path, logs, options):
+def show_log(call, row, logs):
     """Show what is new in the log of an attempt, and note it in `logs`."""
+    options, lines = call.options, []
+    path = find_log(find_logs(call.folder, str(row["run_id"])), row["tool"], row["attempt"])
     if not has_bytes(path):
         return
-    is_new = path not in logs
-    log, at = logs.get(path) or ({"run_id": str(row["run_id"]), "tool": row["tool"],
-                                  "attempt": row["attempt"], "path": path, "lines": []}, 0)
-    if is_new and options.tail is not None:
-        at = os.path.getsize(path)
-        lines = read_tail(path, options.tail)
-    else:
-        with open(path, "rb") as file:
-            file.seek(at)
-            content = file.read()
-        if row["status"] == "running":
-            content = content[:content.rfind(b"\n") + 1]  # whole lines
-        at += len(content)
-        lines = clean(content.decode("utf-8", "replace")).splitlines()
+    log, at = logs.get(path, (make_row(row, "run_id tool attempt pid"), 0))
+    if path not in logs:
+        log.update(path=path, lines=[])
+        if not (options.json or options.logs):
+            show(make_style(sys.stdout).bold(f"{row['tool']}, attempt {row['attempt']} ({path}):"))
+        if options.tail is not None:
+            lines, at = read_tail(path, options.tail), os.path.getsize(path)
+    for piece, end in read_pieces(path, at, is_whole=row["status"] != "running"):
+        at = end
+        lines += clean(b"".join(piece).decode("utf-8", "replace")).splitlines()
     logs[path] = {**log, "status": row["status"]}, at
     if options.json:
         log["lines"] += lines
         return
-    if is_new and not options.operand:
-        show(make_style(sys.stdout).bold(f"{row['tool']}, attempt {row['attempt']} ({path}):"))
     for line in lines:
         show(line)
+
+
+def read_pieces(path, at, is_whole):
+    """Yield what a log has from a place on, as lists of lines, and where each list ends, since it
+    may be larger than memory. A line that has no end yet is left out unless the log `is_whole`.
+    """
+    with open(path, "rb") as file:
+        while True:
+            file.seek(at)
+            lines = file.readlines(1 << 20)
+            if not is_whole and lines and not lines[-1].endswith(b"\n"):
+                lines.pop()
+            if not lines:
+                return
+            at += sum(map(len, lines))
+            yield lines, at
 
 
 @contextlib.contextmanager
@@ -7990,32 +8002,23 @@ def change_history(call):
 
 def command_mark_done(call):
     """Record tools of the run that a resume would go on with as done, by hand."""
-    for tool in call.options.operand:
+    tools, call.options.resume = call.options.mark_done, ""
+    for tool in tools:
         check_tool(call, tool)
-    call.options.resume = ""
     with change_history(call) as history:
         plan, request, arguments = find_plan(call, history)
-        left = mark_done(call.pipeline, plan, request, arguments, history, call.options.operand,
-                         Clock().wall())
-    say("Marked as done: " + ", ".join(call.options.operand) + ".")
+        left = mark_done(call.pipeline, plan, request, arguments, history, tools, Clock().wall())
+    say("Marked as done: " + ", ".join(tools) + ".")
     say(f"Left to do: {', '.join(left)}. Next: "
         + format_command(call, "--resume") if left else "Nothing is left to do.")
-    return EXIT_SUCCESS
 
 
 def command_prune(call):
     """Forget old runs."""
-    text = call.options.operand[0]
-    try:
-        age_s = parse_duration_s(text)
-    except ValueError:
-        raise UserError(f"--prune: {text!r} is no duration.",
-                        'Write "90d" to forget runs that are older than 90 days.') from None
     need_history(call)
     with change_history(call) as history:
-        gone = history.prune(Clock().wall() - age_s)
+        gone = history.prune(Clock().wall() - call.options.prune)
     show(f"{format_plural(len(gone) or 'no', 'run')} forgotten")
-    return EXIT_SUCCESS
 
 
 def command_run(call):
@@ -8026,58 +8029,100 @@ def command_run(call):
         return (backfill if call.options.backfill else carry_out)(call, history)
 
 
+_COMMANDS = {  # what main() calls for a flag, and takes the exit code of, if that is no success
+    "list": command_list, "plan": command_plan, "check": command_check, "status": command_status,
+    "history": command_history, "logs": command_logs, "items": command_items,
+    "mark_done": command_mark_done, "prune": command_prune,
+}
+
+
 def find_periods(call, history):
     """Return the periods of --backfill, in order, with what is to be done of each."""
     options, request = call.options, call.make_request()
-    tools = [call.pipeline.tools[step.tool] for step in make_plan(
-        call.pipeline, request.targets, exclude=request.exclude,
-        start_from=request.start_from).steps]
-    if not any(takes_any(tool, PERIOD_ARGUMENTS) for tool in tools):
+    steps = make_plan(call.pipeline, request.targets, exclude=request.exclude,
+                      start_from=request.start_from).steps
+    if not any(takes_any(call.pipeline.tools[step.tool], PERIOD_ARGUMENTS) for step in steps):
         raise UserError("--backfill: no tool of this plan takes period_start or period_end, so "
                         "each period would be the same.",
                         "Write `def run(conn, period_start=None, period_end=None):`.")
-    periods = make_periods(options.backfill, options.step or "day")
-    today = find_day(Clock().wall())
+    periods, today = make_periods(options.backfill, options.step), find_day(Clock().wall())
     check_begun(options.backfill, periods, today)
     lasts = history.load_last_like(request)
 
-    def find_last(period):
-        row = lasts.get(format_arguments({**call.arguments, **period.arguments()}))
-        return row and (row["run_id"], row["status"], history.find_started_at("", row["run_id"]))
+    def decide(period):
+        last = lasts.get(format_arguments({**call.arguments, **period.arguments()}))
+        last = last and (last["run_id"], last["status"],
+                         history.find_started_at("", last["run_id"]))
+        return decide_period(period, last, options.reprocess or "", today)
 
-    periods = [decide_period(period, find_last(period), options.reprocess or "", today)
-               for period in periods]
-    return periods[::-1] if options.reverse else periods
+    return [decide(period) for period in periods][::-1 if options.reverse else 1]
 
 
 def backfill(call, history):
     """Run the plan once per period that is not done, and tell how each went."""
-    periods = find_periods(call, history)
-    left = [period for period in periods if period.action != "skip"]
-    codes = {}
-    not_over = ""
-    for number, period in enumerate(left, 1):
+    periods, today, code = find_periods(call, history), find_day(Clock().wall()), EXIT_SUCCESS
+    ends = {period: "not begun" for period in periods if period.action != "skip"}
+    for number, period in enumerate(list(ends), 1):
         if not call.options.quiet:
-            say(f"\nPeriod {period.start} to {period.end} ({number} of {len(left)})")
-        is_early = find_day(Clock().wall()) < period.end
-        codes[period.start] = code = carry_out(call, history, period)
-        if is_early and not code:
-            not_over = (f"; the period from {period.start} is not over yet, and will be run again "
-                        "when it is")
+            say(f"\nPeriod {period.start} to {period.end} ({number} of {len(ends)})")
+        code = carry_out(call._replace(arguments={**call.arguments, **period.arguments()}), history,
+                         period.run_id if period.action == "resume" else None)
+        ends[period] = "cut off" if code > EXIT_SIGNAL else "failed" if code else "done now"
         if code > EXIT_SIGNAL or code and call.options.fail_fast:
             break
-    cut_off = [start for start, code in codes.items() if code > EXIT_SIGNAL]
-    failed = [start for start, code in codes.items() if code and start not in cut_off]
-    failed += [p.start for p in periods if p.action == "skip" and "failed" in p.reason]
-    done, not_begun = sum(not code for code in codes.values()), len(left) - len(codes)
-    say(f"\nBackfill: {format_plural(done, 'period')} done now, {len(periods) - len(left)} left "
-        f"alone, {len(failed)} failed" + (": " + ", ".join(failed[:10]) if failed else "")
-        + "".join(f", {start} cut off" for start in cut_off)
-        + f", {not_begun} not begun" * bool(not_begun) + not_over)
-    if failed or cut_off:
-        again = [] if call.options.reprocess or cut_off else ["--reprocess", "failed"]
+    failed = [period.start for period in periods if ends.get(period) == "failed"
+              or period not in ends and "failed" in period.reason]
+    say(format_backfill_end(len(periods), ends, failed, today))
+    if failed or code > EXIT_SIGNAL:
+        again = [] if call.options.reprocess or code > EXIT_SIGNAL else ["--reprocess", "failed"]
         say("Next: " + format_command(call, *call.argv, *again))
-    return max(codes.values(), default=EXIT_SUCCESS) or (EXIT_FAILED if failed else EXIT_SUCCESS)
+    return code if code > EXIT_SIGNAL else EXIT_FAILED if failed else EXIT_SUCCESS
+
+
+def find_plan(call, history, resumes=None):
+    """Return the plan, what was asked for, and the arguments of the tools; with --resume, those
+    of the run that is resumed, and what changed since is told. `resumes`: a run to go on with, of
+    which all that is the same.
+    """
+    options, is_resume = call.options, call.options.resume is not None
+    if is_resume:
+        request, arguments, done, changed = find_resumed(call, history)
+    else:
+        request, arguments = call.make_request()._replace(resumes=resumes), call.arguments
+        done = history.find_done(resumes) if resumes else {}
+    jobs, past, describe = count_jobs(options.jobs), None, None
+    if options.plan:
+        describe = functools.partial(
+            describe_items, has_database=call.pipeline.get_connection is not no_connection)
+    if not options.no_history:
+        past = make_past(call.pipeline, history, arguments, Clock().wall(), done, options.force,
+                         wants_durations=options.plan or jobs > 1)
+    plan = make_plan(call.pipeline, request.targets, exclude=request.exclude,
+                     start_from=request.start_from, jobs=jobs, past=past, describe=describe)
+    if is_resume:
+        tell_changes(call.pipeline, history.find_run(request.resumes), plan, changed)
+    return plan, request, arguments
+
+
+def find_resumed(call, history):
+    """Return what a resume asks for, its arguments, what of it is done, and in words which of the
+    arguments the flags beside --resume have changed.
+    """
+    run = find_run_to_resume(call, history)
+    request, now = make_request(run), None
+    item, words = call.options.item or request.item, request.words
+    if words is not None:
+        said, now = call.parser.read(words)
+        item = item or said.item
+    recorded = read_arguments(run, now)
+    arguments = {**recorded, **{name: value for name, value in call.arguments.items()
+                                if name in call.given}}
+    changed = find_changed(format_arguments(recorded), format_arguments(arguments))
+    if changed and words is not None:
+        words = (*words, *call.argv)
+    done = find_valid(call.pipeline, history.find_done(run["run_id"]), arguments)
+    return request._replace(item=item, words=words), arguments, done, [
+        f"{name} ({arguments[name]}, was {recorded[name]})" for name in changed]
 
 
 def find_run_to_resume(call, history):
@@ -8093,52 +8138,6 @@ def find_run_to_resume(call, history):
         words = [word for given in call.options.retry_items for word in ("--retry-items", *given)]
         raise UserError(error.problem, "To try items again that it gave up: "
                         + format_command(call, *tools, *words)) from None
-
-
-def find_plan(call, history, period=None):
-    """Return the plan, what was asked for, and the arguments of the tools; with --resume, those
-    of the run that is resumed.
-    """
-    options, arguments, done = call.options, call.arguments, {}
-    request, describe = call.make_request(), None
-    if period:
-        arguments = {**arguments, **period.arguments()}
-        if period.action == "resume":
-            request = request._replace(resumes=period.run_id)
-            done = history.find_done(period.run_id)
-    elif options.resume is not None:
-        # No second connection: a worker would inherit it, and close it over the first one's head.
-        history = history if history.folder else need_history(call)
-        run = find_run_to_resume(call, history)
-        request, arguments, changed = find_resumed(call, run)
-        done = find_valid(call.pipeline, history.find_done(run["run_id"]), arguments)
-    if options.command is command_plan:
-        describe = functools.partial(
-            describe_items, has_database=call.pipeline.get_connection is not no_connection)
-    jobs = count_jobs(options.jobs)
-    past = None if options.no_history else make_past(
-        call.pipeline, history, arguments, Clock().wall(), done, options.force,
-        bool(jobs > 1 or describe))
-    plan = make_plan(call.pipeline, request.targets, exclude=request.exclude,
-                     start_from=request.start_from, jobs=jobs, past=past, describe=describe)
-    if options.resume is not None:
-        tell_changes(call.pipeline, run, plan, changed)
-    return plan, request, arguments
-
-
-def find_resumed(call, run):
-    """Return what a resume of a run asks for, its arguments, and in words which of them the flags
-    beside --resume changed.
-    """
-    options, request = call.options, make_request(run)
-    said, now = (None, None) if request.words is None else call.parse(request.words, {})
-    recorded = read_arguments(run, now)
-    arguments = {**recorded, **call.parse(call.argv, recorded)[1]}
-    changed = find_changed(format_arguments(recorded), format_arguments(arguments))
-    item = options.item or request.item or said and said.item
-    words = (*request.words, *call.argv) if changed and said else request.words
-    return request._replace(item=item, words=words), arguments, [
-        f"{name} ({arguments[name]}, was {recorded[name]})" for name in changed]
 
 
 def find_changed(was, now):
@@ -8172,55 +8171,64 @@ def tell_changes(pipeline, run, plan, changed):
             + (f" Done before, and not run again: {', '.join(kept)}." if kept else ""))
 
 
-def carry_out(call, history, period=None):
-    """Run the plan, for a period if there is one, and tell on stderr how it goes."""
+def carry_out(call, history, resumes=None):
+    """Run the plan, and tell on stderr how it goes; see find_plan()."""
     options = call.options
-    plan, request, arguments = find_plan(call, history, period)
-    # Descriptors of its own: those of tools lead nowhere once nothing more can be written to them.
-    stream, out = sys.stderr, sys.stdout
-    if history.folder:
-        stream, out = own_stream(stream, 2), own_stream(out, 1, "wb")
-    screen = Screen(stream, options.quiet, options.verbose, out)
+    plan, request, arguments = find_plan(call, history, resumes)
+    screen = Screen(sys.stderr, options.quiet, options.verbose,
+                    "; --logs shows all of it" * bool(history.folder))
     gc.freeze()  # what is here will stay: no collection during the run need walk it
     result = run_plan(call.pipeline, plan, arguments, history=history, request=request,
                       fail_fast=options.fail_fast, verbose=options.verbose, keep_results=False,
-                      retry_items=None if period and options.reprocess
+                      retry_items=None if options.reprocess
                       else read_retries(options.retry_items),
                       on_event=screen.on_event, find_said=call.find_said)
     if not options.quiet or result.status != "success":
-        for tail in screen.tails.values():
-            say("\n" + tail)
-        next_command = "" if period else make_next_command(result, call)
+        tell_tails(result, screen.style)
+        next_command = "" if options.backfill else make_next_command(result, call)
         say(format_summary(result, next_command, screen.style))
     if result.status == "interrupted":
         return EXIT_SIGNAL + (result.signal or SIGINT)
     return EXIT_FAILED if result.status == "failed" or screen.has_lost else EXIT_SUCCESS
 
 
+def tell_tails(result, style):
+    """Say what the tools that failed printed last."""
+    for tool, outcome in result.outcomes.items():
+        tail = read_tail(outcome.log, 10) if outcome.status == "failed" else []
+        if tail:
+            head = style.bold(f"Last lines of {tool} ({format_path(outcome.log)}):")
+            say("\n" + "\n  ".join([head, *tail]))
+
+
 def read_retries(given):
     """Return what --retry-items asks for, by tool; all items of a tool where none is named."""
-    named = {}
-    for tool, *items in given:
-        named.setdefault(tool, []).append(items)
-    return {tool: tuple(sum(lists, [])) if all(lists) else () for tool, lists in named.items()}
+    retries = {}
+    for tool, *items in sorted(given, key=len, reverse=True):  # one without items counts, as last
+        retries[tool] = (*retries.get(tool, ()), *items) if items else ()
+    return retries
 
 
 class Screen:
-    """The listener of a run on the command line: one line per event, one live line."""
+    """The listener of a run on the command line: one line per event, one live line.
 
-    def __init__(self, stream, quiet, verbose, out=None):
-        self.stream, self.quiet, self.style = stream, quiet, make_style(stream)
-        self.out = sys.stdout if out is None else out  # takes what tools print in workers
-        self.is_terminal = stream is not None and stream.isatty()
-        self.width = 0
-        self.shown_s = 0.0
-        self.started_s = {}  # by tool that runs
-        self.is_live = False  # whether the last line is a live one, to be written over
-        self.follows = verbose  # whether workers' output is shown at once
-        self.outputs = {}  # by tool: file, how much of it was shown
+    State: `started_s`, by tool, when it started; `outputs`, by tool that runs, the file that takes
+    what its worker prints, and how much of it was shown; `is_live`, whether the last line is the
+    live one, to be written over, and `shown_s`, when that was; `has_lost`, whether what tools
+    printed did not reach stdout.
+    """
+
+    def __init__(self, stream, quiet, verbose, way_out=""):
+        self.stream, self.out, self.style = stream, sys.stdout, make_style(stream)
+        self.is_terminal = is_terminal(stream)  # asked once: a tool may close it
+        self.quiet, self.follows = quiet, verbose  # workers' output, which is shown at once
         self.log_level = 10 if verbose else 30 if quiet else 20  # DEBUG, WARNING, INFO
-        self.has_lost = False  # whether what tools printed did not reach stdout
-        self.tails = {}  # by tool that failed: what it printed last
+        self.way_out = way_out  # for who misses what did not reach stdout
+        self.width = 0  # of the longest name of a tool
+        self.started_s = {}
+        self.outputs = {}
+        self.shown_s = 0.0
+        self.is_live = self.has_lost = False
 
     def on_event(self, event):
         """Show an event."""
@@ -8229,59 +8237,46 @@ class Screen:
         elif event.kind == "progress":
             self.show_live(event)
         elif event.kind == "log" and event.level >= self.log_level:
-            self.has_lost = self.has_lost or event.level == OUTPUT_LOST
+            self.has_lost |= event.level == OUTPUT_LOST
             self.show(event)
         elif event.kind == "tool_started":
             self.started_s[event.tool] = self.shown_s = event.at
-            if event.output:
-                self.outputs[event.tool] = (event.output, 0)
+            self.outputs[event.tool] = event.output, 0
             self.show(event)
         elif event.kind in ("tool_ended", "tool_retried"):
             self.show_output(event.tool, is_whole=True)
             if event.outcome.traceback:
                 self.write(event.outcome.traceback.rstrip())
             self.show(event)
-            tail = read_tail(event.outcome.log, 10) if event.outcome.status == "failed" else []
-            if tail:
-                path = format_path(event.outcome.log)
-                self.tails[event.tool] = "\n  ".join(
-                    [self.style.bold(f"Last lines of {event.tool} ({path}):"), *tail])
         elif event.kind == "tick" and self.follows:
             for tool in list(self.outputs):
                 self.show_output(tool, is_whole=False)
 
     def show_output(self, tool, is_whole):
-        """Copy to stdout what a tool printed in its worker: whole lines, or all at its end.
-
-        In pieces, so that it may be larger than memory; with the tool's name in front of each
-        line where several tools are shown at once.
+        """Copy to stdout what a tool printed in its worker: whole lines, or all at its end, with
+        the tool's name in front of each line where several tools are shown at once.
         """
-        file, shown = self.outputs.get(tool, ("", 0))
-        if is_whole:
-            self.outputs.pop(tool, None)
-        if not os.path.exists(file):
-            return
-        if self.is_live:
-            self.write("")
+        file, at = self.outputs.pop(tool, ("", 0))
         name = tool.encode() + b" | " if self.follows else b""
-        with open(file, "rb") as source:
-            while True:
-                source.seek(shown)
-                lines = [line for line in source.readlines(1 << 20)
-                         if is_whole or line.endswith(b"\n")]
-                if not lines:
-                    break
-                shown += sum(map(len, lines))
+        if has_bytes(file):
+            for lines, end in read_pieces(file, at, is_whole):
+                at = end
                 self.put(b"".join(name + line for line in lines))
         if not is_whole:
-            self.outputs[tool] = file, shown
+            self.outputs[tool] = file, at
 
     def put(self, content):
         """Write to stdout what tools printed, and say once if that fails."""
-        problem = write_bytes(self.out, content)
-        if problem and self.out is not sys.stdout and not self.has_lost:
-            self.has_lost = True
-            self.write(f"stdout could not be written: {problem}; --logs shows all of it")
+        self.clear()
+        try:
+            write_out(self.out, content)
+        except OutputClosed:
+            pass
+        except OutputError as error:
+            let_go(self.out)
+            if str(error):
+                self.has_lost = True
+                self.write(f"stdout could not be written: {error}{self.way_out}")
 
     def show(self, event):
         """Write the line of an event, unless only failures are wanted."""
@@ -8295,25 +8290,17 @@ class Screen:
             line = format_progress(event, self.width, event.at - self.started_s[event.tool])
             say("\r" + line[:find_columns(self.stream) - 1] + "\x1b[K", self.stream, end="")
 
-    def write(self, text):
-        """Write a line, over the live one."""
+    def clear(self):
+        """Make room where the live line is."""
         if self.is_live:
             self.is_live = False
-            text = "\r\x1b[K" + text
-        try:
-            sys.stdout.flush()  # what the tool printed belongs before what we say of it
-        except (AttributeError, OSError, ValueError):
-            pass  # it is closed
+            say("\r\x1b[K", self.stream, end="")
+
+    def write(self, text):
+        """Write a line, over the live one."""
+        self.clear()
+        flush(sys.stdout)  # what the tool printed belongs before what we say of it
         say(text, self.stream)
-
-
-def own_stream(stream, fd, mode="w"):
-    """Return a second stream to where stdout or stderr leads, where that is no terminal."""
-    if not is_own_fd(stream, fd) or stream.isatty():
-        return stream
-    if mode == "wb":  # without a buffer, in which what can not be written would stay
-        return open(os.dup(fd), mode, buffering=0)
-    return open(os.dup(fd), mode, encoding=stream.encoding, errors=stream.errors)
 
 
 def find_columns(terminal):
@@ -8324,65 +8311,70 @@ def find_columns(terminal):
         return 80
 
 
-def write_bytes(stream, content):
-    """Write what a process printed to a stream, unchanged where it takes bytes; return what kept
-    it from that, or "".
+def is_terminal(stream):
+    """Return whether a stream is one; there may be none (pythonw)."""
+    return stream is not None and stream.isatty()
+
+
+def make_style(stream):
+    """Return the style for a stream: colours on a terminal, unless NO_COLOR is set."""
+    has_colours = os.environ.get("TERM", "dumb") != "dumb" or "WT_SESSION" in os.environ
+    return Style(has_colours and not os.environ.get("NO_COLOR") and is_terminal(stream))
+
+
+class OutputError(Exception):
+    """Output could not be written. Without a text if there is nothing to say: nobody reads it."""
+
+
+class OutputClosed(OutputError):
+    """A stream is closed, or there is none: pythonw has none, and a tool may close it."""
+
+
+def write_out(stream, content):
+    """Write text, or bytes that a process printed, to stdout or stderr: all output goes this way.
+
+    Letters that a stream can not show are escaped; bytes are unchanged where it takes them. Raise
+    OutputError if that fails.
     """
     try:
-        if "b" in getattr(stream, "mode", ""):
-            write_all(stream.fileno(), content)
+        if isinstance(content, str):
+            encoding = getattr(stream, "encoding", None) or "utf-8"
+            stream.write(content.encode(encoding, "backslashreplace").decode(encoding))
         elif hasattr(stream, "buffer"):
             stream.flush()
             stream.buffer.write(content)
         else:
             stream.write(content.decode("utf-8", "replace"))
         stream.flush()
+    except BrokenPipeError:  # `| head`
+        raise OutputError from None
     except OSError as error:
-        return "" if isinstance(error, BrokenPipeError) else error.strerror or str(error)
+        raise OutputError(error.strerror or str(error)) from error
     except (ValueError, AttributeError):
-        pass  # it is closed
-    return ""
-
-
-class OutputError(Exception):
-    """Output could not be written. Without a text if there is nothing to say: `| head`."""
+        raise OutputClosed("it is closed") from None
 
 
 def show(text, end="\n"):
     """Write a line to stdout: what a command was asked for. Raise OutputError if that fails."""
-    if sys.stdout is None:
-        raise OutputError("stdout could not be written: it is closed.")
     try:
-        print(fit(text, sys.stdout), end=end, flush=True)
-    except OSError as error:
-        # The interpreter, which will flush once more at its end, is not to fail then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise OutputError from error
-        raise OutputError(f"stdout could not be written: {error.strerror or error}.") from error
+        write_out(sys.stdout, text + end)
+    except OutputError:
+        let_go(sys.stdout)
+        raise
 
 
-def fit(text, stream):
-    """Return a text in which letters that a stream can not show are escaped."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+def let_go(stream):
+    """Let what waits in a stream, and all that is to come, go nowhere, also when the interpreter
+    flushes it at its end.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(text, stream=None, end="\n"):
-    """Write a line to stderr: what there is to say beside that."""
-    stream = sys.stderr if stream is None else stream
-    try:
-        stream.write(fit(text, stream) + end)
-        stream.flush()
-    except (OSError, ValueError, AttributeError):
-        pass  # nobody reads it, or there is none (pythonw): no reason for a run to end
-
-
-def make_style(stream):
-    """Return the style for a stream: colours on a terminal, unless NO_COLOR is set."""
-    has_colours = os.environ.get("TERM", "dumb") != "dumb" or "WT_SESSION" in os.environ
-    return Style(has_colours and not os.environ.get("NO_COLOR")
-                 and stream is not None and stream.isatty())
+    """Write a line to stderr: what there is to say beside that. No run ends for want of it."""
+    with contextlib.suppress(OutputError):
+        write_out(sys.stderr if stream is None else stream, text + end)
 
 
 def to_json(data):
@@ -8393,24 +8385,21 @@ def to_json(data):
 
 def make_next_command(result, call):
     """Return the command that goes on where a run stopped; nothing after a success."""
-    left = [tool for tool, o in result.outcomes.items() if o.status not in DONE]
-    if not left:
-        return ""
-    argv, options = call.argv, call.options
-    retries, named = [], read_retries(options.retry_items)
-    for tool, o in result.outcomes.items():  # of whose items some have no try left
-        if o.items and o.status not in DONE and (o.items["failed"] or o.items["given_up"]):
+    left = {tool: o for tool, o in result.outcomes.items() if o.status not in DONE}
+    options, words = call.options, []
+    named = read_retries(options.retry_items)
+    for tool, o in left.items():  # of whose items some have no try left
+        if o.items and (o.items["failed"] or o.items["given_up"]):
             names = named.get(tool, ())
             # All of the tool, unless the named are for sure those that have failed.
             are_those = o.items["failed"] == o.items["pending"] == len(names)
-            retries += ["--retry-items", tool, *(names if are_those else ())]
-    if not options.no_history:
-        flags = ["--force"] * options.force + retries
-        flags += ["--jobs", str(options.jobs)] if options.jobs != 1 else []
-        return format_command(call, "--resume", *flags)
-    words = [word for i, word in enumerate(argv) if not word.startswith("--from=")
-             and word != "--from" and (i == 0 or argv[i - 1] != "--from")]
-    return format_command(call, *words, *retries, "--from", left[0])
+            words += ["--retry-items", tool, *(names if are_those else ())]
+    if not left:
+        return ""
+    if options.no_history:  # of several --from the last one counts
+        return format_command(call, *call.argv, *words, "--from", next(iter(left)))
+    words += ["--jobs", str(options.jobs)] if options.jobs != 1 else []
+    return format_command(call, "--resume", *["--force"] * options.force, *words)
 
 
 def find_program():

@@ -134,6 +134,16 @@ def test_all_that_add_arguments_declares_reaches_tools_from_groups_in_groups_too
     assert "not allowed with" in sandbox.run("--week", "2", "--day", "1").err
 
 
+def test_a_flag_may_be_called_what_the_engine_calls_nothing_of_its_own(quick):
+    quick.pipeline('''
+        TOOL_MAP = {"t": "t"}
+        def add_arguments(parser):
+            parser.add_argument("--command")
+            parser.add_argument("--given", help="with --json: whatever")
+    ''').tool("t", "def run(command, given): print(command, given)")
+    assert quick.run("--command", "c", "--given", "g").out == "c g\n"
+
+
 def test_a_group_of_flags_is_required_for_a_run_and_not_for_looking(quick):
     quick.pipeline(GROUPED).tool("t", "def run(day): print(day)")
     assert quick.run("--plan").code == 0
@@ -142,7 +152,7 @@ def test_a_group_of_flags_is_required_for_a_run_and_not_for_looking(quick):
 
 
 def test_help_shows_the_groups_of_add_arguments_after_the_engines(quick):
-    out = quick.pipeline(GROUPED).run("--help").out
+    out = quick.pipeline(GROUPED + '    parser.add_argument("--deep")\n').run("--help").out
     heads = [line for line in out.splitlines() if line.endswith(":") and line[0] != " "]
     assert heads == ["what to run:", "looking and tidying, without running anything:", "other:",
                      "arguments of the tools:", "days:"]
@@ -296,8 +306,8 @@ def test_letters_that_the_terminal_can_not_show_are_escaped(sandbox):
 
 def test_a_bug_of_the_engine_is_told_as_such(sandbox):
     path = sandbox.pipeline('TOOL_MAP = {"t": "t"}').folder / "orchestrator.py"
-    path.write_text(path.read_text().replace("code = options.command(",
-                                             "code = 1 / 0 or options.command("))
+    path.write_text(path.read_text().replace("code = command(",
+                                             "code = 1 / 0 or command("))
     ended = sandbox.run("--list", "--json")
     assert ended.code == 3
     assert "ZeroDivisionError" in ended.err and "['--list', '--json']" in ended.err

@@ -386,9 +386,9 @@ def test_no_class_is_longer_than_two_hundred_and_fifty_lines():
 
 # of each room, and of what is at the mark: lowered with each landing, and never raised
 TOKENS = {
-    "MARK": 118, "WORDS": 1587, "SETUP": 2639, "PLANNING": 3001, "HISTORY": 4114,
-    "CONNECTION": 3277, "LEDGER": 3300, "MODULES": 3728, "CALLING": 6124, "WORKERS": 4814,
-    "RUNNING": 8441, "VIEWS": 2871, "DOOR": 7905,
+    "MARK": 118, "WORDS": 1587, "SETUP": 2639, "PLANNING": 2992, "HISTORY": 4114,
+    "CONNECTION": 3277, "LEDGER": 3300, "MODULES": 3728, "CALLING": 6124, "WORKERS": 4778,
+    "RUNNING": 8441, "VIEWS": 2763, "DOOR": 7139,
 }
 
 

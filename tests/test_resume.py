@@ -205,6 +205,18 @@ def test_a_flag_beside_a_resume_overrides_what_was_recorded_and_is_told(line):
         "place": {"repr": f"{type(line.folder).__name__}('y')"}}
 
 
+def test_a_flag_of_several_values_beside_a_resume_replaces_what_was_recorded(line):
+    line.set({"b": {"module": "m", "needs": []}, "a": {"module": "tagged", "needs": []}}, """
+def add_arguments(parser):
+    parser.add_argument("--tag", action="append")
+""")
+    line.sandbox.tool("tagged", "def run(tag): open('tags', 'a').write(f'{tag}\\n')")
+    line.run("--tag", "x", "--tag", "y", broken="b", code=1)
+    line.run("--resume", "--tag", "z", broken="b", code=1)
+    assert "Changed since run 1: tag (['z'], was ['x', 'y']).\n" in line.ended.err
+    assert line.sandbox.read("tags") == "['x', 'y']\n['z']\n"
+
+
 def test_a_tool_that_gets_another_argument_is_not_done_though_a_resume_never_came_to_it(line):
     line.set({"b": {"module": "m", "needs": []}, "a": {"module": "day", "needs": []}}, FLAGS)
     line.sandbox.tool("day", TAKES_DAY)

@@ -284,36 +284,37 @@ def make_rows(columns, *rows):
 def test_columns_are_aligned_and_no_line_ends_in_blanks():
     rows = make_rows(("tool", "rows", "note"), ("a", 1, ""), ("longer", 1000, "x"), ("b", 0, None))
 
-    assert format_table(("tool", ">rows", "note"), rows) == ["tool     rows",
-                                                             "a           1",
-                                                             "longer  1,000  x",
-                                                             "b           0"]
+    assert format_table("tool >rows note", rows) == ["tool     rows",
+                                                     "a           1",
+                                                     "longer  1,000  x",
+                                                     "b           0"]
 
 
 def test_a_column_that_may_be_missing_is_shown_where_anything_is_in_it():
     rows = make_rows(("tool", "items", "note"), ("a", "", "x"), ("b", "7", ""))
 
-    assert format_table(("tool", "?items", "note"), rows[:1]) == ["tool", "a     x"]
-    assert format_table(("tool", "?items", "note"), rows) == [
+    assert format_table("tool ?items note", rows[:1]) == ["tool", "a     x"]
+    assert format_table("tool ?items note", rows) == [
         "tool  items", "a            x", "b     7"]
 
 
 def test_the_name_of_a_column_says_how_its_values_are_shown():
     rows = make_rows(("run_id", "age_s", "at", "tools"), ("7", 75.0, "x", ["a", "b"]))
 
-    assert format_table(("run_id", "age_s", "at", "tools"), rows) == [
+    assert format_table("run_id age_s at tools", rows) == [
         "run  age     at  tools", "7    1m 15s  x   a b"]
 
 
 def test_the_last_column_is_not_padded_to_its_longest_cell():
     rows = make_rows(("tool", "reason"), *[("a", "x")] * 100, ("b", "x" * 10_000))
 
-    assert sum(map(len, format_table(("tool", "reason"), rows))) < 11_000
+    assert sum(map(len, format_table("tool reason", rows))) < 11_000
 
 
 def test_colours_do_not_move_a_column():
-    columns = ("tool", "status", "note")
-    rows = make_rows(columns, ("a", "success", "1"), ("bb", "failed", "2"), ("c", "pending", "3"))
+    columns = "tool status note"
+    rows = make_rows(columns.split(), ("a", "success", "1"), ("bb", "failed", "2"),
+                     ("c", "pending", "3"))
 
     coloured = format_table(columns, rows, COLOURED)
 
