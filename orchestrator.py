@@ -5236,43 +5236,6 @@ def format_traceback(error, verbose=False):
     return text if len(text) <= TRACEBACK_CAP else f"{text[:half]}\n[...]\n{text[-half:]}"
 
 
-# === 9 WORKERS ==================================================================================
-# Who does jobs: this process, or worker processes, behind one interface: start(job, limit_s) begins
-# one, wait() returns the messages of perform() that came since, and answer() those that ask. A
-# worker may also have ("died", number, (item, how, is_late, slip)): the item that it was at, or
-# None; what ended it; whether that was its time limit; and the file that tells of it.
-# It does not decide what runs, or what a message means.
-
-
-class Here:
-    """Does jobs in this process, one at a time, over one shared connection."""
-
-    def __init__(self, setting, kept, capture, hear):
-        self.setting, self.kept, self.capture, self.hear = setting, kept, capture, hear
-        self.put_back = make_put_back() if kept.interrupts.is_on_main_thread else lambda: None
-        self.job = None
-
-    def reserve(self):
-        """Return the id of the process that will do what is started next."""
-        return os.getpid()
-
-    def start(self, job, _limit_s):
-        """Note what wait() is to do."""
-        self.job = job
-
-    def wait(self):
-        """Do what was started, however long it takes, with all that it says heard meanwhile;
-        return whether it printed anything.
-        """
-        job, self.job = self.job, None
-        self.capture.begin(job.log)
-        try:
-            perform(job, self.setting, self.hear, self.kept)
-        finally:
-            self.put_back()
-        return self.capture.end()
-
-
 OUTPUT_LOST = 50  # the level of the log event that tells so: CRITICAL, as in logging
 
 
@@ -5409,6 +5372,22 @@ def make_put_back():
     return put_back
 
 
+def find_working_folder():
+    """Return the working folder, or "" if it is gone."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
+
+
+def flush(stream):
+    """Let what Python keeps of its output go out, unless the tool closed the stream."""
+    try:
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
 def is_own_fd(stream, fd):
     """Return whether a stream of Python is one of the process's own file descriptors."""
     try:
@@ -5421,6 +5400,43 @@ def write_all(fd, content):
     """Write all of some bytes."""
     while content:
         content = content[os.write(fd, content):]
+
+
+# === 9 WORKERS ==================================================================================
+# Who does jobs: this process, or worker processes, behind one interface: start(job, limit_s) begins
+# one, wait() returns the messages of perform() that came since, and answer() those that ask. A
+# worker may also have ("died", number, (item, how, is_late, slip)): the item that it was at, or
+# None; what ended it; whether that was its time limit; and the file that tells of it.
+# It does not decide what runs, or what a message means.
+
+
+class Here:
+    """Does jobs in this process, one at a time, over one shared connection."""
+
+    def __init__(self, setting, kept, capture, hear):
+        self.setting, self.kept, self.capture, self.hear = setting, kept, capture, hear
+        self.put_back = make_put_back() if kept.interrupts.is_on_main_thread else lambda: None
+        self.job = None
+
+    def reserve(self):
+        """Return the id of the process that will do what is started next."""
+        return os.getpid()
+
+    def start(self, job, _limit_s):
+        """Note what wait() is to do."""
+        self.job = job
+
+    def wait(self):
+        """Do what was started, however long it takes, with all that it says heard meanwhile;
+        return whether it printed anything.
+        """
+        job, self.job = self.job, None
+        self.capture.begin(job.log)
+        try:
+            perform(job, self.setting, self.hear, self.kept)
+        finally:
+            self.put_back()
+        return self.capture.end()
 
 
 class Worker:
@@ -5970,22 +5986,6 @@ def die_with_orchestrator(life):
         signal_group(os.getpid(), "SIGKILL")
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def find_working_folder():
-    """Return the working folder, or "" if it is gone."""
-    try:
-        return os.getcwd()
-    except OSError:
-        return ""
-
-
-def flush(stream):
-    """Let what Python keeps of its output go out, unless the tool closed the stream."""
-    try:
-        stream.flush()
-    except (OSError, ValueError, AttributeError):
-        pass
 
 
 def own_streams():
