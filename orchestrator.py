@@ -4463,16 +4463,13 @@ def choose_arguments(takes, available):
     return dict(available)
 
 
-def take_result(callee, result):
-    """Return the result of run(); of a main(), which returns an exit code, None.
+def call_run(callee, arguments):
+    """Return what run() returns; for a main(), which returns an exit code, None.
 
     Raise SaysFailed if it is False, or an exit code with which a console script would have failed.
     """
-    if result is None:
-        return None
     name = "main" if callee.is_main else callee.tool.function
-    if is_false(result):  # of a main() too, though as an exit code False is 0
-        raise SaysFailed(f"{name}() returned False")
+    result = call_function(name, callee.run, arguments)
     if not callee.is_main:
         return result
     if not is_good_exit(result):
@@ -4482,20 +4479,14 @@ def take_result(callee, result):
     return None
 
 
-def call_check(callee, available, interrupts):
-    """Call check(), if there is one. Raise SaysFailed if it says no, or what may be yes or no."""
-    if callee.check is None:
-        return
-    interrupts.own_argv(callee.tool)
-    result = call_function(callee.check, callee.check_takes, available)
-    if result is None or result is True:
-        return
-    if is_false(result):
-        raise SaysFailed("check() returned False")
-    from numbers import Number
-    if isinstance(result, Number):  # how SQLite says yes and no, or a count of what is wrong
-        raise SaysFailed(f"check() returned {result}, which may mean yes or no: let it return "
-                         "True or False, or raise")
+def call_check(callee, available):
+    """Call check(). Raise SaysFailed if it says no, or what may be yes or no."""
+    result = call_function("check", callee.check, choose_arguments(callee.check_takes, available))
+    if result is not None and result is not True:
+        from numbers import Number
+        if isinstance(result, Number):  # how SQLite says yes and no, or a count of what is wrong
+            raise SaysFailed(f"check() returned {result}, which may mean yes or no: let it return "
+                             "True or False, or raise")
 
 
 def is_false(value):
@@ -4514,20 +4505,23 @@ def is_good_exit(code):
     return code is None or isinstance(code, int) and code == 0
 
 
-def call_function(function, takes, available):
-    """Return what a function returns, or what the coroutine that it returns comes to."""
-    return find_value(function, function(**choose_arguments(takes, available)))
+def call_function(name, function, arguments):
+    """Return what a function of a tool returns, or what the coroutine that it returns comes to.
 
-
-def find_value(function, result):
-    """Return what a function has returned, or what the coroutine that it returned comes to."""
+    Raise SaysFailed if that is False, of a main() too, though as an exit code False is 0.
+    """
+    result = function(**arguments)
     if result is None or type(result) is int:
         return result
     code = getattr(result, "gi_code", None) or getattr(result, "ag_code", None)
     if code is not None and code is getattr(function, "__code__", None):
         raise TypeError(f"{function.__name__}() returned a generator, so nothing of it has run: "
                         "take the `yield` out of it")
-    return wait_for(result) if hasattr(result, "__await__") else result
+    if hasattr(result, "__await__"):
+        result = wait_for(result)
+    if is_false(result):
+        raise SaysFailed(f"{name}() returned False")
+    return result
 
 
 def wait_for(awaitable):
@@ -4615,173 +4609,72 @@ def perform(job, setting, send, kept):
 
     This is the one way to do work, whatever the process. What `send` raises is no tool's fault.
     """
-    for kind, what in Doer(job, setting, send, kept).do():
-        send((kind, job.number, what))
+    doer = (Lister if job.is_listing else Trier)(job, setting, send, kept)
+    doer.tell("ended", doer.do())
 
 
 class ToolError(Exception):
     """What fails a tool and is charged to no item: `__cause__`, at the step that is its text."""
 
 
+_IN_LEDGER = "in the ledger: "
 _GONE = "the connection is gone: "
 LOCKED_S = 60.0  # how long an item comes again because others are at the same rows
 _TAKEN_TRIES = 20  # and how often because somebody else wrote its row
+_ENDED_EARLY = ('it ended its transaction inside the item, so that it may have been done: leave '
+                'commit and rollback to the engine (CREATE TABLE commits, too, on MySQL), or say '
+                '"commits": True and take at-least-once')
+_REFUSED = ("%s was refused inside an item, which the engine commits: take conn.commit(), "
+            "conn.rollback(), `with conn:` and executescript() out, or say \"commits\": True in "
+            "TOOL_MAP and take at-least-once")
 
 
-class Doer:
-    """Does a job over one connection: it lists a tool's items, or tries some, each in one
-    transaction with its row in the ledger; with "batch", several in one. A tool without items is
-    one item, None, without a row.
+class Transactions:
+    """The transactions of a job, one after another, over the connection of this process and, of a
+    tool with items, over their ledger, which is opened with the first and again over each new
+    connection. A tool that `commits` begins and ends its own.
 
-    State: `ledger`, while the connection is open, of a tool with items; `given`, the arguments that
-    there are, and `chosen`, those of them that run() takes; `step`, what is being done, if it is
-    not the tool itself; `is_own_fault`, whether an error then is the item's; `is_sqlite`, what the
-    ledger is in, and `is_watched`, whether an item may not commit; `at_work`, the item that is
-    being done, since `started_s`; `is_lost`, whether it lost the connection, which is not recorded
-    yet; `was_taken`, whether somebody else was first, so that rows are looked at once more; of what
-    was undone last, `had_ended`, whether its transaction had ended before, and `was_closed`,
-    whether the tool had closed the connection; `unsent`, why an event was not sent.
+    State: `ledger`; `is_sqlite`, what that is in, and `is_watched`, whether an item may not end the
+    transaction; `step`, what the engine itself is doing, "" while it is the tool; of the one that
+    was undone last, `had_ended`, whether it had ended before, and `was_closed`, whether the tool
+    had closed the connection.
     """
+    ledger, step = None, ""
+    is_sqlite = is_watched = had_ended = was_closed = False
 
-    def __init__(self, job, setting, send, kept):
-        self.job, self.setting, self.send, self.kept = job, setting, send, kept
-        self.tool, self.database = setting.pipeline.tools[job.tool], kept.database
-        self.interrupts, self.pid = kept.interrupts, os.getpid()
-        self.has_items = job.is_listing or job.items[:1] != (None,)
-        self.ledger = self.at_work = self.unsent = None
-        self.given, self.chosen = {}, {}
-        self.step, self.is_own_fault, self.is_sqlite, self.is_watched = "", False, False, False
-        self.is_lost = self.was_taken = self.had_ended = self.was_closed = False
-        self.started_s = 0.0
+    def __init__(self, job, setting, kept, has_items):
+        self.job, self.setting, self.has_items = job, setting, has_items
+        self.commits = setting.pipeline.tools[job.tool].commits
+        self.database, self.interrupts, self.pid = kept.database, kept.interrupts, os.getpid()
 
-    def do(self):
-        """Yield what comes of the job, as perform() sends it."""
-        problem = None
-        try:
-            self._prepare()
-            if self.job.is_listing:
-                yield from self._list_items()
-            left = self._make_groups()
-            while left:
-                if self.interrupts.signal is not None:
-                    raise KeyboardInterrupt(self.interrupts.signal)
-                tries, singly = self._try_group(left.pop())
-                left += [(item,) for item in reversed(singly)]
-                if tries:
-                    yield "tries", tries
-        except GeneratorExit:  # what came of it could not be sent
-            raise
-        except BaseException as error:
-            if self.unsent is not None:
-                raise self.unsent from None
-            problem = self._make_problem(error)
-        finally:
-            self._leave()
-        yield "ended", problem
+    def begin(self, is_urgent=False):
+        """Begin one, over the ledger; `is_urgent` waits at once for who else writes."""
+        if self.has_items and self.ledger is None:
+            self.open()
+        self._begin(is_urgent)
 
-    def _prepare(self):
-        """Import the tool, and make what it may know of its run."""
-        job, ask = self.job, self.kept.ask
-        self.callee = self.kept.load(self.tool)
-        self.context = Context(job, Results(lambda tool: ask(job, tool), lambda: ask(job, None)),
-                               self._tell)
+    def commit(self):
+        """Commit what was begun."""
+        self.step = "at the commit: "
+        self.database.commit()
+        self.step = ""
 
-    def _tell(self, kind, **what):
-        """Send what the tool tells of itself."""
-        try:
-            self.send(("event", self.job.number, {"kind": kind, **what}))
-        except Exception as error:
-            self.unsent = error
-            raise
-
-    def _leave(self):
-        """Note that nothing is at work any more."""
-        if self.has_items and not self.is_lost:
-            with contextlib.suppress(OSError):  # the tool closed the slip
-                self.kept.note(self.job, None)
-        if self.ledger:
-            self.ledger.close()
-
-    def _make_groups(self):
-        """Return the items to try, in groups that share a transaction, the last group first."""
-        items, size = self.job.items, 1
-        if not self.has_items:
-            return [items]
-        if items and self.tool.batch > 1:
-            self._insist(self._open)
-            # What can not be undone together is committed one by one.
-            size = self.tool.batch if self.is_watched and self.ledger.has_savepoints else 1
-        charged = [(item,) for item in items if item.charge]
-        others = [item for item in items if not item.charge]
-        groups = [tuple(others[i:i + size]) for i in range(0, len(others), size)]
-        return groups[::-1] + charged
-
-    # --- one try, or those of a batch ---
-
-    def _try_group(self, group):
-        """Return how items ended that were tried in one transaction, and those that are to be
-        tried alone, because one of several failed, of which nothing is left then.
+    def insist(self, step, *args):
+        """Return what a step returns that begins and ends a transaction. Where there are items it
+        is taken again, and told so, while others are in the way.
         """
-        first = group[0]
-        if first is not None and first.charge:
-            return [self._record_failure(first, first.charge)], ()
-        try:
-            return self._insist(self._try_all, group), ()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            if first is None:
-                return [self._make_failure(error)], ()
-            return self._take_failure(group, error)
-
-    def _take_failure(self, group, error):
-        """Return what _try_group() returns of items one of which failed. Raise ToolError for what
-        is no item's fault.
-        """
-        item, is_early = self.at_work, isinstance(error, EndedEarly)
-        again = [each._replace(is_seen=None) for each in group]
-        is_gone = not self.database.is_open
-        if is_early and is_gone and not self.was_closed:
-            error, is_early = error.__cause__, False
-        # SQLite has no server that could go away: what breaks it is its disk.
-        self.is_lost = item is not None and is_gone and not is_early \
-            and not (self.is_sqlite and is_of_place(error))
-        if not self.is_lost and (not self.is_own_fault or is_locked(error) or is_of_place(error)):
-            where = f"at {format_name(item.name)}: " if item else ""
-            raise ToolError(where + self.step) from error
-        if len(group) > 1 and not self.is_lost and not is_early:
-            return (), again
-        text = (_GONE if self.is_lost else self.step) + join_reasons(format_one_line(error),
-                                                                     explain_exit(error))
-        item = item._replace(tries=item.tries + (not self.is_lost),
-                             deaths=item.deaths + self.is_lost, is_death=self.is_lost)
-        try:
-            ended = self._record_failure(item, text, error)
-        except Exception as problem:
-            if self.is_lost:
-                self.at_work = item
-                text = f"at {format_name(item.name)}: {text}; {self.step}"
-                raise ToolError(text) from problem
-            raise
-        return [ended], [each for each in again if each.name != item.name]
-
-    def _insist(self, step, *args):
-        """Return what a step returns that begins and ends a transaction; of a tool with items,
-        take it again while others are in the way.
-        """
-        began_s, number, self.was_taken = time.monotonic(), 0, False
+        began_s, number = time.monotonic(), 0
         while True:
             try:
-                return step(*args, is_urgent=number > 1)
+                return step(*args, number > 0)
             except BaseException as error:
                 self._undo(error)
                 number += 1
-                self.was_taken = isinstance(error, Taken) and number < _TAKEN_TRIES
-                if self.was_taken:
-                    continue
-                if not self.has_items or not is_locked(error) \
-                        or time.monotonic() - began_s > LOCKED_S:
+                is_taken = isinstance(error, Taken) and number < _TAKEN_TRIES
+                if not self.has_items or not is_taken and (
+                        not is_locked(error) or time.monotonic() - began_s > LOCKED_S):
                     raise
+            if not is_taken:
                 self._wait(number)
 
     def _wait(self, number):
@@ -4792,44 +4685,78 @@ class Doer:
     def _undo(self, error):
         """Undo what is not committed. Raise KeyboardInterrupt if a signal is behind an error."""
         end_if_copy(self.pid)
-        if self.ledger:
-            self.ledger.guard.is_up = False
-        self.was_closed = was_closed(self.database.conn)
-        self.had_ended = self.database.is_open and self.database.rollback()
-        if not self.database.is_open and self.ledger:
-            self.ledger.close()
-            self.ledger = None  # the next one is over the next connection
+        database = self.database
+        self.was_closed = was_closed(database.conn)
+        self.had_ended = database.is_open and database.rollback()
+        if not database.is_open:
+            self.close()
         if self.interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt from error
 
-    def _open(self, is_urgent=False):
+    def find_fault(self, error):
+        """Return whose fault it is that a transaction failed and was undone: "item", its own;
+        "early", of which some may have been committed; "lost", that of what took the connection
+        down; or "place", which is no item's.
+        """
+        is_early = isinstance(error, EndedEarly)
+        # SQLite has no server that could go away: what breaks it is its disk.
+        if not self.database.is_open and not (is_early and self.was_closed) \
+                and not (self.is_sqlite and is_of_place(error)):
+            return "lost"
+        if is_early:
+            return "early"
+        is_ours = self.step == _IN_LEDGER
+        return "place" if is_ours or is_locked(error) or is_of_place(error) else "item"
+
+    def close(self):
+        """Let go of the ledger: the next one is over the next connection."""
+        if self.ledger:
+            self.ledger.close()
+            self.ledger = None
+
+    # --- the ledger ---
+
+    def open(self, _is_again=False):
         """Open the ledger, and create it if it is not there."""
-        database, job = self.database, self.job
-        self._connect()
-        database.begin(commits=self.tool.commits)
-        ledger = Ledger(database.conn, find_ledger_path(self.setting.folder),
-                        self.setting.pipeline.name, job.tool, job.run_id, job.source,
-                        database.schema)
-        if not ledger.is_apart and (not ledger.kind or is_session(database.conn)):
-            raise TypeError(f"get_connection() returned {format_type(database.conn)}, in which the "
+        self._begin(False)
+        job, conn = self.job, self.database.conn
+        ledger = Ledger(conn, find_ledger_path(self.setting.folder), self.setting.pipeline.name,
+                        job.tool, job.run_id, job.source, self.database.schema)
+        if not ledger.is_apart and (not ledger.kind or is_session(conn)):
+            raise TypeError(f"get_connection() returned {format_type(conn)}, in which the "
                             "ledger of items can not be kept: return the connection of the driver "
                             "itself, or engine.connect() (in run() then Session(conn) works)")
-        self.step = "in the ledger: "
+        self.step = _IN_LEDGER
         if not ledger.is_there():
-            self._begin_anew()
-            if not (database.has_set and self._is_elsewhere(ledger)):
-                self._create(ledger)
-        database.commit()
+            self._create(ledger)
+        self.database.commit()
         self.ledger, self.step = ledger, ""
         self.is_sqlite = ledger.kind == "sqlite"
-        self.is_watched = not (ledger.is_apart or self.tool.commits)
+        self.is_watched = not (ledger.is_apart or self.commits)
+
+    def _begin(self, is_urgent):
+        """Begin a transaction over the connection, and the ledger if that is open."""
+        database = self.database
+        if not database.is_open:
+            self.step = "in get_connection(): "
+            self.interrupts.call(database.open)
+        self.step = ""
+        if self.commits:
+            database.lend()
+        else:
+            database.begin(is_urgent)
+            if self.ledger:
+                self.ledger.begin(is_urgent)
 
     def _begin_anew(self):
         self.database.rollback()
-        self.database.begin(commits=self.tool.commits)
+        self._begin(False)
 
     def _create(self, ledger):
-        """Create a ledger, if no other start does so in this moment."""
+        """Create a ledger that is not there, if no other start does so in this moment."""
+        self._begin_anew()
+        if self.database.has_set and self._is_elsewhere(ledger):
+            return
         try:
             ledger.create()
             self.database.commit()
@@ -4842,213 +4769,342 @@ class Doer:
         """Return whether there is a ledger in another schema, which became the default with the
         rollback of a SET of get_connection(): so it was made there before it was looked for here.
         """
-        schema, other = ledger.schema, find_schema(ledger.conn)
-        if other == schema:
-            return False
-        ledger.move(other)
-        if ledger.is_there():
+        schema = ledger.schema
+        ledger.move(find_schema(ledger.conn))
+        if ledger.schema != schema and ledger.is_there():
             return True
         self._begin_anew()
         ledger.move(schema)
         return False
 
-    def _connect(self):
-        if not self.database.is_open:
-            self.step = "in get_connection(): "
-            self.interrupts.call(self.database.open)
-        self.step = ""
+    # --- the part of an item in one ---
 
-    def _begin(self, is_urgent):
-        """Begin a transaction, where the tool does not look after them, over a ledger."""
-        if self.has_items and self.ledger is None:
-            self._open()
-        self._connect()
-        if self.tool.commits:
-            self.database.lend()
-            return
-        self.database.begin(is_urgent)
-        if self.ledger:
-            self.ledger.begin(is_urgent)
+    def begin_item(self):
+        """Begin the part of an item. On SQLite, none can end it."""
+        if self.is_watched and not self.is_sqlite:
+            self.ledger.begin_item()
 
-    def _try_all(self, group, is_urgent):
+    def call_item(self, call):
+        """Return what a call returns, which is all of an item's part."""
+        if not self.is_watched:
+            return self.interrupts.call(call)
+        if self.is_sqlite:
+            return self.interrupts.call(self._call_guarded, call)
+        ledger = self.ledger
+        try:
+            result = self.interrupts.call(call)
+            if ledger.kind not in ("mysql", "mariadb") and is_aborted(ledger.raw):
+                raise RuntimeError("an error of the database was caught and ignored, after which "
+                                   "nothing can be committed")
+        except (Exception, SystemExit) as error:
+            self._end_item(ledger.undo_item, error)
+            raise
+        # before its row, which might be committed at once if nothing is open
+        self._end_item(ledger.leave_item)
+        return result
+
+    def _call_guarded(self, call):
+        """Return what a call returns that can not end the transaction, which is SQLite's. Raise
+        PermissionError if it tried, also if it swallowed what it got for that.
+        """
+        guard = self.ledger.guard
+        guard.is_up, guard.tried = True, ""
+        try:
+            result = call()
+        finally:
+            guard.is_up = False
+            if guard.tried:
+                raise PermissionError(_REFUSED % guard.tried)
+        if not self.ledger.raw.in_transaction:
+            raise RuntimeError("SQLite undid its transaction after an error that was ignored")
+        return result
+
+    def _end_item(self, end, error=None):
+        """End the part of an item, which failed by an error, if any. Raise EndedEarly if it is
+        gone.
+        """
+        try:
+            end()
+        except Exception as problem:
+            # A deadlock undoes all of the transaction on MySQL, and its savepoints.
+            if not is_locked(error) or self.ledger.kind not in ("mysql", "mariadb"):
+                text = join_reasons(error and format_one_line(error), _ENDED_EARLY)
+                raise EndedEarly(text) from error or problem
+
+
+class Doer:
+    """Does a job: what listing items and trying them have in common.
+
+    State: `given`, the arguments that there are for the tool's functions; `at_work`, the item that
+    is being done, or whose loss of the connection is not recorded yet (is_death); `unsent`, why
+    something was not sent.
+    """
+    at_work = unsent = None
+
+    def __init__(self, job, setting, send, kept):
+        self.job, self.setting, self.send, self.kept = job, setting, send, kept
+        self.tool, self.interrupts = setting.pipeline.tools[job.tool], kept.interrupts
+        self.has_items = job.is_listing or job.items[:1] != (None,)
+        self.transactions = Transactions(job, setting, kept, self.has_items)
+        self.given = {}
+
+    def do(self):
+        """Do the job; return what kept it from the rest, as perform() tells it."""
+        try:
+            self.callee = self.kept.load(self.tool)
+            self.do_all()
+        except BaseException as error:
+            if self.unsent is not None:
+                raise self.unsent from None
+            return self._make_problem(error)
+        finally:
+            if self.has_items:
+                self._leave()
+        return None
+
+    def tell(self, kind, what):
+        """Send what came of the job."""
+        try:
+            self.send((kind, self.job.number, what))
+        except Exception as error:
+            self.unsent = error
+            raise
+
+    def _leave(self):
+        """Note that nothing is at work any more."""
+        if not (self.at_work and self.at_work.is_death):
+            with contextlib.suppress(OSError):  # the tool closed the slip
+                self.kept.note(self.job, None)
+        self.transactions.close()
+
+    def give(self):
+        """Make the arguments that there are, over the connection that is open."""
+        job, ask = self.job, self.kept.ask
+        self.given = {**self.setting.arguments, "conn": self.transactions.database.conn}
+        if self.callee.takes("context"):
+            results = Results(lambda tool: ask(job, tool), lambda: ask(job, None))
+            self.given["context"] = Context(job, results, self._tell_event)
+
+    def _tell_event(self, kind, **what):
+        """Send what the tool tells of itself."""
+        self.tell("event", {"kind": kind, **what})
+
+    def make_failure(self, error, step):
+        """Return how a try of a tool without items failed at a step, or a job of one that has
+        some.
+        """
+        had_ended = "its transaction had ended before: what it committed stays" \
+            * self.transactions.had_ended
+        return Try(self.at_work, "failed", error=step + format_one_line(error),
+                   traceback=format_traceback(error, self.setting.verbose),
+                   reason=join_reasons(find_hint(error), explain_exit(error), had_ended))
+
+    def _make_problem(self, error):
+        """Return what kept the job from the rest."""
+        transactions, signal = self.transactions, self.interrupts.signal
+        end_if_copy(transactions.pid)
+        if transactions.database.is_open:
+            transactions.database.rollback()
+        if signal is not None or isinstance(error, KeyboardInterrupt):
+            return Try(self.at_work, "interrupted", reason=format_signal(signal))
+        if isinstance(error, UserError):
+            return Try(None, "failed", error=error.problem, reason=NOT_AGAIN)
+        if isinstance(error, ToolError):
+            return self.make_failure(error.__cause__, str(error))
+        return self.make_failure(error, transactions.step)
+
+
+class Trier(Doer):
+    """Tries items, each in one transaction with its row in the ledger; with "batch", several in
+    one. A tool without items is one item, None, without a row.
+
+    State, beside that of each Doer: `chosen`, the arguments that run() takes; `started_s`, since
+    when an item is at work.
+    """
+    started_s = 0.0
+
+    def do_all(self):
+        """Try all items, and tell how the tries ended."""
+        left = self._make_groups()
+        while left:
+            if self.interrupts.signal is not None:
+                raise KeyboardInterrupt(self.interrupts.signal)
+            tries, singly = self._try_group(left.pop())
+            left += [(item,) for item in reversed(singly)]
+            if tries:
+                self.tell("tries", tries)
+
+    def _make_groups(self):
+        """Return the items to try, in groups that share a transaction, the last group first."""
+        items, size, transactions = self.job.items, self.tool.batch, self.transactions
+        if size == 1 or not self.has_items:
+            return [(item,) for item in reversed(items)]
+        transactions.insist(transactions.open)
+        if not (transactions.is_watched and transactions.ledger.has_savepoints):
+            size = 1  # what can not be undone together is committed one by one
+        others = [item for item in items if not item.charge]
+        groups = [tuple(others[i:i + size]) for i in range(0, len(others), size)]
+        return groups[::-1] + [(item,) for item in items if item.charge]
+
+    def _try_group(self, group):
+        """Return how items ended that were tried in one transaction, and those that are to be
+        tried alone, because one of several failed, of which nothing is left then.
+        """
+        first = group[0]
+        if first is not None and first.charge:
+            return [self._record_failure(first, first.charge)], ()
+        try:
+            return self.transactions.insist(self._try_all, group), ()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            if first is None:
+                return [self.make_failure(error, self.transactions.step)], ()
+            return self._take_failure(group, error)
+
+    def _try_all(self, group, is_again):
         """Return how some items ended, tried in one transaction, none of which failed."""
-        self.step, self.is_own_fault, self.at_work = "", False, None
+        self.at_work, transactions = None, self.transactions
+        transactions.step = ""
         uses_database = self.has_items or self.callee.takes("conn")
         if uses_database:  # else it may go on beside one that holds the database
             # One that begins with a look at a row could not wait for the lock later.
-            self._begin(is_urgent or group[0] is not None and group[0].is_seen is None)
-        if not self.given or self.given["conn"] is not self.database.conn:
-            self._choose_arguments()
-        tries = [self._try_item(item) if item else self._try_tool() for item in group]
+            transactions.begin(is_again or self.has_items and group[0].is_seen is None)
+        if not self.given or self.given["conn"] is not transactions.database.conn:
+            self.give()
+            self.chosen = choose_arguments(self.callee.run_takes, self.given)
+        tries = [self._try_item(item, is_again) if item else self._try_tool() for item in group]
         if uses_database:
-            self.step, self.is_own_fault = "at the commit: ", True
-            self.database.commit()
+            transactions.commit()
         return tries
-
-    def _choose_arguments(self):
-        self.given = {**self.setting.arguments, "conn": self.database.conn,
-                      "context": self.context}
-        more = {"item": None} if self.has_items else {}
-        self.chosen = choose_arguments(self.callee.run_takes, {**self.given, **more})
 
     def _try_tool(self):
         """Return how the try of a tool without items ended, which did not fail."""
         result = self.interrupts.call(self._call)
         return Try(None, "success", self.kept.pack(result), count_rows(result))
 
-    def _try_item(self, item):
+    def _try_item(self, item, is_again):
         """Return how the try of an item ended, which did not fail, with its row written."""
-        ledger, context = self.ledger, self.context
-        if item.is_seen is None or self.was_taken:
+        transactions, self.at_work = self.transactions, None
+        ledger = transactions.ledger
+        if item.is_seen is None or is_again:
             item, status, rows, error = ledger.look(item)
             if status != "pending":
                 return Try(item, status, rows=rows, error=error or "")
-        self.at_work = item
         self.kept.note(self.job, item)
-        # On SQLite nobody can end the transaction of an item.
-        has_savepoint = self.is_watched and ledger.kind != "sqlite"
-        if has_savepoint:
-            self.at_work = None  # a connection that was lost before is no item's fault
-            ledger.begin_item()
-            self.at_work = item
-        context.item, context.version, context.attempt = item.name, item.version, item.tries + 1
-        self.started_s, self.is_own_fault = time.monotonic(), True
-        try:
-            rows = count_rows(self.interrupts.call(self._call_guarded, item.name))
-        except (Exception, SystemExit) as error:
-            if has_savepoint:
-                self._check_ended_early(error)
-            raise
-        if has_savepoint:  # before its row, which might be committed at once if nothing is open
-            self._release()
-        self.step, self.is_own_fault = "in the ledger: ", False
+        transactions.begin_item()  # a connection that was lost before is no item's fault
+        self.at_work = item
+        self._introduce(item)
+        self.started_s = time.monotonic()
+        rows = count_rows(transactions.call_item(self._call))
+        transactions.step = _IN_LEDGER
         ledger.record(item._replace(tries=item.tries + 1), "success", time.time(),
                       time.monotonic() - self.started_s, rows)
-        self.step = ""
+        transactions.step = ""
         return Try(item, "success", None, rows)
+
+    def _introduce(self, item):
+        """Let the tool know which item it is called for."""
+        self.chosen["item"] = self.given["item"] = item.name
+        context = self.given.get("context")
+        if context:
+            context.item, context.version, context.attempt = \
+                item.name, item.version, item.tries + 1
 
     def _call(self):
         """Return what run() returns, and check() passes."""
         callee = self.callee
         self.interrupts.own_argv(self.tool)  # not for get_connection(), a part of the program
         try:
-            result = take_result(callee, find_value(callee.run, callee.run(**self.chosen)))
+            result = call_run(callee, self.chosen)
         except SystemExit as error:  # ends the try, not the run
             if not is_good_exit(error.code):
                 raise
             result = None
-        call_check(callee, self.given, self.interrupts)
-        end_if_copy(self.pid)
+        if callee.check is not None:
+            self.interrupts.own_argv(self.tool)
+            call_check(callee, self.given)
+        end_if_copy(self.transactions.pid)
         return result
-
-    def _call_guarded(self, name):
-        """Return what run() returns for an item, which may not end its transaction."""
-        guard = self.ledger.guard
-        self.chosen["item"] = self.given["item"] = name
-        guard.is_up, guard.tried = not self.tool.commits, ""
-        try:
-            result = self._call()
-        except (Exception, SystemExit) as error:
-            if guard.tried:
-                raise PermissionError(_REFUSED % guard.tried) from error
-            raise
-        finally:
-            guard.is_up = False
-        if guard.tried:
-            raise PermissionError(_REFUSED % guard.tried)
-        if self.is_watched:
-            self._check_transaction()
-        return result
-
-    def _check_transaction(self):
-        """Raise RuntimeError if the transaction of an item is over or can not be committed."""
-        conn, kind = self.ledger.raw, self.ledger.kind
-        if kind == "sqlite":
-            if not conn.in_transaction:
-                raise RuntimeError("SQLite undid its transaction after an error that was ignored")
-        elif kind not in ("mysql", "mariadb") and is_aborted(conn):
-            raise RuntimeError("an error of the database was caught and ignored, after which "
-                               "nothing can be committed")
-
-    def _release(self):
-        """Leave the savepoint of an item. Raise EndedEarly if it is gone."""
-        try:
-            self.ledger.leave_item()
-        except Exception as error:
-            raise EndedEarly(_ENDED_EARLY) from error
-
-    def _check_ended_early(self, error):
-        """Raise EndedEarly if an item that failed had ended its transaction before."""
-        try:
-            self.ledger.undo_item()
-        except Exception:
-            if is_locked(error) and self.ledger.kind in ("mysql", "mariadb"):
-                return  # a deadlock undoes all of the transaction there, and its savepoints
-            raise EndedEarly(f"{format_one_line(error)}; {_ENDED_EARLY}") from error
 
     # --- how one failed ---
+
+    def _take_failure(self, group, error):
+        """Return what _try_group() returns of items one of which failed. Raise ToolError for what
+        is no item's fault.
+        """
+        item, transactions = self.at_work, self.transactions
+        step, fault = transactions.step, transactions.find_fault(error)
+        if item is None or fault == "place":
+            where = f"at {format_name(item.name)}: " if item else ""
+            raise ToolError(where + step) from error
+        again = [each._replace(is_seen=None) for each in group]
+        if len(group) > 1 and fault == "item":
+            return (), again
+        is_lost = fault == "lost"
+        if is_lost and isinstance(error, EndedEarly):
+            error = error.__cause__  # it did not end it: that was lost with the connection
+        text = (_GONE if is_lost else step) + join_reasons(format_one_line(error),
+                                                           explain_exit(error))
+        item = item._replace(tries=item.tries + (not is_lost), deaths=item.deaths + is_lost,
+                             is_death=is_lost)
+        self.at_work = item if is_lost else None
+        try:
+            ended = self._record_failure(item, text, error)
+        except Exception as problem:
+            if is_lost:
+                text = f"at {format_name(item.name)}: {text}; {transactions.step}"
+                raise ToolError(text) from problem
+            raise
+        return [ended], [each for each in again if each.name != item.name]
 
     def _record_failure(self, item, text, error=None):
         """Record a failed try of an item, which its counts hold, in a transaction, if it is not
         recorded; return how it ended.
         """
+        transactions, status = self.transactions, self._judge(item, error)
         duration_s = None if error is None else time.monotonic() - self.started_s
-        # One that ended its transaction may have been done: it is not done again unasked.
-        is_left = item.deaths >= DEATHS_ALLOWED or isinstance(error, EndedEarly)
-        is_final = item.tries > self.tool.retries and not item.is_death
-        status = "quarantined" if is_left else "failed" if is_final else "pending"
-
-        item = item._replace(charge="")
-        before = item._replace(tries=item.tries - (not item.is_death),
-                               deaths=item.deaths - item.is_death)
-
-        def record(is_urgent):
-            """Record it; return how the item had ended, if somebody has recorded that before."""
-            self._begin(is_urgent)
-            self.step = "in the ledger: "
-            # It may have been recorded before: its process ended then, or a former charge did.
-            found, known, rows, problem = self.ledger.look(before)
-            is_known = known != "pending" or count_tries(found) > count_tries(before)
-            if not is_known:
-                self.ledger.record(item._replace(is_seen=found.is_seen), status, time.time(),
-                                   duration_s, error=text)
-            self.database.commit()
-            return Try(found, known, None, rows, problem or text) if is_known else None
-
-        self.is_own_fault, self.at_work = False, None
-        known = self._insist(record)
-        self.step, self.is_lost = "", False
         trace = format_traceback(error, self.setting.verbose) if error else ""
-        # One in memory is soon forgotten.
-        item = item._replace(is_seen=None if self.ledger.is_apart else True)
-        return known or Try(item, status, error=text, traceback=trace)
+        item = item._replace(charge="")
+        before = item._replace(tries=count_tries(item) - 1, deaths=0)
 
-    def _make_failure(self, error):
-        """Return how a try of a tool without items failed, or a job of one that has some."""
-        had_ended = "its transaction had ended before: what it committed stays" * self.had_ended
-        return Try(self.at_work, "failed", error=self.step + format_one_line(error),
-                   traceback=format_traceback(error, self.setting.verbose),
-                   reason=join_reasons(find_hint(error), explain_exit(error), had_ended))
+        def record(is_again):
+            transactions.begin(is_again)
+            transactions.step, ledger = _IN_LEDGER, transactions.ledger
+            # It may have been recorded before: its process ended then, or a former charge did.
+            found, known, rows, problem = ledger.look(before)
+            if known != "pending" or count_tries(found) >= count_tries(item):
+                ended = Try(found, known, None, rows, problem or text)
+            else:
+                ledger.record(item._replace(is_seen=found.is_seen), status, time.time(),
+                              duration_s, error=text)
+                # One in memory is soon forgotten.
+                is_seen = None if ledger.is_apart else True
+                ended = Try(item._replace(is_seen=is_seen), status, error=text, traceback=trace)
+            transactions.database.commit()
+            return ended
 
-    def _make_problem(self, error):
-        """Return what kept the job from the rest."""
-        end_if_copy(self.pid)
-        if self.database.is_open:
-            self.database.rollback()
-        if self.interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
-            return Try(self.at_work, "interrupted", reason=format_signal(self.interrupts.signal))
-        if isinstance(error, UserError):
-            return Try(None, "failed", error=error.problem, reason=NOT_AGAIN)
-        if isinstance(error, ToolError):
-            self.step, error = str(error), error.__cause__
-        return self._make_failure(error)
+        ended = transactions.insist(record)
+        self.at_work, transactions.step = None, ""
+        return ended
 
-    # --- which items there are ---
+    def _judge(self, item, error):
+        """Return the status of an item that failed by an error; without one, its process ended."""
+        # One that ended its transaction may have been done: it is not done again unasked.
+        if item.deaths >= DEATHS_ALLOWED or isinstance(error, EndedEarly):
+            return "quarantined"
+        return "pending" if item.is_death or item.tries <= self.tool.retries else "failed"
 
-    def _list_items(self):
-        """Yield the items that are pending, page by page, and how many there are."""
-        self._insist(self._find_items)
-        ledger, job = self.ledger, self.job
+
+class Lister(Doer):
+    """Lists the items of a tool: its items() says which there are, the ledger which of them are
+    pending.
+    """
+
+    def do_all(self):
+        """Tell the items that are pending, page by page, and how many there are."""
+        self.transactions.insist(self._find_items)
+        ledger, job = self.transactions.ledger, self.job
         others = ledger.find_others()
         pending, given_up, page = 0, [], []
         for item, status, run_id in ledger.find_pending():
@@ -5059,19 +5115,18 @@ class Doer:
             elif not is_of_this_run or job.attempt == 1:  # else it is counted
                 given_up.append(item.name)
             if len(page) == _PAGE:
-                yield "found", page
+                self.tell("found", page)
                 page = []
         listed = ledger.count_listed()
         if job.only is not None and not ledger.count_listed(job.only):
             raise UserError(f"there is no item {job.only!r} among the {listed} that are listed")
         is_hopeless = bool(given_up) and not ledger.has_passed()
-        self.database.commit()
-        self.step = ""
-        yield "found", page
-        yield "listed", {
+        self.transactions.commit()
+        self.tell("found", page)
+        self.tell("listed", {
             "counts": {"listed": listed, "pending": pending, "given_up": len(given_up)},
             "reason": self._describe_left_out(given_up, others if pending else ()),
-            "is_hopeless": is_hopeless}
+            "is_hopeless": is_hopeless})
 
     def _is_given_up(self, item, status, is_of_this_run):
         """Return whether an item that is not done is left alone: until it changes, or somebody
@@ -5082,7 +5137,7 @@ class Doer:
 
     def _describe_left_out(self, given_up, others):
         """Return what to say of items that are there and not to be done."""
-        doubles, reasons = self.ledger.doubles, []
+        doubles, reasons = self.transactions.ledger.doubles, []
         if given_up:
             reasons.append(f"{count_items(len(given_up))} given up before: "
                            f"{format_names(given_up[:3], len(given_up))}; "
@@ -5095,22 +5150,20 @@ class Doer:
                            f"{self.setting.pipeline.name!r}: its NAME says which it is")
         return "; ".join(reasons)
 
-    def _find_items(self, is_urgent):
+    def _find_items(self, is_again):
         """Bring what items() gives into the database, and let have their tries again those of
         which that was asked.
         """
-        if self.ledger is None:
-            self._open()
-        if self.tool.each and self.ledger.is_apart and not self.setting.folder:
+        transactions, only = self.transactions, self.job.only
+        transactions.begin(is_again)
+        if self.tool.each and transactions.ledger.is_apart and not self.setting.folder:
             raise UserError(f"nothing tells which items passed {self.tool.each}: there is neither "
                             "a database nor a history")
-        self._connect()
-        self.database.begin(is_urgent, self.tool.commits)
-        self._choose_arguments()
+        self.give()
         self.interrupts.call(self._bring_items)
-        wanted = self.job.retry if self.job.only is None else (self.job.only,)
-        missing = [] if wanted is None else self.ledger.give_back(wanted)
-        if missing and self.job.only is None:
+        wanted = self.job.retry if only is None else (only,)
+        missing = [] if wanted is None else transactions.ledger.give_back(wanted)
+        if missing and only is None:
             raise UserError(f"{format_names(missing, len(missing))} can not be tried again: not "
                             "given up")
 
@@ -5119,12 +5172,9 @@ class Doer:
         found = ()
         self.interrupts.own_argv(self.tool)
         if self.callee.items is not None:
-            try:
+            with until_exit():
                 found = self.callee.items(**choose_arguments(self.callee.items_takes, self.given))
                 found = wait_for(found) if hasattr(found, "__await__") else found
-            except SystemExit as error:  # there are none
-                if not is_good_exit(error.code):
-                    raise
             if isinstance(found, Mapping):
                 raise TypeError("items() returned a dict; for names and versions, return its "
                                 ".items()")
@@ -5132,20 +5182,27 @@ class Doer:
                 raise TypeError(f"items() returned {format_type(found)}; it returns a list of "
                                 "names, or yields them, or returns the text of a SELECT")
         try:
-            self.ledger.list_items(found if isinstance(found, str) else until_exit(found),
-                                   self.tool.each)
+            self.transactions.ledger.list_items(
+                found if isinstance(found, str) else yield_until_exit(found), self.tool.each)
         except UnicodeEncodeError as error:
             raise ValueError(f"items() gave {error.object!r}, which is no text that a database "
                              "keeps: rename the file, or leave it out") from error
 
 
-def until_exit(found):
-    """Yield what items() yields; sys.exit() ends that, and is a failure as it is elsewhere."""
+@contextlib.contextmanager
+def until_exit():
+    """Let sys.exit() end what is inside; it is a failure where it is one of a program."""
     try:
-        yield from found
+        yield
     except SystemExit as error:
         if not is_good_exit(error.code):
             raise
+
+
+def yield_until_exit(found):
+    """Yield what items() yields, unless it exits."""
+    with until_exit():
+        yield from found
 
 
 def format_retry(tool):
@@ -5169,14 +5226,6 @@ def format_names(names, count):
 def format_name(name):
     """Return the name of an item for a line: quoted if it has blanks or what is not printable."""
     return name if name.isprintable() and not re.search(r"[\s,'\"]", name) else repr(name)
-
-
-_ENDED_EARLY = ('it ended its transaction inside the item, so that it may have been done: leave '
-                'commit and rollback to the engine (CREATE TABLE commits, too, on MySQL), or say '
-                '"commits": True and take at-least-once')
-_REFUSED = ("%s was refused inside an item, which the engine commits: take conn.commit(), "
-            "conn.rollback(), `with conn:` and executescript() out, or say \"commits\": True in "
-            "TOOL_MAP and take at-least-once")
 
 
 def count_rows(result):
