@@ -4661,12 +4661,12 @@ class Transactions:
 
     def insist(self, step, *args):
         """Return what a step returns that begins and ends a transaction. Where there are items it
-        is taken again, and told so, while others are in the way.
+        is taken again, and told how often it was, while others are in the way.
         """
         began_s, number = time.monotonic(), 0
         while True:
             try:
-                return step(*args, number > 0)
+                return step(*args, number)
             except BaseException as error:
                 self._undo(error)
                 number += 1
@@ -4716,7 +4716,7 @@ class Transactions:
 
     # --- the ledger ---
 
-    def open(self, _is_again=False):
+    def open(self, _number=0):
         """Open the ledger, and create it if it is not there."""
         self._begin(False)
         job, conn = self.job, self.database.conn
@@ -4962,18 +4962,18 @@ class Trier(Doer):
                 return [self.make_failure(error, self.transactions.step)], ()
             return self._take_failure(group, error)
 
-    def _try_all(self, group, is_again):
+    def _try_all(self, group, number):
         """Return how some items ended, tried in one transaction, none of which failed."""
         self.at_work, transactions = None, self.transactions
         transactions.step = ""
         uses_database = self.has_items or self.callee.takes("conn")
         if uses_database:  # else it may go on beside one that holds the database
             # One that begins with a look at a row could not wait for the lock later.
-            transactions.begin(is_again or self.has_items and group[0].is_seen is None)
+            transactions.begin(number > 1 or self.has_items and group[0].is_seen is None)
         if not self.given or self.given["conn"] is not transactions.database.conn:
             self.give()
             self.chosen = choose_arguments(self.callee.run_takes, self.given)
-        tries = [self._try_item(item, is_again) if item else self._try_tool() for item in group]
+        tries = [self._try_item(item, number) if item else self._try_tool() for item in group]
         if uses_database:
             transactions.commit()
         return tries
@@ -4983,11 +4983,11 @@ class Trier(Doer):
         result = self.interrupts.call(self._call)
         return Try(None, "success", self.kept.pack(result), count_rows(result))
 
-    def _try_item(self, item, is_again):
+    def _try_item(self, item, number):
         """Return how the try of an item ended, which did not fail, with its row written."""
         transactions, self.at_work = self.transactions, None
         ledger = transactions.ledger
-        if item.is_seen is None or is_again:
+        if item.is_seen is None or number:
             item, status, rows, error = ledger.look(item)
             if status != "pending":
                 return Try(item, status, rows=rows, error=error or "")
@@ -5068,8 +5068,8 @@ class Trier(Doer):
         item = item._replace(charge="")
         before = item._replace(tries=count_tries(item) - 1, deaths=0)
 
-        def record(is_again):
-            transactions.begin(is_again)
+        def record(number):
+            transactions.begin(number > 1)
             transactions.step, ledger = _IN_LEDGER, transactions.ledger
             # It may have been recorded before: its process ended then, or a former charge did.
             found, known, rows, problem = ledger.look(before)
@@ -5150,12 +5150,12 @@ class Lister(Doer):
                            f"{self.setting.pipeline.name!r}: its NAME says which it is")
         return "; ".join(reasons)
 
-    def _find_items(self, is_again):
+    def _find_items(self, number):
         """Bring what items() gives into the database, and let have their tries again those of
         which that was asked.
         """
         transactions, only = self.transactions, self.job.only
-        transactions.begin(is_again)
+        transactions.begin(number > 1)
         if self.tool.each and transactions.ledger.is_apart and not self.setting.folder:
             raise UserError(f"nothing tells which items passed {self.tool.each}: there is neither "
                             "a database nor a history")
