@@ -4276,31 +4276,38 @@ class Context:
     of a backfill, of a single item, and of some items only.
     """
 
-    def __init__(self, job, results, tell):
-        self.run_id, self.tool, self.attempt = job.run_id.partition(".")[0], job.tool, job.attempt
-        self.results = results
-        self.item = None
-        self.version = None
-        self._last_success_at = job.last_success_at
+    item = version = None
+
+    def __init__(self, job, ask, tell):
+        self.tool, self.attempt = job.tool, job.attempt
+        self._job, self._ask = job, ask
         self._tell = tell  # tell(kind, ...) reaches the listener of the run
-        self._log = None
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run, as `--history` has it."""
+        return self._job.run_id.partition(".")[0]
+
+    @functools.cached_property
+    def results(self) -> Mapping[str, Any]:
+        """What the tools that this one waits for returned, by name."""
+        ask = functools.partial(self._ask, self._job)
+        return Results(ask, functools.partial(ask, None))
 
     @property
     def last_success(self) -> Any:
         """When the last success with these arguments began, a `datetime` in UTC, or None."""
         from datetime import datetime, timezone
-        at = self._last_success_at
+        at = self._job.last_success_at
         return None if at is None else datetime.fromtimestamp(at, timezone.utc)
 
-    @property
+    @functools.cached_property
     def log(self) -> Any:
         """The `logging.Logger` of this tool, named `orchestrator.TOOL`.
 
         Its lines go to the handlers that you set up for logging, else to the run's own screen.
         """
-        if self._log is None:
-            self._log = make_log(self.tool, self._tell)
-        return self._log
+        return make_log(self.tool, self._tell)
 
     def progress(self, iterable: Iterable[Any], total: Optional[int] = None) -> Iterator[Any]:
         """Yield what an iterable yields, and tell who watches how far it is.
@@ -4321,19 +4328,9 @@ def make_log(tool, tell):
     """
     import logging
 
-    class Teller(logging.Handler):
-        def emit(self, record):
-            """Make an event of a line, unless others have set up logging; never raise."""
-            if logger.parent.hasHandlers():  # asked for each line: they may come at any time
-                return
-            try:
-                text = self.format(record)
-            except Exception:
-                self.handleError(record)  # a line with wrong arguments fails nothing
-            else:
-                tell("log", text=text, level=record.levelno)
-
     class Log(logging.Logger):
+        """Asks for each line whether there are handlers: they may come at any time."""
+
         def getEffectiveLevel(self):
             of_others = self.parent.getEffectiveLevel() if self.parent.hasHandlers() else 0
             return self.level or of_others or logging.DEBUG
@@ -4341,13 +4338,29 @@ def make_log(tool, tell):
         def isEnabledFor(self, level):  # the cache of Logger would not notice them
             return self.manager.disable < level >= self.getEffectiveLevel()
 
+        def callHandlers(self, record):
+            if self.hasHandlers():
+                super().callHandlers(record)
+            if self.parent.hasHandlers():
+                return
+            try:
+                text = logging.Formatter().format(record)
+            except Exception:
+                logging.lastResort.handleError(record)  # wrong arguments of a line fail nothing
+            else:
+                tell("log", text=text, level=record.levelno)
+
     logger = Log("orchestrator." + tool)
     logger.parent = logging.getLogger("orchestrator")
-    logger.addHandler(Teller())
     return logger
 
 
 _SAME_SIGNAL_S = 0.1  # nobody presses Ctrl-C twice in that
+
+
+def find_signals(*names):
+    """Return the numbers of those of some signals that this system has."""
+    return [getattr(_signal, name) for name in names if hasattr(_signal, name)]
 
 
 class Interrupts:
@@ -4376,13 +4389,12 @@ class Interrupts:
         self.before_exit = lambda: None
 
     def __enter__(self):
-        import signal
         import threading
         self.is_on_main_thread = threading.current_thread() is threading.main_thread()
         if self.is_on_main_thread:
-            for number in (getattr(signal, n) for n in self.NAMES if hasattr(signal, n)):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self.before[number] = signal.signal(number, self.on_signal)
+            for number in find_signals(*self.NAMES):
+                if _signal.getsignal(number) not in (_signal.SIG_IGN, None):
+                    self.before[number] = _signal.signal(number, self.on_signal)
         if not Interrupts.is_hooked and hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=Interrupts.leave_all)
             Interrupts.is_hooked = True
@@ -4390,11 +4402,10 @@ class Interrupts:
         return self
 
     def __exit__(self, *_):
-        import signal
         if self in Interrupts.lasting:
             Interrupts.lasting.remove(self)
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            _signal.signal(number, handler)
 
     @staticmethod
     def leave_all():
@@ -4404,12 +4415,11 @@ class Interrupts:
 
     def on_signal(self, number, _frame):
         """Take a signal. Runs in the main thread, between any two instructions."""
-        import signal
         if self.signal is None:
             self.signal, self.signal_s = number, time.monotonic()
             if self.in_tool:
                 raise KeyboardInterrupt(number)
-        elif number != getattr(signal, "SIGHUP", None) \
+        elif number not in find_signals("SIGHUP") \
                 and time.monotonic() - self.signal_s > _SAME_SIGNAL_S:
             self.before_exit()
             os._exit(EXIT_SIGNAL + number)
@@ -4613,10 +4623,6 @@ def perform(job, setting, send, kept):
     doer.tell("ended", doer.do())
 
 
-class ToolError(Exception):
-    """What fails a tool and is charged to no item: `__cause__`, at the step that is its text."""
-
-
 _IN_LEDGER = "in the ledger: "
 _GONE = "the connection is gone: "
 LOCKED_S = 60.0  # how long an item comes again because others are at the same rows
@@ -4634,10 +4640,11 @@ class Transactions:
     tool with items, over their ledger, which is opened with the first and again over each new
     connection. A tool that `commits` begins and ends its own.
 
-    State: `ledger`; `is_sqlite`, what that is in, and `is_watched`, whether an item may not end the
-    transaction; `step`, what the engine itself is doing, "" while it is the tool; of the one that
-    was undone last, `had_ended`, whether it had ended before, and `was_closed`, whether the tool
-    had closed the connection.
+    State: `ledger`; `is_sqlite`, what that is in; `is_watched`, whether an item may not end the
+    transaction, and `can_undo_items`, whether that is sure enough for several items in one; `step`,
+    what the engine itself is doing, "" while it is the tool; of the one that was undone last,
+    `had_ended`, whether it had ended before, and `was_closed`, whether the tool had closed the
+    connection.
     """
     ledger, step = None, ""
     is_sqlite = is_watched = had_ended = was_closed = False
@@ -4733,6 +4740,7 @@ class Transactions:
         self.ledger, self.step = ledger, ""
         self.is_sqlite = ledger.kind == "sqlite"
         self.is_watched = not (ledger.is_apart or self.commits)
+        self.can_undo_items = self.is_watched and ledger.has_savepoints
 
     def _begin(self, is_urgent):
         """Begin a transaction over the connection, and the ledger if that is open."""
@@ -4879,23 +4887,18 @@ class Doer:
 
     def give(self):
         """Make the arguments that there are, over the connection that is open."""
-        job, ask = self.job, self.kept.ask
-        self.given = {**self.setting.arguments, "conn": self.transactions.database.conn}
-        if self.callee.takes("context"):
-            results = Results(lambda tool: ask(job, tool), lambda: ask(job, None))
-            self.given["context"] = Context(job, results, self._tell_event)
+        self.given = {**self.setting.arguments, "conn": self.transactions.database.conn,
+                      "context": Context(self.job, self.kept.ask, self._tell_event)}
 
     def _tell_event(self, kind, **what):
         """Send what the tool tells of itself."""
         self.tell("event", {"kind": kind, **what})
 
-    def make_failure(self, error, step):
-        """Return how a try of a tool without items failed at a step, or a job of one that has
-        some.
-        """
+    def make_failure(self, error):
+        """Return how a try of a tool without items failed, or a job of one that has some."""
         had_ended = "its transaction had ended before: what it committed stays" \
             * self.transactions.had_ended
-        return Try(self.at_work, "failed", error=step + format_one_line(error),
+        return Try(self.at_work, "failed", error=self.transactions.step + format_one_line(error),
                    traceback=format_traceback(error, self.setting.verbose),
                    reason=join_reasons(find_hint(error), explain_exit(error), had_ended))
 
@@ -4909,9 +4912,7 @@ class Doer:
             return Try(self.at_work, "interrupted", reason=format_signal(signal))
         if isinstance(error, UserError):
             return Try(None, "failed", error=error.problem, reason=NOT_AGAIN)
-        if isinstance(error, ToolError):
-            return self.make_failure(error.__cause__, str(error))
-        return self.make_failure(error, transactions.step)
+        return self.make_failure(error)
 
 
 class Trier(Doer):
@@ -4924,8 +4925,19 @@ class Trier(Doer):
     started_s = 0.0
 
     def do_all(self):
-        """Try all items, and tell how the tries ended."""
-        left = self._make_groups()
+        """Try all items, and tell how the tries ended: first those that did not survive a former
+        one, which is recorded.
+        """
+        items, transactions, size = self.job.items, self.transactions, 1
+        if self.has_items:
+            transactions.insist(transactions.open)
+            for item in items:
+                if item.charge:
+                    self.tell("tries", [self._record_failure(item, item.charge)])
+            items = [item for item in items if not item.charge]
+            if transactions.can_undo_items:  # else they are committed one by one
+                size = self.tool.batch
+        left = [items[i:i + size] for i in reversed(range(0, len(items), size))]
         while left:
             if self.interrupts.signal is not None:
                 raise KeyboardInterrupt(self.interrupts.signal)
@@ -4934,33 +4946,18 @@ class Trier(Doer):
             if tries:
                 self.tell("tries", tries)
 
-    def _make_groups(self):
-        """Return the items to try, in groups that share a transaction, the last group first."""
-        items, size, transactions = self.job.items, self.tool.batch, self.transactions
-        if size == 1 or not self.has_items:
-            return [(item,) for item in reversed(items)]
-        transactions.insist(transactions.open)
-        if not (transactions.is_watched and transactions.ledger.has_savepoints):
-            size = 1  # what can not be undone together is committed one by one
-        others = [item for item in items if not item.charge]
-        groups = [tuple(others[i:i + size]) for i in range(0, len(others), size)]
-        return groups[::-1] + [(item,) for item in items if item.charge]
-
     def _try_group(self, group):
         """Return how items ended that were tried in one transaction, and those that are to be
         tried alone, because one of several failed, of which nothing is left then.
         """
-        first = group[0]
-        if first is not None and first.charge:
-            return [self._record_failure(first, first.charge)], ()
         try:
             return self.transactions.insist(self._try_all, group), ()
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            if first is None:
-                return [self.make_failure(error, self.transactions.step)], ()
-            return self._take_failure(group, error)
+            if self.has_items:
+                return self._take_failure(group, error)
+            return [self.make_failure(error)], ()
 
     def _try_all(self, group, number):
         """Return how some items ended, tried in one transaction, none of which failed."""
@@ -4994,7 +4991,9 @@ class Trier(Doer):
         self.kept.note(self.job, item)
         transactions.begin_item()  # a connection that was lost before is no item's fault
         self.at_work = item
-        self._introduce(item)
+        context = self.given["context"]
+        context.item, context.version, context.attempt = item.name, item.version, item.tries + 1
+        self.chosen["item"] = self.given["item"] = item.name
         self.started_s = time.monotonic()
         rows = count_rows(transactions.call_item(self._call))
         transactions.step = _IN_LEDGER
@@ -5002,14 +5001,6 @@ class Trier(Doer):
                       time.monotonic() - self.started_s, rows)
         transactions.step = ""
         return Try(item, "success", None, rows)
-
-    def _introduce(self, item):
-        """Let the tool know which item it is called for."""
-        self.chosen["item"] = self.given["item"] = item.name
-        context = self.given.get("context")
-        if context:
-            context.item, context.version, context.attempt = \
-                item.name, item.version, item.tries + 1
 
     def _call(self):
         """Return what run() returns, and check() passes."""
@@ -5030,14 +5021,14 @@ class Trier(Doer):
     # --- how one failed ---
 
     def _take_failure(self, group, error):
-        """Return what _try_group() returns of items one of which failed. Raise ToolError for what
-        is no item's fault.
+        """Return what _try_group() returns of items one of which failed. Raise what is no item's
+        fault.
         """
         item, transactions = self.at_work, self.transactions
         step, fault = transactions.step, transactions.find_fault(error)
         if item is None or fault == "place":
-            where = f"at {format_name(item.name)}: " if item else ""
-            raise ToolError(where + step) from error
+            transactions.step = (f"at {format_name(item.name)}: " if item else "") + step
+            raise error
         again = [each._replace(is_seen=None) for each in group]
         if len(group) > 1 and fault == "item":
             return (), again
@@ -5051,10 +5042,9 @@ class Trier(Doer):
         self.at_work = item if is_lost else None
         try:
             ended = self._record_failure(item, text, error)
-        except Exception as problem:
+        except Exception:
             if is_lost:
-                text = f"at {format_name(item.name)}: {text}; {transactions.step}"
-                raise ToolError(text) from problem
+                transactions.step = f"at {format_name(item.name)}: {text}; {transactions.step}"
             raise
         return [ended], [each for each in again if each.name != item.name]
 
@@ -5386,35 +5376,34 @@ class Copier:
         return getattr(self._stream, name)
 
 
-_SIGNALS = [getattr(_signal, name) for name in (
-    *Interrupts.NAMES, "SIGALRM", "SIGCHLD", "SIGPIPE", "SIGUSR1", "SIGUSR2")
-    if hasattr(_signal, name)]
-
-
 def make_put_back():
     """Return a function that puts back what tools change of this process: its working folder, its
     streams, how signals are taken, the mask of new files, how deep calls may go, and which logging
     is off. On another thread than the main one, neither it nor tools can do that.
     """
-    stdin, stdout, stderr = sys.stdin, sys.stdout, sys.stderr
-    handlers = [(number, _signal.getsignal(number)) for number in _SIGNALS]
-    limit, mask, folder = sys.getrecursionlimit(), os.umask(0o077), find_working_folder()
+    signals = find_signals(*Interrupts.NAMES, "SIGALRM", "SIGCHLD", "SIGPIPE", "SIGUSR1", "SIGUSR2")
+
+    def look():
+        logging = sys.modules.get("logging")
+        return ((sys.stdin, sys.stdout, sys.stderr), [*map(_signal.getsignal, signals)],
+                find_working_folder(), sys.getrecursionlimit(),
+                logging.root.manager.disable if logging else 0)
+
+    before, mask = look(), os.umask(0o077)
     os.umask(mask)
-    logging = sys.modules.get("logging")
-    disabled = logging.root.manager.disable if logging else 0
 
     def put_back():
         """Put it back."""
-        sys.stdin, sys.stdout, sys.stderr = stdin, stdout, stderr
-        for number, handler in handlers:
-            if handler is not None and _signal.getsignal(number) is not handler:
-                _signal.signal(number, handler)
-        if sys.getrecursionlimit() != limit:
-            sys.setrecursionlimit(limit)
         os.umask(mask)
-        if find_working_folder() != folder:
-            with contextlib.suppress(OSError):  # the tool removed it
-                os.chdir(folder)
+        if look() == before:
+            return
+        (sys.stdin, sys.stdout, sys.stderr), handlers, folder, limit, disabled = before
+        for number, handler in zip(signals, handlers):
+            if handler is not None:
+                _signal.signal(number, handler)
+        with contextlib.suppress(OSError):  # the tool removed it
+            os.chdir(folder)
+        sys.setrecursionlimit(limit)
         if "logging" in sys.modules:
             sys.modules["logging"].disable(disabled)
 
