@@ -4215,11 +4215,10 @@ def pack_result(result, is_kept=False):
     import pickle
     if isinstance(result, Packed):
         return result
-    kept = keep_result(result) if is_kept else None
-    try:
-        return Packed(pickle.dumps(result, pickle.HIGHEST_PROTOCOL), format_type(result), kept)
-    except Exception:
-        return Packed(None, format_type(result), kept)
+    content = None
+    with contextlib.suppress(Exception):
+        content = pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
+    return Packed(content, format_type(result), keep_result(result) if is_kept else None)
 
 
 class Results(Mapping[str, Any]):
@@ -4281,7 +4280,7 @@ class Context:
     def __init__(self, job, ask, tell):
         self.tool, self.attempt = job.tool, job.attempt
         self._job, self._ask = job, ask
-        self._tell = tell  # tell(kind, ...) reaches the listener of the run
+        self._tell = tell  # tell({...}), the fields of an Event, reaches the listener of the run
 
     @property
     def run_id(self) -> str:
@@ -4318,7 +4317,7 @@ class Context:
             total = operator.length_hint(iterable) or None
         for done, each in enumerate(iterable, 1):
             yield each
-            self._tell("progress", done=done, total=total)
+            self._tell({"kind": "progress", "done": done, "total": total})
 
 
 def make_log(tool, tell):
@@ -4348,7 +4347,7 @@ def make_log(tool, tell):
             except Exception:
                 logging.lastResort.handleError(record)  # wrong arguments of a line fail nothing
             else:
-                tell("log", text=text, level=record.levelno)
+                tell({"kind": "log", "text": text, "level": record.levelno})
 
     logger = Log("orchestrator." + tool)
     logger.parent = logging.getLogger("orchestrator")
@@ -4377,8 +4376,7 @@ class Interrupts:
     thread, since sys.argv is the whole process's.
     """
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all of them
-    lasting: List["Interrupts"] = []  # those of this process; empty in one that was forked from it
-    is_hooked = False
+    lasting = set()  # those of this process; empty in one that was forked from it
 
     def __init__(self):
         self.signal = None
@@ -4395,15 +4393,11 @@ class Interrupts:
             for number in find_signals(*self.NAMES):
                 if _signal.getsignal(number) not in (_signal.SIG_IGN, None):
                     self.before[number] = _signal.signal(number, self.on_signal)
-        if not Interrupts.is_hooked and hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=Interrupts.leave_all)
-            Interrupts.is_hooked = True
-        Interrupts.lasting.append(self)
+        self.lasting.add(self)
         return self
 
     def __exit__(self, *_):
-        if self in Interrupts.lasting:
-            Interrupts.lasting.remove(self)
+        self.lasting.discard(self)
         for number, handler in self.before.items():
             _signal.signal(number, handler)
 
@@ -4461,16 +4455,20 @@ class Interrupts:
         return result
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Interrupts.leave_all)
+
+
 def choose_arguments(takes, available):
     """Return the arguments that a function names, or all of them for its **kwargs.
 
     A `conn` that is None goes only to a function that names it.
     """
-    if not takes.takes_all:
-        return {name: available[name] for name in takes.names if name in available}
-    if available.get("conn") is None and "conn" not in takes.names:
-        return {name: value for name, value in available.items() if name != "conn"}
-    return dict(available)
+    chosen = {name: value for name, value in available.items()
+              if takes.takes_all or name in takes.names}
+    if "conn" in chosen and chosen["conn"] is None and "conn" not in takes.names:
+        del chosen["conn"]
+    return chosen
 
 
 def call_run(callee, arguments):
@@ -4627,234 +4625,29 @@ _IN_LEDGER = "in the ledger: "
 _GONE = "the connection is gone: "
 LOCKED_S = 60.0  # how long an item comes again because others are at the same rows
 _TAKEN_TRIES = 20  # and how often because somebody else wrote its row
-_ENDED_EARLY = ('it ended its transaction inside the item, so that it may have been done: leave '
-                'commit and rollback to the engine (CREATE TABLE commits, too, on MySQL), or say '
-                '"commits": True and take at-least-once')
-_REFUSED = ("%s was refused inside an item, which the engine commits: take conn.commit(), "
-            "conn.rollback(), `with conn:` and executescript() out, or say \"commits\": True in "
-            "TOOL_MAP and take at-least-once")
-
-
-class Transactions:
-    """The transactions of a job, one after another, over the connection of this process and, of a
-    tool with items, over their ledger, which is opened with the first and again over each new
-    connection. A tool that `commits` begins and ends its own.
-
-    State: `ledger`; `is_sqlite`, what that is in; `is_watched`, whether an item may not end the
-    transaction, and `can_undo_items`, whether that is sure enough for several items in one; `step`,
-    what the engine itself is doing, "" while it is the tool; of the one that was undone last,
-    `had_ended`, whether it had ended before, and `was_closed`, whether the tool had closed the
-    connection.
-    """
-    ledger, step = None, ""
-    is_sqlite = is_watched = had_ended = was_closed = False
-
-    def __init__(self, job, setting, kept, has_items):
-        self.job, self.setting, self.has_items = job, setting, has_items
-        self.commits = setting.pipeline.tools[job.tool].commits
-        self.database, self.interrupts, self.pid = kept.database, kept.interrupts, os.getpid()
-
-    def begin(self, is_urgent=False):
-        """Begin one, over the ledger; `is_urgent` waits at once for who else writes."""
-        if self.has_items and self.ledger is None:
-            self.open()
-        self._begin(is_urgent)
-
-    def commit(self):
-        """Commit what was begun."""
-        self.step = "at the commit: "
-        self.database.commit()
-        self.step = ""
-
-    def insist(self, step, *args):
-        """Return what a step returns that begins and ends a transaction. Where there are items it
-        is taken again, and told how often it was, while others are in the way.
-        """
-        began_s, number = time.monotonic(), 0
-        while True:
-            try:
-                return step(*args, number)
-            except BaseException as error:
-                self._undo(error)
-                number += 1
-                is_taken = isinstance(error, Taken) and number < _TAKEN_TRIES
-                if not self.has_items or not is_taken and (
-                        not is_locked(error) or time.monotonic() - began_s > LOCKED_S):
-                    raise
-            if not is_taken:
-                self._wait(number)
-
-    def _wait(self, number):
-        """Wait a little, and not as long as others do."""
-        from random import random
-        self.interrupts.call(time.sleep, random() * min(0.005 * 2 ** number, 1.0))
-
-    def _undo(self, error):
-        """Undo what is not committed. Raise KeyboardInterrupt if a signal is behind an error."""
-        end_if_copy(self.pid)
-        database = self.database
-        self.was_closed = was_closed(database.conn)
-        self.had_ended = database.is_open and database.rollback()
-        if not database.is_open:
-            self.close()
-        if self.interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-
-    def find_fault(self, error):
-        """Return whose fault it is that a transaction failed and was undone: "item", its own;
-        "early", of which some may have been committed; "lost", that of what took the connection
-        down; or "place", which is no item's.
-        """
-        is_early = isinstance(error, EndedEarly)
-        # SQLite has no server that could go away: what breaks it is its disk.
-        if not self.database.is_open and not (is_early and self.was_closed) \
-                and not (self.is_sqlite and is_of_place(error)):
-            return "lost"
-        if is_early:
-            return "early"
-        is_ours = self.step == _IN_LEDGER
-        return "place" if is_ours or is_locked(error) or is_of_place(error) else "item"
-
-    def close(self):
-        """Let go of the ledger: the next one is over the next connection."""
-        if self.ledger:
-            self.ledger.close()
-            self.ledger = None
-
-    # --- the ledger ---
-
-    def open(self, _number=0):
-        """Open the ledger, and create it if it is not there."""
-        self._begin(False)
-        job, conn = self.job, self.database.conn
-        ledger = Ledger(conn, find_ledger_path(self.setting.folder), self.setting.pipeline.name,
-                        job.tool, job.run_id, job.source, self.database.schema)
-        if not ledger.is_apart and (not ledger.kind or is_session(conn)):
-            raise TypeError(f"get_connection() returned {format_type(conn)}, in which the "
-                            "ledger of items can not be kept: return the connection of the driver "
-                            "itself, or engine.connect() (in run() then Session(conn) works)")
-        self.step = _IN_LEDGER
-        if not ledger.is_there():
-            self._create(ledger)
-        self.database.commit()
-        self.ledger, self.step = ledger, ""
-        self.is_sqlite = ledger.kind == "sqlite"
-        self.is_watched = not (ledger.is_apart or self.commits)
-        self.can_undo_items = self.is_watched and ledger.has_savepoints
-
-    def _begin(self, is_urgent):
-        """Begin a transaction over the connection, and the ledger if that is open."""
-        database = self.database
-        if not database.is_open:
-            self.step = "in get_connection(): "
-            self.interrupts.call(database.open)
-        self.step = ""
-        if self.commits:
-            database.lend()
-        else:
-            database.begin(is_urgent)
-            if self.ledger:
-                self.ledger.begin(is_urgent)
-
-    def _begin_anew(self):
-        self.database.rollback()
-        self._begin(False)
-
-    def _create(self, ledger):
-        """Create a ledger that is not there, if no other start does so in this moment."""
-        self._begin_anew()
-        if self.database.has_set and self._is_elsewhere(ledger):
-            return
-        try:
-            ledger.create()
-            self.database.commit()
-        except Exception:
-            self._begin_anew()
-            if not ledger.is_there():
-                raise
-
-    def _is_elsewhere(self, ledger):
-        """Return whether there is a ledger in another schema, which became the default with the
-        rollback of a SET of get_connection(): so it was made there before it was looked for here.
-        """
-        schema = ledger.schema
-        ledger.move(find_schema(ledger.conn))
-        if ledger.schema != schema and ledger.is_there():
-            return True
-        self._begin_anew()
-        ledger.move(schema)
-        return False
-
-    # --- the part of an item in one ---
-
-    def begin_item(self):
-        """Begin the part of an item. On SQLite, none can end it."""
-        if self.is_watched and not self.is_sqlite:
-            self.ledger.begin_item()
-
-    def call_item(self, call):
-        """Return what a call returns, which is all of an item's part."""
-        if not self.is_watched:
-            return self.interrupts.call(call)
-        if self.is_sqlite:
-            return self.interrupts.call(self._call_guarded, call)
-        ledger = self.ledger
-        try:
-            result = self.interrupts.call(call)
-            if ledger.kind not in ("mysql", "mariadb") and is_aborted(ledger.raw):
-                raise RuntimeError("an error of the database was caught and ignored, after which "
-                                   "nothing can be committed")
-        except (Exception, SystemExit) as error:
-            self._end_item(ledger.undo_item, error)
-            raise
-        # before its row, which might be committed at once if nothing is open
-        self._end_item(ledger.leave_item)
-        return result
-
-    def _call_guarded(self, call):
-        """Return what a call returns that can not end the transaction, which is SQLite's. Raise
-        PermissionError if it tried, also if it swallowed what it got for that.
-        """
-        guard = self.ledger.guard
-        guard.is_up, guard.tried = True, ""
-        try:
-            result = call()
-        finally:
-            guard.is_up = False
-            if guard.tried:
-                raise PermissionError(_REFUSED % guard.tried)
-        if not self.ledger.raw.in_transaction:
-            raise RuntimeError("SQLite undid its transaction after an error that was ignored")
-        return result
-
-    def _end_item(self, end, error=None):
-        """End the part of an item, which failed by an error, if any. Raise EndedEarly if it is
-        gone.
-        """
-        try:
-            end()
-        except Exception as problem:
-            # A deadlock undoes all of the transaction on MySQL, and its savepoints.
-            if not is_locked(error) or self.ledger.kind not in ("mysql", "mariadb"):
-                text = join_reasons(error and format_one_line(error), _ENDED_EARLY)
-                raise EndedEarly(text) from error or problem
 
 
 class Doer:
-    """Does a job: what listing items and trying them have in common.
+    """Does a job: it lists items, or tries some, in one transaction after another, over the
+    connection of this process and, of a tool with items, their ledger, which is opened with the
+    first and again over each new connection. A tool that `commits` begins and ends its own.
 
-    State: `given`, the arguments that there are for the tool's functions; `at_work`, the item that
-    is being done, or whose loss of the connection is not recorded yet (is_death); `unsent`, why
-    something was not sent.
+    State: `ledger`; `is_sqlite`, what that is in; `is_watched`, whether an item may not end the
+    transaction; `given`, the arguments that there are; `step`, what the engine itself is doing, ""
+    while it is the tool; `at_work`, the item that is being done, or of which it is not recorded yet
+    that it lost the connection (is_death); of the transaction that was undone last, `had_ended`,
+    whether it had ended before, and `was_closed`, whether the tool had closed the connection;
+    `unsent`, why a message was not sent.
     """
-    at_work = unsent = None
+    ledger = at_work = unsent = None
+    step = ""
+    is_sqlite = is_watched = had_ended = was_closed = False
 
     def __init__(self, job, setting, send, kept):
         self.job, self.setting, self.send, self.kept = job, setting, send, kept
-        self.tool, self.interrupts = setting.pipeline.tools[job.tool], kept.interrupts
+        self.tool, self.database = setting.pipeline.tools[job.tool], kept.database
+        self.interrupts, self.pid, self.given = kept.interrupts, os.getpid(), {}
         self.has_items = job.is_listing or job.items[:1] != (None,)
-        self.transactions = Transactions(job, setting, kept, self.has_items)
-        self.given = {}
 
     def do(self):
         """Do the job; return what kept it from the rest, as perform() tells it."""
@@ -4878,41 +4671,143 @@ class Doer:
             self.unsent = error
             raise
 
+    def give(self):
+        """Make the arguments that there are, over the connection that is open."""
+        self.given = {**self.setting.arguments, "conn": self.database.conn,
+                      "context": Context(self.job, self.kept.ask,
+                                         functools.partial(self.tell, "event"))}
+
     def _leave(self):
         """Note that nothing is at work any more."""
         if not (self.at_work and self.at_work.is_death):
             with contextlib.suppress(OSError):  # the tool closed the slip
                 self.kept.note(self.job, None)
-        self.transactions.close()
-
-    def give(self):
-        """Make the arguments that there are, over the connection that is open."""
-        self.given = {**self.setting.arguments, "conn": self.transactions.database.conn,
-                      "context": Context(self.job, self.kept.ask, self._tell_event)}
-
-    def _tell_event(self, kind, **what):
-        """Send what the tool tells of itself."""
-        self.tell("event", {"kind": kind, **what})
+        if self.ledger:
+            self.ledger.close()
 
     def make_failure(self, error):
         """Return how a try of a tool without items failed, or a job of one that has some."""
-        had_ended = "its transaction had ended before: what it committed stays" \
-            * self.transactions.had_ended
-        return Try(self.at_work, "failed", error=self.transactions.step + format_one_line(error),
+        had_ended = "its transaction had ended before: what it committed stays" * self.had_ended
+        return Try(self.at_work, "failed", error=self.step + format_one_line(error),
                    traceback=format_traceback(error, self.setting.verbose),
                    reason=join_reasons(find_hint(error), explain_exit(error), had_ended))
 
     def _make_problem(self, error):
         """Return what kept the job from the rest."""
-        transactions, signal = self.transactions, self.interrupts.signal
-        end_if_copy(transactions.pid)
-        if transactions.database.is_open:
-            transactions.database.rollback()
+        end_if_copy(self.pid)
+        if self.database.is_open:
+            self.database.rollback()
+        signal = self.interrupts.signal
         if signal is not None or isinstance(error, KeyboardInterrupt):
             return Try(self.at_work, "interrupted", reason=format_signal(signal))
         if isinstance(error, UserError):
             return Try(None, "failed", error=error.problem, reason=NOT_AGAIN)
         return self.make_failure(error)
+
+    # --- its transactions ---
+
+    def insist(self, step, *args):
+        """Return what a step returns that begins and ends a transaction. Where there are items it
+        is taken again, and told how often it was, while others are in the way.
+        """
+        began_s, number = time.monotonic(), 0
+        while True:
+            try:
+                if self.has_items and self.ledger is None:
+                    self._open()
+                return step(*args, number)
+            except BaseException as error:
+                self._undo(error)
+                number += 1
+                is_taken = isinstance(error, Taken) and number < _TAKEN_TRIES
+                if not self.has_items or not is_taken and (
+                        not is_locked(error) or time.monotonic() - began_s > LOCKED_S):
+                    raise
+            if not is_taken:
+                self._wait(number)
+
+    def _wait(self, number):
+        """Wait a little, and not as long as others do."""
+        from random import random
+        self.interrupts.call(time.sleep, random() * min(0.005 * 2 ** number, 1.0))
+
+    def _undo(self, error):
+        """Undo what is not committed. Raise KeyboardInterrupt if a signal is behind an error."""
+        end_if_copy(self.pid)
+        database = self.database
+        self.was_closed = was_closed(database.conn)
+        self.had_ended = database.is_open and database.rollback()
+        if self.ledger and not database.is_open:
+            self.ledger.close()
+            self.ledger = None  # the next one is over the next connection
+        if self.interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+
+    def begin(self, is_urgent=False):
+        """Begin a transaction; `is_urgent` waits at once for who else writes."""
+        database = self.database
+        if not database.is_open:
+            self.step = "in get_connection(): "
+            self.interrupts.call(database.open)
+        self.step = ""
+        if self.tool.commits:
+            database.lend()
+        else:
+            database.begin(is_urgent)
+            if self.ledger:
+                self.ledger.begin(is_urgent)
+
+    def commit(self):
+        """Commit what was begun."""
+        self.step = "at the commit: "
+        self.database.commit()
+        self.step = ""
+
+    def _open(self):
+        """Open the ledger, and create it if it is not there."""
+        self.begin()
+        job, conn = self.job, self.database.conn
+        ledger = Ledger(conn, find_ledger_path(self.setting.folder), self.setting.pipeline.name,
+                        job.tool, job.run_id, job.source, self.database.schema)
+        if not ledger.is_apart and (not ledger.kind or is_session(conn)):
+            raise TypeError(f"get_connection() returned {format_type(conn)}, in which the "
+                            "ledger of items can not be kept: return the connection of the driver "
+                            "itself, or engine.connect() (in run() then Session(conn) works)")
+        self.step = _IN_LEDGER
+        if not ledger.is_there():
+            self._create(ledger)
+        self.database.commit()
+        self.ledger, self.is_sqlite = ledger, ledger.kind == "sqlite"
+        self.is_watched = not (ledger.is_apart or self.tool.commits)
+
+    def _create(self, ledger):
+        """Create a ledger that is not there, if no other start does so in this moment."""
+        self._begin_anew()
+        if self.database.has_set and self._is_elsewhere(ledger):
+            return
+        try:
+            ledger.create()
+            self.database.commit()
+        except Exception:
+            self._begin_anew()
+            if not ledger.is_there():
+                raise
+
+    def _begin_anew(self):
+        self.database.rollback()
+        self.begin()
+
+    def _is_elsewhere(self, ledger):
+        """Return whether there is a ledger in another schema, which became the default with the
+        rollback of a SET of get_connection(): so it was made there before it was looked for here.
+        """
+        schema = ledger.schema
+        ledger.move(find_schema(ledger.conn))
+        if ledger.schema != schema and ledger.is_there():
+            return True
+        self._begin_anew()
+        ledger.move(schema)
+        return False
 
 
 class Trier(Doer):
@@ -4920,23 +4815,14 @@ class Trier(Doer):
     one. A tool without items is one item, None, without a row.
 
     State, beside that of each Doer: `chosen`, the arguments that run() takes; `started_s`, since
-    when an item is at work.
+    when an item is at work; of a failure that is to be recorded `fault`, see _find_fault(), and
+    `took_s`, unless a former process told of it.
     """
-    started_s = 0.0
+    fault, took_s = "", None
 
     def do_all(self):
-        """Try all items, and tell how the tries ended: first those that did not survive a former
-        one, which is recorded.
-        """
-        items, transactions, size = self.job.items, self.transactions, 1
-        if self.has_items:
-            transactions.insist(transactions.open)
-            for item in items:
-                if item.charge:
-                    self.tell("tries", [self._record_failure(item, item.charge)])
-            items = [item for item in items if not item.charge]
-            if transactions.can_undo_items:  # else they are committed one by one
-                size = self.tool.batch
+        """Try all items, and tell how the tries ended."""
+        items, size = self.job.items, self.tool.batch
         left = [items[i:i + size] for i in reversed(range(0, len(items), size))]
         while left:
             if self.interrupts.signal is not None:
@@ -4951,7 +4837,8 @@ class Trier(Doer):
         tried alone, because one of several failed, of which nothing is left then.
         """
         try:
-            return self.transactions.insist(self._try_all, group), ()
+            tries = self.insist(self._try_all, group)
+            return tries, group[len(tries):]
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -4960,19 +4847,22 @@ class Trier(Doer):
             return [self.make_failure(error)], ()
 
     def _try_all(self, group, number):
-        """Return how some items ended, tried in one transaction, none of which failed."""
-        self.at_work, transactions = None, self.transactions
-        transactions.step = ""
+        """Return how some items ended, tried in one transaction, none of which failed; where they
+        could not be undone together, only the first is tried.
+        """
+        self.at_work, self.step = None, ""
         uses_database = self.has_items or self.callee.takes("conn")
         if uses_database:  # else it may go on beside one that holds the database
             # One that begins with a look at a row could not wait for the lock later.
-            transactions.begin(number > 1 or self.has_items and group[0].is_seen is None)
-        if not self.given or self.given["conn"] is not transactions.database.conn:
+            self.begin(number > 1 or self.has_items and group[0].is_seen is None)
+        if not self.given or self.given["conn"] is not self.database.conn:
             self.give()
             self.chosen = choose_arguments(self.callee.run_takes, self.given)
+        if not (self.is_watched and self.ledger.has_savepoints):
+            group = group[:1]
         tries = [self._try_item(item, number) if item else self._try_tool() for item in group]
         if uses_database:
-            transactions.commit()
+            self.commit()
         return tries
 
     def _try_tool(self):
@@ -4982,24 +4872,25 @@ class Trier(Doer):
 
     def _try_item(self, item, number):
         """Return how the try of an item ended, which did not fail, with its row written."""
-        transactions, self.at_work = self.transactions, None
-        ledger = transactions.ledger
+        ledger, self.at_work = self.ledger, None
+        if item.charge:
+            return self._record(item)
         if item.is_seen is None or number:
             item, status, rows, error = ledger.look(item)
             if status != "pending":
                 return Try(item, status, rows=rows, error=error or "")
         self.kept.note(self.job, item)
-        transactions.begin_item()  # a connection that was lost before is no item's fault
-        self.at_work = item
+        if self.is_watched and not self.is_sqlite:
+            ledger.begin_item()  # a connection that was lost before is no item's fault
+        self.at_work, self.started_s = item, time.monotonic()
         context = self.given["context"]
         context.item, context.version, context.attempt = item.name, item.version, item.tries + 1
         self.chosen["item"] = self.given["item"] = item.name
-        self.started_s = time.monotonic()
-        rows = count_rows(transactions.call_item(self._call))
-        transactions.step = _IN_LEDGER
+        rows = count_rows(self._call_watched())
+        self.step = _IN_LEDGER
         ledger.record(item._replace(tries=item.tries + 1), "success", time.time(),
                       time.monotonic() - self.started_s, rows)
-        transactions.step = ""
+        self.step = ""
         return Try(item, "success", None, rows)
 
     def _call(self):
@@ -5015,19 +4906,85 @@ class Trier(Doer):
         if callee.check is not None:
             self.interrupts.own_argv(self.tool)
             call_check(callee, self.given)
-        end_if_copy(self.transactions.pid)
+        end_if_copy(self.pid)
         return result
 
+    # --- an item may not end the transaction ---
+
+    def _call_watched(self):
+        """Return what run() returns for an item. Raise EndedEarly if that ended the transaction,
+        and what tells why if nothing could be committed.
+        """
+        if not self.is_watched:
+            return self.interrupts.call(self._call)
+        if self.is_sqlite:
+            return self.interrupts.call(self._call_guarded)
+        ledger = self.ledger
+        try:
+            result = self.interrupts.call(self._call)
+            if ledger.kind not in ("mysql", "mariadb") and is_aborted(ledger.raw):
+                raise RuntimeError("an error of the database was caught and ignored, after which "
+                                   "nothing can be committed")
+        except (Exception, SystemExit) as error:
+            self._end_item(ledger.undo_item, error)
+            raise
+        # before its row, which might be committed at once if nothing is open
+        self._end_item(ledger.leave_item)
+        return result
+
+    def _call_guarded(self):
+        """Return what run() returns, which SQLite lets not end the transaction. Raise
+        PermissionError if it tried that, also if it swallowed what it got for it.
+        """
+        guard = self.ledger.guard
+        guard.is_up, guard.tried = True, ""
+        try:
+            result = self._call()
+        finally:
+            guard.is_up = False
+            if guard.tried:
+                raise PermissionError(_REFUSED % guard.tried)
+        if not self.ledger.raw.in_transaction:
+            raise RuntimeError("SQLite undid its transaction after an error that was ignored")
+        return result
+
+    def _end_item(self, end, error=None):
+        """End the part of an item, which failed by an error, if any. Raise EndedEarly if it is
+        gone.
+        """
+        try:
+            end()
+        except Exception as problem:
+            # A deadlock undoes all of the transaction on MySQL, and its savepoints.
+            if not is_locked(error) or self.ledger.kind not in ("mysql", "mariadb"):
+                text = join_reasons(error and format_one_line(error), _ENDED_EARLY)
+                raise EndedEarly(text) from error or problem
+
     # --- how one failed ---
+
+    def _find_fault(self, error):
+        """Return whose fault it is that a transaction failed, which was undone: "item", its own;
+        "early", of which some may have been committed; "lost", that of what took the connection
+        down; or "place", no item's.
+        """
+        is_early = isinstance(error, EndedEarly)
+        # SQLite has no server that could go away: what breaks it is its disk.
+        if not self.database.is_open and not (is_early and self.was_closed) \
+                and not (self.is_sqlite and is_of_place(error)):
+            return "lost"
+        if is_early:
+            return "early"
+        is_ours = self.step == _IN_LEDGER
+        return "place" if is_ours or is_locked(error) or is_of_place(error) else "item"
 
     def _take_failure(self, group, error):
         """Return what _try_group() returns of items one of which failed. Raise what is no item's
         fault.
         """
-        item, transactions = self.at_work, self.transactions
-        step, fault = transactions.step, transactions.find_fault(error)
+        item, step, fault = self.at_work, self.step, self._find_fault(error)
+        where = f"at {format_name(item.name)}: " if item else ""
         if item is None or fault == "place":
-            transactions.step = (f"at {format_name(item.name)}: " if item else "") + step
+            self.step = where + step
             raise error
         again = [each._replace(is_seen=None) for each in group]
         if len(group) > 1 and fault == "item":
@@ -5037,53 +4994,46 @@ class Trier(Doer):
             error = error.__cause__  # it did not end it: that was lost with the connection
         text = (_GONE if is_lost else step) + join_reasons(format_one_line(error),
                                                            explain_exit(error))
-        item = item._replace(tries=item.tries + (not is_lost), deaths=item.deaths + is_lost,
-                             is_death=is_lost)
-        self.at_work = item if is_lost else None
+        item = item._replace(charge=text, tries=item.tries + (not is_lost),
+                             deaths=item.deaths + is_lost, is_death=is_lost)
+        self.fault, self.took_s = fault, time.monotonic() - self.started_s
         try:
-            ended = self._record_failure(item, text, error)
-        except Exception:
+            [ended] = self.insist(self._try_all, (item,))
+        except BaseException:
             if is_lost:
-                transactions.step = f"at {format_name(item.name)}: {text}; {transactions.step}"
+                self.at_work, self.step = item, f"{where}{text}; {self.step}"
             raise
-        return [ended], [each for each in again if each.name != item.name]
+        self.fault, self.took_s = "", None
+        trace = format_traceback(error, self.setting.verbose)
+        return [ended._replace(traceback=trace)], [each for each in again if each.name != item.name]
 
-    def _record_failure(self, item, text, error=None):
-        """Record a failed try of an item, which its counts hold, in a transaction, if it is not
-        recorded; return how it ended.
+    def _record(self, item):
+        """Record how an item failed, its charge, which its counts hold, if it is not recorded;
+        return how it ended.
         """
-        transactions, status = self.transactions, self._judge(item, error)
-        duration_s = None if error is None else time.monotonic() - self.started_s
-        trace = format_traceback(error, self.setting.verbose) if error else ""
-        item = item._replace(charge="")
-        before = item._replace(tries=count_tries(item) - 1, deaths=0)
+        ledger, text, item = self.ledger, item.charge, item._replace(charge="")
+        self.step = _IN_LEDGER
+        # It may have been recorded before: its process ended then, or a former charge did.
+        found, status, rows, problem = ledger.look(item._replace(tries=count_tries(item) - 1,
+                                                                 deaths=0))
+        if status != "pending" or count_tries(found) >= count_tries(item):
+            return Try(found, status, None, rows, problem or text)
+        if item.deaths >= DEATHS_ALLOWED or self.fault == "early":
+            status = "quarantined"  # one that may have been done is not done again unasked
+        elif item.tries > self.tool.retries and not item.is_death:
+            status = "failed"
+        ledger.record(item._replace(is_seen=found.is_seen), status, time.time(), self.took_s,
+                      error=text)
+        # One in memory is soon forgotten.
+        return Try(item._replace(is_seen=None if ledger.is_apart else True), status, error=text)
 
-        def record(number):
-            transactions.begin(number > 1)
-            transactions.step, ledger = _IN_LEDGER, transactions.ledger
-            # It may have been recorded before: its process ended then, or a former charge did.
-            found, known, rows, problem = ledger.look(before)
-            if known != "pending" or count_tries(found) >= count_tries(item):
-                ended = Try(found, known, None, rows, problem or text)
-            else:
-                ledger.record(item._replace(is_seen=found.is_seen), status, time.time(),
-                              duration_s, error=text)
-                # One in memory is soon forgotten.
-                is_seen = None if ledger.is_apart else True
-                ended = Try(item._replace(is_seen=is_seen), status, error=text, traceback=trace)
-            transactions.database.commit()
-            return ended
 
-        ended = transactions.insist(record)
-        self.at_work, transactions.step = None, ""
-        return ended
-
-    def _judge(self, item, error):
-        """Return the status of an item that failed by an error; without one, its process ended."""
-        # One that ended its transaction may have been done: it is not done again unasked.
-        if item.deaths >= DEATHS_ALLOWED or isinstance(error, EndedEarly):
-            return "quarantined"
-        return "pending" if item.is_death or item.tries <= self.tool.retries else "failed"
+_ENDED_EARLY = ('it ended its transaction inside the item, so that it may have been done: leave '
+                'commit and rollback to the engine (CREATE TABLE commits, too, on MySQL), or say '
+                '"commits": True and take at-least-once')
+_REFUSED = ("%s was refused inside an item, which the engine commits: take conn.commit(), "
+            "conn.rollback(), `with conn:` and executescript() out, or say \"commits\": True in "
+            "TOOL_MAP and take at-least-once")
 
 
 class Lister(Doer):
@@ -5092,29 +5042,25 @@ class Lister(Doer):
     """
 
     def do_all(self):
-        """Tell the items that are pending, page by page, and how many there are."""
-        self.transactions.insist(self._find_items)
-        ledger, job = self.transactions.ledger, self.job
+        """Tell which items are pending, and how many there are."""
+        self.insist(self._find_items)
+        ledger, job = self.ledger, self.job
         others = ledger.find_others()
-        pending, given_up, page = 0, [], []
+        pending, given_up = [], []
         for item, status, run_id in ledger.find_pending():
             is_of_this_run = run_id == job.run_id
             if not self._is_given_up(item, status, is_of_this_run):
-                pending += 1
-                page += [item] * (job.only in (None, item.name))
+                pending.append(item)
             elif not is_of_this_run or job.attempt == 1:  # else it is counted
                 given_up.append(item.name)
-            if len(page) == _PAGE:
-                self.tell("found", page)
-                page = []
         listed = ledger.count_listed()
         if job.only is not None and not ledger.count_listed(job.only):
             raise UserError(f"there is no item {job.only!r} among the {listed} that are listed")
         is_hopeless = bool(given_up) and not ledger.has_passed()
-        self.transactions.commit()
-        self.tell("found", page)
+        self.commit()
+        self.tell("found", [item for item in pending if job.only in (None, item.name)])
         self.tell("listed", {
-            "counts": {"listed": listed, "pending": pending, "given_up": len(given_up)},
+            "counts": {"listed": listed, "pending": len(pending), "given_up": len(given_up)},
             "reason": self._describe_left_out(given_up, others if pending else ()),
             "is_hopeless": is_hopeless})
 
@@ -5127,7 +5073,7 @@ class Lister(Doer):
 
     def _describe_left_out(self, given_up, others):
         """Return what to say of items that are there and not to be done."""
-        doubles, reasons = self.transactions.ledger.doubles, []
+        doubles, reasons = self.ledger.doubles, []
         if given_up:
             reasons.append(f"{count_items(len(given_up))} given up before: "
                            f"{format_names(given_up[:3], len(given_up))}; "
@@ -5144,26 +5090,26 @@ class Lister(Doer):
         """Bring what items() gives into the database, and let have their tries again those of
         which that was asked.
         """
-        transactions, only = self.transactions, self.job.only
-        transactions.begin(number > 1)
-        if self.tool.each and transactions.ledger.is_apart and not self.setting.folder:
-            raise UserError(f"nothing tells which items passed {self.tool.each}: there is neither "
-                            "a database nor a history")
+        ledger, each, only = self.ledger, self.tool.each, self.job.only
+        self.begin(number > 1)
+        if each and ledger.is_apart and not self.setting.folder:
+            raise UserError(f"nothing tells which items passed {each}: there is neither a database "
+                            "nor a history")
         self.give()
         self.interrupts.call(self._bring_items)
         wanted = self.job.retry if only is None else (only,)
-        missing = [] if wanted is None else transactions.ledger.give_back(wanted)
+        missing = [] if wanted is None else ledger.give_back(wanted)
         if missing and only is None:
             raise UserError(f"{format_names(missing, len(missing))} can not be tried again: not "
                             "given up")
 
     def _bring_items(self):
         """Call items(), and hand what it gives to the ledger."""
-        found = ()
+        callee, found = self.callee, ()
         self.interrupts.own_argv(self.tool)
-        if self.callee.items is not None:
+        if callee.items is not None:
             with until_exit():
-                found = self.callee.items(**choose_arguments(self.callee.items_takes, self.given))
+                found = callee.items(**choose_arguments(callee.items_takes, self.given))
                 found = wait_for(found) if hasattr(found, "__await__") else found
             if isinstance(found, Mapping):
                 raise TypeError("items() returned a dict; for names and versions, return its "
@@ -5172,8 +5118,8 @@ class Lister(Doer):
                 raise TypeError(f"items() returned {format_type(found)}; it returns a list of "
                                 "names, or yields them, or returns the text of a SELECT")
         try:
-            self.transactions.ledger.list_items(
-                found if isinstance(found, str) else yield_until_exit(found), self.tool.each)
+            self.ledger.list_items(found if isinstance(found, str) else yield_until_exit(found),
+                                   self.tool.each)
         except UnicodeEncodeError as error:
             raise ValueError(f"items() gave {error.object!r}, which is no text that a database "
                              "keeps: rename the file, or leave it out") from error

@@ -331,8 +331,8 @@ def test_items_of_a_run_killed_at_any_step_are_done_exactly_once(sandbox, words,
 RECORD = """        ledger.record(item._replace(tries=item.tries + 1), "success", time.time(),
                       time.monotonic() - self.started_s, rows)
 """
-CALL = "        rows = count_rows(transactions.call_item(self._call))\n"
-ANEW = "        transactions.database.commit()\n        transactions.database.begin()\n"
+CALL = "        rows = count_rows(self._call_watched())\n"
+ANEW = "        self.database.commit()\n        self.database.begin()\n"
 LEDGER_AFTER = [(RECORD, ANEW + RECORD)]
 EARLY = RECORD.replace("rows)", "None)") + ANEW
 LEDGER_BEFORE = [(RECORD, ""), (CALL, EARLY + CALL)]

@@ -12,7 +12,7 @@ from conftest import SQLITE, wait_until
 from test_items import open_world
 
 import orchestrator
-from orchestrator import Transactions, run_pipeline
+from orchestrator import Doer, run_pipeline
 
 RUN = """
     import os, pathlib, signal, time
@@ -323,7 +323,7 @@ def wait(monkeypatch):
         if tries == 3:
             call.unlock()
 
-    monkeypatch.setattr(Transactions, "_wait", call)
+    monkeypatch.setattr(Doer, "_wait", call)
     call.unlock = lambda: sys.modules["t"].other.close()
     return call
 
