@@ -4757,12 +4757,6 @@ class Doer:
             if self.ledger:
                 self.ledger.begin(is_urgent)
 
-    def commit(self):
-        """Commit what was begun."""
-        self.step = "at the commit: "
-        self.database.commit()
-        self.step = ""
-
     def _open(self):
         """Open the ledger, and create it if it is not there."""
         self.begin()
@@ -4850,7 +4844,7 @@ class Trier(Doer):
         """Return how some items ended, tried in one transaction, none of which failed; where they
         could not be undone together, only the first is tried.
         """
-        self.at_work, self.step = None, ""
+        self.at_work = None
         uses_database = self.has_items or self.callee.takes("conn")
         if uses_database:  # else it may go on beside one that holds the database
             # One that begins with a look at a row could not wait for the lock later.
@@ -4862,7 +4856,8 @@ class Trier(Doer):
             group = group[:1]
         tries = [self._try_item(item, number) if item else self._try_tool() for item in group]
         if uses_database:
-            self.commit()
+            self.step = "at the commit: "
+            self.database.commit()
         return tries
 
     def _try_tool(self):
@@ -4872,7 +4867,7 @@ class Trier(Doer):
 
     def _try_item(self, item, number):
         """Return how the try of an item ended, which did not fail, with its row written."""
-        ledger, self.at_work = self.ledger, None
+        ledger, self.at_work, self.step = self.ledger, None, ""
         if item.charge:
             return self._record(item)
         if item.is_seen is None or number:
@@ -4890,7 +4885,6 @@ class Trier(Doer):
         self.step = _IN_LEDGER
         ledger.record(item._replace(tries=item.tries + 1), "success", time.time(),
                       time.monotonic() - self.started_s, rows)
-        self.step = ""
         return Try(item, "success", None, rows)
 
     def _call(self):
@@ -5057,7 +5051,7 @@ class Lister(Doer):
         if job.only is not None and not ledger.count_listed(job.only):
             raise UserError(f"there is no item {job.only!r} among the {listed} that are listed")
         is_hopeless = bool(given_up) and not ledger.has_passed()
-        self.commit()
+        self.database.commit()
         self.tell("found", [item for item in pending if job.only in (None, item.name)])
         self.tell("listed", {
             "counts": {"listed": listed, "pending": len(pending), "given_up": len(given_up)},
