@@ -4377,13 +4377,12 @@ class Interrupts:
     """
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all of them
     lasting = set()  # those of this process; empty in one that was forked from it
+    signal = None
+    signal_s = 0.0  # when it came
+    in_tool = is_on_main_thread = False  # whether foreign code is being called; where it is
 
     def __init__(self):
-        self.signal = None
-        self.signal_s = 0.0  # when it came
-        self.in_tool = False  # whether foreign code is being called
-        self.is_on_main_thread = False
-        self.before = {}
+        self.pid, self.before = os.getpid(), {}
         self.before_exit = lambda: None
 
     def __enter__(self):
@@ -4430,6 +4429,8 @@ class Interrupts:
             finally:
                 self.in_tool = False
         finally:  # also if the signal came between these two
+            if os.getpid() != self.pid:
+                os._exit(EXIT_FAILED)  # a copy of this process, which a tool forked, came back
             if self.is_on_main_thread:
                 sys.argv = argv
 
@@ -4547,12 +4548,6 @@ def wait_for(awaitable):
         asyncio._set_running_loop(outer)
 
 
-def end_if_copy(pid):
-    """End this process if it is a copy of that one, which a tool forked and which came back."""
-    if os.getpid() != pid:
-        os._exit(EXIT_FAILED)
-
-
 class Setting(NamedTuple):
     """What all who do jobs of a run share; it travels to each process once.
 
@@ -4646,7 +4641,7 @@ class Doer:
     def __init__(self, job, setting, send, kept):
         self.job, self.setting, self.send, self.kept = job, setting, send, kept
         self.tool, self.database = setting.pipeline.tools[job.tool], kept.database
-        self.interrupts, self.pid, self.given = kept.interrupts, os.getpid(), {}
+        self.interrupts, self.given = kept.interrupts, {}
         self.has_items = job.is_listing or job.items[:1] != (None,)
 
     def do(self):
@@ -4694,7 +4689,6 @@ class Doer:
 
     def _make_problem(self, error):
         """Return what kept the job from the rest."""
-        end_if_copy(self.pid)
         if self.database.is_open:
             self.database.rollback()
         signal = self.interrupts.signal
@@ -4733,7 +4727,6 @@ class Doer:
 
     def _undo(self, error):
         """Undo what is not committed. Raise KeyboardInterrupt if a signal is behind an error."""
-        end_if_copy(self.pid)
         database = self.database
         self.was_closed = was_closed(database.conn)
         self.had_ended = database.is_open and database.rollback()
@@ -4775,10 +4768,19 @@ class Doer:
         self.is_watched = not (ledger.is_apart or self.tool.commits)
 
     def _create(self, ledger):
-        """Create a ledger that is not there, if no other start does so in this moment."""
+        """Create a ledger that is not there, if no other start does so in this moment.
+
+        After a SET of get_connection() a rollback may make another schema the default: where
+        there is a ledger in that, it was made there before it was looked for here.
+        """
+        schema = ledger.schema
         self._begin_anew()
-        if self.database.has_set and self._is_elsewhere(ledger):
-            return
+        if self.database.has_set:
+            ledger.move(find_schema(ledger.conn))
+            if ledger.is_there():
+                return
+            self._begin_anew()
+            ledger.move(schema)
         try:
             ledger.create()
             self.database.commit()
@@ -4790,18 +4792,6 @@ class Doer:
     def _begin_anew(self):
         self.database.rollback()
         self.begin()
-
-    def _is_elsewhere(self, ledger):
-        """Return whether there is a ledger in another schema, which became the default with the
-        rollback of a SET of get_connection(): so it was made there before it was looked for here.
-        """
-        schema = ledger.schema
-        ledger.move(find_schema(ledger.conn))
-        if ledger.schema != schema and ledger.is_there():
-            return True
-        self._begin_anew()
-        ledger.move(schema)
-        return False
 
 
 class Trier(Doer):
@@ -4819,8 +4809,6 @@ class Trier(Doer):
         items, size = self.job.items, self.tool.batch
         left = [items[i:i + size] for i in reversed(range(0, len(items), size))]
         while left:
-            if self.interrupts.signal is not None:
-                raise KeyboardInterrupt(self.interrupts.signal)
             tries, singly = self._try_group(left.pop())
             left += [(item,) for item in reversed(singly)]
             if tries:
@@ -4900,7 +4888,6 @@ class Trier(Doer):
         if callee.check is not None:
             self.interrupts.own_argv(self.tool)
             call_check(callee, self.given)
-        end_if_copy(self.pid)
         return result
 
     # --- an item may not end the transaction ---
@@ -5223,8 +5210,8 @@ class Capture:
     runs. Streams and descriptors stay what they are: what C code and child processes print is
     seen, and not kept; that of a tool with a process of its own is.
 
-    State: `log`, the file of the attempt that runs, made at the first byte; `log_fd`; `error`,
-    what could not be written, if anything.
+    State: `log`, the file of the attempt that runs, set by who begins it and made at the first
+    byte; `log_fd`; `error`, what could not be written, if anything.
     """
 
     def __init__(self, is_kept):
@@ -5243,10 +5230,6 @@ class Capture:
         self.end()
         for name, stream in self.streams.items():
             setattr(sys, name, stream)
-
-    def begin(self, log):
-        """Let what is printed from now on go into a log as well."""
-        self.log = log
 
     def end(self):
         """Let what is printed from now on go into no log any more; return whether it was made."""
@@ -5409,7 +5392,7 @@ class Here:
         return whether it printed anything.
         """
         job, self.job = self.job, None
-        self.capture.begin(job.log)
+        self.capture.log = job.log
         try:
             perform(job, self.setting, self.hear, self.kept)
         finally:
@@ -5865,7 +5848,6 @@ class Server:
                     break
                 children = count_children()
                 problem = self.do(kept)
-                end_if_copy(self.pid)
                 is_leaving = self.interrupts.signal is not None or count_children() != children
                 if is_leaving:
                     kept.close()
