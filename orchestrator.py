@@ -4567,13 +4567,13 @@ class Kept:
     which returns the result of a tool that a job may see, or the names of all for None; `pack`,
     what a result is made into before the commit.
     """
+    slip, slip_fd = "", -1
 
     def __init__(self, setting, interrupts, ask, pack=lambda result: result):
         self.setting, self.interrupts, self.ask, self.pack = setting, interrupts, ask, pack
         self.database = Database(setting.pipeline.get_connection,
                                  lambda: interrupts.signal is not None)
         self.callees = {}
-        self.slip, self.slip_fd = "", -1
 
     def load(self, tool):
         """Return a tool, imported. Raise UserError if that can not be done."""
@@ -4654,6 +4654,7 @@ class Doer:
                 raise self.unsent from None
             return self._make_problem(error)
         finally:
+            self.given.clear()  # its context holds this Doer, which would wait for the collector
             if self.has_items:
                 self._leave()
         return None
@@ -5023,14 +5024,19 @@ class Lister(Doer):
     """
 
     def do_all(self):
-        """Tell which items are pending, and how many there are."""
+        """Tell which items are pending, and how many there are. Those that were given up are left
+        alone until they change, or somebody asks for them.
+        """
         self.insist(self._find_items)
         ledger, job = self.ledger, self.job
         others = ledger.find_others()
         pending, given_up = [], []
         for item, status, run_id in ledger.find_pending():
             is_of_this_run = run_id == job.run_id
-            if not self._is_given_up(item, status, is_of_this_run):
+            # Without retries one that failed comes again in the next run.
+            is_given_up = status == "quarantined" or status == "failed" and (
+                is_of_this_run or 0 < self.tool.retries < item.tries)
+            if not is_given_up:
                 pending.append(item)
             elif not is_of_this_run or job.attempt == 1:  # else it is counted
                 given_up.append(item.name)
@@ -5044,13 +5050,6 @@ class Lister(Doer):
             "counts": {"listed": listed, "pending": len(pending), "given_up": len(given_up)},
             "reason": self._describe_left_out(given_up, others if pending else ()),
             "is_hopeless": is_hopeless})
-
-    def _is_given_up(self, item, status, is_of_this_run):
-        """Return whether an item that is not done is left alone: until it changes, or somebody
-        asks for it. Without retries one that failed comes again in the next run.
-        """
-        return status == "quarantined" or status == "failed" and (
-            is_of_this_run or 0 < self.tool.retries < item.tries)
 
     def _describe_left_out(self, given_up, others):
         """Return what to say of items that are there and not to be done."""
@@ -5213,10 +5212,10 @@ class Capture:
     State: `log`, the file of the attempt that runs, set by who begins it and made at the first
     byte; `log_fd`; `error`, what could not be written, if anything.
     """
+    log, log_fd, error = "", -1, ""
 
     def __init__(self, is_kept):
         self.streams = {"stdout": sys.stdout, "stderr": sys.stderr} if is_kept else {}
-        self.log, self.log_fd, self.error = "", -1, ""
 
     def __enter__(self):
         import threading
