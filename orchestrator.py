@@ -5247,9 +5247,9 @@ class Capture:
         """Write a text to the log of the attempt that runs, if there is one."""
         with self.lock:
             try:
-                if self.log and self.log_fd < 0:
-                    self.log_fd = open_log(self.log)
                 if self.log:
+                    if self.log_fd < 0:
+                        self.log_fd = open_log(self.log)
                     write_all(self.log_fd, text.encode("utf-8", "backslashreplace"))
             except OSError as error:  # no reason for a tool to fail, but to say so
                 self.error = f"{self.log} could not be written: {error.strerror}"
