@@ -4078,11 +4078,10 @@ def pack_result(result, is_kept=False):
     import pickle
     if isinstance(result, Packed):
         return result
-    kept = keep_result(result) if is_kept else None
-    try:
-        return Packed(pickle.dumps(result, pickle.HIGHEST_PROTOCOL), format_type(result), kept)
-    except Exception:
-        return Packed(None, format_type(result), kept)
+    content = None
+    with contextlib.suppress(Exception):
+        content = pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
+    return Packed(content, format_type(result), keep_result(result) if is_kept else None)
 
 
 class Results(Mapping[str, Any]):
@@ -4139,31 +4138,38 @@ class Context:
     of a backfill, of a single item, and of some items only.
     """
 
-    def __init__(self, job, results, tell):
-        self.run_id, self.tool, self.attempt = job.run_id.partition(".")[0], job.tool, job.attempt
-        self.results = results
-        self.item = None
-        self.version = None
-        self._last_success_at = job.last_success_at
-        self._tell = tell  # tell(kind, ...) reaches the listener of the run
-        self._log = None
+    item = version = None
+
+    def __init__(self, job, ask, tell):
+        self.tool, self.attempt = job.tool, job.attempt
+        self._job, self._ask = job, ask
+        self._tell = tell  # tell({...}), the fields of an Event, reaches the listener of the run
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run, as `--history` has it."""
+        return self._job.run_id.partition(".")[0]
+
+    @functools.cached_property
+    def results(self) -> Mapping[str, Any]:
+        """What the tools that this one waits for returned, by name."""
+        ask = functools.partial(self._ask, self._job)
+        return Results(ask, functools.partial(ask, None))
 
     @property
     def last_success(self) -> Any:
         """When the last success with these arguments began, a `datetime` in UTC, or None."""
         from datetime import datetime, timezone
-        at = self._last_success_at
+        at = self._job.last_success_at
         return None if at is None else datetime.fromtimestamp(at, timezone.utc)
 
-    @property
+    @functools.cached_property
     def log(self) -> Any:
         """The `logging.Logger` of this tool, named `orchestrator.TOOL`.
 
         Its lines go to the handlers that you set up for logging, else to the run's own screen.
         """
-        if self._log is None:
-            self._log = make_log(self.tool, self._tell)
-        return self._log
+        return make_log(self.tool, self._tell)
 
     def progress(self, iterable: Iterable[Any], total: Optional[int] = None) -> Iterator[Any]:
         """Yield what an iterable yields, and tell who watches how far it is.
@@ -4174,7 +4180,7 @@ class Context:
             total = operator.length_hint(iterable) or None
         for done, each in enumerate(iterable, 1):
             yield each
-            self._tell("progress", done=done, total=total)
+            self._tell({"kind": "progress", "done": done, "total": total})
 
 
 def make_log(tool, tell):
@@ -4184,19 +4190,9 @@ def make_log(tool, tell):
     """
     import logging
 
-    class Teller(logging.Handler):
-        def emit(self, record):
-            """Make an event of a line, unless others have set up logging; never raise."""
-            if logger.parent.hasHandlers():  # asked for each line: they may come at any time
-                return
-            try:
-                text = self.format(record)
-            except Exception:
-                self.handleError(record)  # a line with wrong arguments fails nothing
-            else:
-                tell("log", text=text, level=record.levelno)
-
     class Log(logging.Logger):
+        """Asks for each line whether there are handlers: they may come at any time."""
+
         def getEffectiveLevel(self):
             of_others = self.parent.getEffectiveLevel() if self.parent.hasHandlers() else 0
             return self.level or of_others or logging.DEBUG
@@ -4204,13 +4200,29 @@ def make_log(tool, tell):
         def isEnabledFor(self, level):  # the cache of Logger would not notice them
             return self.manager.disable < level >= self.getEffectiveLevel()
 
+        def callHandlers(self, record):
+            if self.hasHandlers():
+                super().callHandlers(record)
+            if self.parent.hasHandlers():
+                return
+            try:
+                text = logging.Formatter().format(record)
+            except Exception:
+                logging.lastResort.handleError(record)  # wrong arguments of a line fail nothing
+            else:
+                tell({"kind": "log", "text": text, "level": record.levelno})
+
     logger = Log("orchestrator." + tool)
     logger.parent = logging.getLogger("orchestrator")
-    logger.addHandler(Teller())
     return logger
 
 
 _SAME_SIGNAL_S = 0.1  # nobody presses Ctrl-C twice in that
+
+
+def find_signals(*names):
+    """Return the numbers of those of some signals that this system has."""
+    return [getattr(_signal, name) for name in names if hasattr(_signal, name)]
 
 
 class Interrupts:
@@ -4227,37 +4239,29 @@ class Interrupts:
     thread, since sys.argv is the whole process's.
     """
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all of them
-    lasting: List["Interrupts"] = []  # those of this process; empty in one that was forked from it
-    is_hooked = False
+    lasting = set()  # those of this process; empty in one that was forked from it
+    signal = None
+    signal_s = 0.0  # when it came
+    in_tool = is_on_main_thread = False  # whether foreign code is being called; where it is
 
     def __init__(self):
-        self.signal = None
-        self.signal_s = 0.0  # when it came
-        self.in_tool = False  # whether foreign code is being called
-        self.is_on_main_thread = False
-        self.before = {}
+        self.pid, self.before = os.getpid(), {}
         self.before_exit = lambda: None
 
     def __enter__(self):
-        import signal
         import threading
         self.is_on_main_thread = threading.current_thread() is threading.main_thread()
         if self.is_on_main_thread:
-            for number in (getattr(signal, n) for n in self.NAMES if hasattr(signal, n)):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self.before[number] = signal.signal(number, self.on_signal)
-        if not Interrupts.is_hooked and hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=Interrupts.leave_all)
-            Interrupts.is_hooked = True
-        Interrupts.lasting.append(self)
+            for number in find_signals(*self.NAMES):
+                if _signal.getsignal(number) not in (_signal.SIG_IGN, None):
+                    self.before[number] = _signal.signal(number, self.on_signal)
+        self.lasting.add(self)
         return self
 
     def __exit__(self, *_):
-        import signal
-        if self in Interrupts.lasting:
-            Interrupts.lasting.remove(self)
+        self.lasting.discard(self)
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            _signal.signal(number, handler)
 
     @staticmethod
     def leave_all():
@@ -4267,12 +4271,11 @@ class Interrupts:
 
     def on_signal(self, number, _frame):
         """Take a signal. Runs in the main thread, between any two instructions."""
-        import signal
         if self.signal is None:
             self.signal, self.signal_s = number, time.monotonic()
             if self.in_tool:
                 raise KeyboardInterrupt(number)
-        elif number != getattr(signal, "SIGHUP", None) \
+        elif number not in find_signals("SIGHUP") \
                 and time.monotonic() - self.signal_s > _SAME_SIGNAL_S:
             self.before_exit()
             os._exit(EXIT_SIGNAL + number)
@@ -4289,6 +4292,8 @@ class Interrupts:
             finally:
                 self.in_tool = False
         finally:  # also if the signal came between these two
+            if os.getpid() != self.pid:
+                os._exit(EXIT_FAILED)  # a copy of this process, which a tool forked, came back
             if self.is_on_main_thread:
                 sys.argv = argv
 
@@ -4314,28 +4319,29 @@ class Interrupts:
         return result
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Interrupts.leave_all)
+
+
 def choose_arguments(takes, available):
     """Return the arguments that a function names, or all of them for its **kwargs.
 
     A `conn` that is None goes only to a function that names it.
     """
-    if not takes.takes_all:
-        return {name: available[name] for name in takes.names if name in available}
-    if available.get("conn") is None and "conn" not in takes.names:
-        return {name: value for name, value in available.items() if name != "conn"}
-    return dict(available)
+    chosen = {name: value for name, value in available.items()
+              if takes.takes_all or name in takes.names}
+    if "conn" in chosen and chosen["conn"] is None and "conn" not in takes.names:
+        del chosen["conn"]
+    return chosen
 
 
-def take_result(callee, result):
-    """Return the result of run(); of a main(), which returns an exit code, None.
+def call_run(callee, arguments):
+    """Return what run() returns; for a main(), which returns an exit code, None.
 
     Raise SaysFailed if it is False, or an exit code with which a console script would have failed.
     """
-    if result is None:
-        return None
     name = "main" if callee.is_main else callee.tool.function
-    if is_false(result):  # of a main() too, though as an exit code False is 0
-        raise SaysFailed(f"{name}() returned False")
+    result = call_function(name, callee.run, arguments)
     if not callee.is_main:
         return result
     if not is_good_exit(result):
@@ -4345,20 +4351,14 @@ def take_result(callee, result):
     return None
 
 
-def call_check(callee, available, interrupts):
-    """Call check(), if there is one. Raise SaysFailed if it says no, or what may be yes or no."""
-    if callee.check is None:
-        return
-    interrupts.own_argv(callee.tool)
-    result = call_function(callee.check, callee.check_takes, available)
-    if result is None or result is True:
-        return
-    if is_false(result):
-        raise SaysFailed("check() returned False")
-    from numbers import Number
-    if isinstance(result, Number):  # how SQLite says yes and no, or a count of what is wrong
-        raise SaysFailed(f"check() returned {result}, which may mean yes or no: let it return "
-                         "True or False, or raise")
+def call_check(callee, available):
+    """Call check(). Raise SaysFailed if it says no, or what may be yes or no."""
+    result = call_function("check", callee.check, choose_arguments(callee.check_takes, available))
+    if result is not None and result is not True:
+        from numbers import Number
+        if isinstance(result, Number):  # how SQLite says yes and no, or a count of what is wrong
+            raise SaysFailed(f"check() returned {result}, which may mean yes or no: let it return "
+                             "True or False, or raise")
 
 
 def is_false(value):
@@ -4377,20 +4377,23 @@ def is_good_exit(code):
     return code is None or isinstance(code, int) and code == 0
 
 
-def call_function(function, takes, available):
-    """Return what a function returns, or what the coroutine that it returns comes to."""
-    return find_value(function, function(**choose_arguments(takes, available)))
+def call_function(name, function, arguments):
+    """Return what a function of a tool returns, or what the coroutine that it returns comes to.
 
-
-def find_value(function, result):
-    """Return what a function has returned, or what the coroutine that it returned comes to."""
+    Raise SaysFailed if that is False, of a main() too, though as an exit code False is 0.
+    """
+    result = function(**arguments)
     if result is None or type(result) is int:
         return result
     code = getattr(result, "gi_code", None) or getattr(result, "ag_code", None)
     if code is not None and code is getattr(function, "__code__", None):
         raise TypeError(f"{function.__name__}() returned a generator, so nothing of it has run: "
                         "take the `yield` out of it")
-    return wait_for(result) if hasattr(result, "__await__") else result
+    if hasattr(result, "__await__"):
+        result = wait_for(result)
+    if is_false(result):
+        raise SaysFailed(f"{name}() returned False")
+    return result
 
 
 def wait_for(awaitable):
@@ -4406,12 +4409,6 @@ def wait_for(awaitable):
         return asyncio.run(wait())
     finally:
         asyncio._set_running_loop(outer)
-
-
-def end_if_copy(pid):
-    """End this process if it is a copy of that one, which a tool forked and which came back."""
-    if os.getpid() != pid:
-        os._exit(EXIT_FAILED)
 
 
 class Setting(NamedTuple):
@@ -4433,13 +4430,13 @@ class Kept:
     which returns the result of a tool that a job may see, or the names of all for None; `pack`,
     what a result is made into before the commit.
     """
+    slip, slip_fd = "", -1
 
     def __init__(self, setting, interrupts, ask, pack=lambda result: result):
         self.setting, self.interrupts, self.ask, self.pack = setting, interrupts, ask, pack
         self.database = Database(setting.pipeline.get_connection,
                                  lambda: interrupts.signal is not None)
         self.callees = {}
-        self.slip, self.slip_fd = "", -1
 
     def load(self, tool):
         """Return a tool, imported. Raise UserError if that can not be done."""
@@ -4478,173 +4475,113 @@ def perform(job, setting, send, kept):
 
     This is the one way to do work, whatever the process. What `send` raises is no tool's fault.
     """
-    for kind, what in Doer(job, setting, send, kept).do():
-        send((kind, job.number, what))
+    doer = (Lister if job.is_listing else Trier)(job, setting, send, kept)
+    doer.tell("ended", doer.do())
 
 
-class ToolError(Exception):
-    """What fails a tool and is charged to no item: `__cause__`, at the step that is its text."""
-
-
+_IN_LEDGER = "in the ledger: "
 _GONE = "the connection is gone: "
 LOCKED_S = 60.0  # how long an item comes again because others are at the same rows
 _TAKEN_TRIES = 20  # and how often because somebody else wrote its row
 
 
 class Doer:
-    """Does a job over one connection: it lists a tool's items, or tries some, each in one
-    transaction with its row in the ledger; with "batch", several in one. A tool without items is
-    one item, None, without a row.
+    """Does a job: it lists items, or tries some, in one transaction after another, over the
+    connection of this process and, of a tool with items, their ledger, which is opened with the
+    first and again over each new connection. A tool that `commits` begins and ends its own.
 
-    State: `ledger`, while the connection is open, of a tool with items; `given`, the arguments that
-    there are, and `chosen`, those of them that run() takes; `step`, what is being done, if it is
-    not the tool itself; `is_own_fault`, whether an error then is the item's; `is_sqlite`, what the
-    ledger is in, and `is_watched`, whether an item may not commit; `at_work`, the item that is
-    being done, since `started_s`; `is_lost`, whether it lost the connection, which is not recorded
-    yet; `was_taken`, whether somebody else was first, so that rows are looked at once more; of what
-    was undone last, `had_ended`, whether its transaction had ended before, and `was_closed`,
-    whether the tool had closed the connection; `unsent`, why an event was not sent.
+    State: `ledger`; `is_sqlite`, what that is in; `is_watched`, whether an item may not end the
+    transaction; `given`, the arguments that there are; `step`, what the engine itself is doing, ""
+    while it is the tool; `at_work`, the item that is being done, or of which it is not recorded yet
+    that it lost the connection (is_death); of the transaction that was undone last, `had_ended`,
+    whether it had ended before, and `was_closed`, whether the tool had closed the connection;
+    `unsent`, why a message was not sent.
     """
+    ledger = at_work = unsent = None
+    step = ""
+    is_sqlite = is_watched = had_ended = was_closed = False
 
     def __init__(self, job, setting, send, kept):
         self.job, self.setting, self.send, self.kept = job, setting, send, kept
         self.tool, self.database = setting.pipeline.tools[job.tool], kept.database
-        self.interrupts, self.pid = kept.interrupts, os.getpid()
+        self.interrupts, self.given = kept.interrupts, {}
         self.has_items = job.is_listing or job.items[:1] != (None,)
-        self.ledger = self.at_work = self.unsent = None
-        self.given, self.chosen = {}, {}
-        self.step, self.is_own_fault, self.is_sqlite, self.is_watched = "", False, False, False
-        self.is_lost = self.was_taken = self.had_ended = self.was_closed = False
-        self.started_s = 0.0
 
     def do(self):
-        """Yield what comes of the job, as perform() sends it."""
-        problem = None
+        """Do the job; return what kept it from the rest, as perform() tells it."""
         try:
-            self._prepare()
-            if self.job.is_listing:
-                yield from self._list_items()
-            left = self._make_groups()
-            while left:
-                if self.interrupts.signal is not None:
-                    raise KeyboardInterrupt(self.interrupts.signal)
-                tries, singly = self._try_group(left.pop())
-                left += [(item,) for item in reversed(singly)]
-                if tries:
-                    yield "tries", tries
-        except GeneratorExit:  # what came of it could not be sent
-            raise
+            self.callee = self.kept.load(self.tool)
+            self.do_all()
         except BaseException as error:
             if self.unsent is not None:
                 raise self.unsent from None
-            problem = self._make_problem(error)
+            return self._make_problem(error)
         finally:
-            self._leave()
-        yield "ended", problem
+            self.given.clear()  # its context holds this Doer, which would wait for the collector
+            if self.has_items:
+                self._leave()
+        return None
 
-    def _prepare(self):
-        """Import the tool, and make what it may know of its run."""
-        job, ask = self.job, self.kept.ask
-        self.callee = self.kept.load(self.tool)
-        self.context = Context(job, Results(lambda tool: ask(job, tool), lambda: ask(job, None)),
-                               self._tell)
-
-    def _tell(self, kind, **what):
-        """Send what the tool tells of itself."""
+    def tell(self, kind, what):
+        """Send what came of the job."""
         try:
-            self.send(("event", self.job.number, {"kind": kind, **what}))
+            self.send((kind, self.job.number, what))
         except Exception as error:
             self.unsent = error
             raise
 
+    def give(self):
+        """Make the arguments that there are, over the connection that is open."""
+        self.given = {**self.setting.arguments, "conn": self.database.conn,
+                      "context": Context(self.job, self.kept.ask,
+                                         functools.partial(self.tell, "event"))}
+
     def _leave(self):
         """Note that nothing is at work any more."""
-        if self.has_items and not self.is_lost:
+        if not (self.at_work and self.at_work.is_death):
             with contextlib.suppress(OSError):  # the tool closed the slip
                 self.kept.note(self.job, None)
         if self.ledger:
             self.ledger.close()
 
-    def _make_groups(self):
-        """Return the items to try, in groups that share a transaction, the last group first."""
-        items, size = self.job.items, 1
-        if not self.has_items:
-            return [items]
-        if items and self.tool.batch > 1:
-            self._insist(self._open)
-            # What can not be undone together is committed one by one.
-            size = self.tool.batch if self.is_watched and self.ledger.has_savepoints else 1
-        charged = [(item,) for item in items if item.charge]
-        others = [item for item in items if not item.charge]
-        groups = [tuple(others[i:i + size]) for i in range(0, len(others), size)]
-        return groups[::-1] + charged
+    def make_failure(self, error):
+        """Return how a try of a tool without items failed, or a job of one that has some."""
+        had_ended = "its transaction had ended before: what it committed stays" * self.had_ended
+        return Try(self.at_work, "failed", error=self.step + format_one_line(error),
+                   traceback=format_traceback(error, self.setting.verbose),
+                   reason=join_reasons(find_hint(error), explain_exit(error), had_ended))
 
-    # --- one try, or those of a batch ---
+    def _make_problem(self, error):
+        """Return what kept the job from the rest."""
+        if self.database.is_open:
+            self.database.rollback()
+        signal = self.interrupts.signal
+        if signal is not None or isinstance(error, KeyboardInterrupt):
+            return Try(self.at_work, "interrupted", reason=format_signal(signal))
+        if isinstance(error, UserError):
+            return Try(None, "failed", error=error.problem, reason=NOT_AGAIN)
+        return self.make_failure(error)
 
-    def _try_group(self, group):
-        """Return how items ended that were tried in one transaction, and those that are to be
-        tried alone, because one of several failed, of which nothing is left then.
+    # --- its transactions ---
+
+    def insist(self, step, *args):
+        """Return what a step returns that begins and ends a transaction. Where there are items it
+        is taken again, and told how often it was, while others are in the way.
         """
-        first = group[0]
-        if first is not None and first.charge:
-            return [self._record_failure(first, first.charge)], ()
-        try:
-            return self._insist(self._try_all, group), ()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            if first is None:
-                return [self._make_failure(error)], ()
-            return self._take_failure(group, error)
-
-    def _take_failure(self, group, error):
-        """Return what _try_group() returns of items one of which failed. Raise ToolError for what
-        is no item's fault.
-        """
-        item, is_early = self.at_work, isinstance(error, EndedEarly)
-        again = [each._replace(is_seen=None) for each in group]
-        is_gone = not self.database.is_open
-        if is_early and is_gone and not self.was_closed:
-            error, is_early = error.__cause__, False
-        # SQLite has no server that could go away: what breaks it is its disk.
-        self.is_lost = item is not None and is_gone and not is_early \
-            and not (self.is_sqlite and is_of_place(error))
-        if not self.is_lost and (not self.is_own_fault or is_locked(error) or is_of_place(error)):
-            where = f"at {format_name(item.name)}: " if item else ""
-            raise ToolError(where + self.step) from error
-        if len(group) > 1 and not self.is_lost and not is_early:
-            return (), again
-        text = (_GONE if self.is_lost else self.step) + join_reasons(format_one_line(error),
-                                                                     explain_exit(error))
-        item = item._replace(tries=item.tries + (not self.is_lost),
-                             deaths=item.deaths + self.is_lost, is_death=self.is_lost)
-        try:
-            ended = self._record_failure(item, text, error)
-        except Exception as problem:
-            if self.is_lost:
-                self.at_work = item
-                text = f"at {format_name(item.name)}: {text}; {self.step}"
-                raise ToolError(text) from problem
-            raise
-        return [ended], [each for each in again if each.name != item.name]
-
-    def _insist(self, step, *args):
-        """Return what a step returns that begins and ends a transaction; of a tool with items,
-        take it again while others are in the way.
-        """
-        began_s, number, self.was_taken = time.monotonic(), 0, False
+        began_s, number = time.monotonic(), 0
         while True:
             try:
-                return step(*args, is_urgent=number > 1)
+                if self.has_items and self.ledger is None:
+                    self._open()
+                return step(*args, number)
             except BaseException as error:
                 self._undo(error)
                 number += 1
-                self.was_taken = isinstance(error, Taken) and number < _TAKEN_TRIES
-                if self.was_taken:
-                    continue
-                if not self.has_items or not is_locked(error) \
-                        or time.monotonic() - began_s > LOCKED_S:
+                is_taken = isinstance(error, Taken) and number < _TAKEN_TRIES
+                if not self.has_items or not is_taken and (
+                        not is_locked(error) or time.monotonic() - began_s > LOCKED_S):
                     raise
+            if not is_taken:
                 self._wait(number)
 
     def _wait(self, number):
@@ -4654,45 +4591,60 @@ class Doer:
 
     def _undo(self, error):
         """Undo what is not committed. Raise KeyboardInterrupt if a signal is behind an error."""
-        end_if_copy(self.pid)
-        if self.ledger:
-            self.ledger.guard.is_up = False
-        self.was_closed = was_closed(self.database.conn)
-        self.had_ended = self.database.is_open and self.database.rollback()
-        if not self.database.is_open and self.ledger:
+        database = self.database
+        self.was_closed = was_closed(database.conn)
+        self.had_ended = database.is_open and database.rollback()
+        if self.ledger and not database.is_open:
             self.ledger.close()
             self.ledger = None  # the next one is over the next connection
         if self.interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt from error
 
-    def _open(self, is_urgent=False):
+    def begin(self, is_urgent=False):
+        """Begin a transaction; `is_urgent` waits at once for who else writes."""
+        database = self.database
+        if not database.is_open:
+            self.step = "in get_connection(): "
+            self.interrupts.call(database.open)
+        self.step = ""
+        if self.tool.commits:
+            database.lend()
+        else:
+            database.begin(is_urgent)
+            if self.ledger:
+                self.ledger.begin(is_urgent)
+
+    def _open(self):
         """Open the ledger, and create it if it is not there."""
-        database, job = self.database, self.job
-        self._connect()
-        database.begin(commits=self.tool.commits)
-        ledger = Ledger(database.conn, find_ledger_path(self.setting.folder),
-                        self.setting.pipeline.name, job.tool, job.run_id, job.source,
-                        database.schema)
-        if not ledger.is_apart and (not ledger.kind or is_session(database.conn)):
-            raise TypeError(f"get_connection() returned {format_type(database.conn)}, in which the "
+        self.begin()
+        job, conn = self.job, self.database.conn
+        ledger = Ledger(conn, find_ledger_path(self.setting.folder), self.setting.pipeline.name,
+                        job.tool, job.run_id, job.source, self.database.schema)
+        if not ledger.is_apart and (not ledger.kind or is_session(conn)):
+            raise TypeError(f"get_connection() returned {format_type(conn)}, in which the "
                             "ledger of items can not be kept: return the connection of the driver "
                             "itself, or engine.connect() (in run() then Session(conn) works)")
-        self.step = "in the ledger: "
+        self.step = _IN_LEDGER
         if not ledger.is_there():
-            self._begin_anew()
-            if not (database.has_set and self._is_elsewhere(ledger)):
-                self._create(ledger)
-        database.commit()
-        self.ledger, self.step = ledger, ""
-        self.is_sqlite = ledger.kind == "sqlite"
+            self._create(ledger)
+        self.database.commit()
+        self.ledger, self.is_sqlite = ledger, ledger.kind == "sqlite"
         self.is_watched = not (ledger.is_apart or self.tool.commits)
 
-    def _begin_anew(self):
-        self.database.rollback()
-        self.database.begin(commits=self.tool.commits)
-
     def _create(self, ledger):
-        """Create a ledger, if no other start does so in this moment."""
+        """Create a ledger that is not there, if no other start does so in this moment.
+
+        After a SET of get_connection() a rollback may make another schema the default: where
+        there is a ledger in that, it was made there before it was looked for here.
+        """
+        schema = ledger.schema
+        self._begin_anew()
+        if self.database.has_set:
+            ledger.move(find_schema(ledger.conn))
+            if ledger.is_there():
+                return
+            self._begin_anew()
+            ledger.move(schema)
         try:
             ledger.create()
             self.database.commit()
@@ -4701,93 +4653,90 @@ class Doer:
             if not ledger.is_there():
                 raise
 
-    def _is_elsewhere(self, ledger):
-        """Return whether there is a ledger in another schema, which became the default with the
-        rollback of a SET of get_connection(): so it was made there before it was looked for here.
+    def _begin_anew(self):
+        self.database.rollback()
+        self.begin()
+
+
+class Trier(Doer):
+    """Tries items, each in one transaction with its row in the ledger; with "batch", several in
+    one. A tool without items is one item, None, without a row.
+
+    State, beside that of each Doer: `chosen`, the arguments that run() takes; `started_s`, since
+    when an item is at work; of a failure that is to be recorded `fault`, see _find_fault(), and
+    `took_s`, unless a former process told of it.
+    """
+    fault, took_s = "", None
+
+    def do_all(self):
+        """Try all items, and tell how the tries ended."""
+        items, size = self.job.items, self.tool.batch
+        left = [items[i:i + size] for i in reversed(range(0, len(items), size))]
+        while left:
+            tries, singly = self._try_group(left.pop())
+            left += [(item,) for item in reversed(singly)]
+            if tries:
+                self.tell("tries", tries)
+
+    def _try_group(self, group):
+        """Return how items ended that were tried in one transaction, and those that are to be
+        tried alone, because one of several failed, of which nothing is left then.
         """
-        schema, other = ledger.schema, find_schema(ledger.conn)
-        if other == schema:
-            return False
-        ledger.move(other)
-        if ledger.is_there():
-            return True
-        self._begin_anew()
-        ledger.move(schema)
-        return False
+        try:
+            tries = self.insist(self._try_all, group)
+            return tries, group[len(tries):]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            if self.has_items:
+                return self._take_failure(group, error)
+            return [self.make_failure(error)], ()
 
-    def _connect(self):
-        if not self.database.is_open:
-            self.step = "in get_connection(): "
-            self.interrupts.call(self.database.open)
-        self.step = ""
-
-    def _begin(self, is_urgent):
-        """Begin a transaction, where the tool does not look after them, over a ledger."""
-        if self.has_items and self.ledger is None:
-            self._open()
-        self._connect()
-        if self.tool.commits:
-            self.database.lend()
-            return
-        self.database.begin(is_urgent)
-        if self.ledger:
-            self.ledger.begin(is_urgent)
-
-    def _try_all(self, group, is_urgent):
-        """Return how some items ended, tried in one transaction, none of which failed."""
-        self.step, self.is_own_fault, self.at_work = "", False, None
+    def _try_all(self, group, number):
+        """Return how some items ended, tried in one transaction, none of which failed; where they
+        could not be undone together, only the first is tried.
+        """
+        self.at_work = None
         uses_database = self.has_items or self.callee.takes("conn")
         if uses_database:  # else it may go on beside one that holds the database
             # One that begins with a look at a row could not wait for the lock later.
-            self._begin(is_urgent or group[0] is not None and group[0].is_seen is None)
+            self.begin(number > 1 or self.has_items and group[0].is_seen is None)
         if not self.given or self.given["conn"] is not self.database.conn:
-            self._choose_arguments()
-        tries = [self._try_item(item) if item else self._try_tool() for item in group]
+            self.give()
+            self.chosen = choose_arguments(self.callee.run_takes, self.given)
+        if not (self.is_watched and self.ledger.has_savepoints):
+            group = group[:1]
+        tries = [self._try_item(item, number) if item else self._try_tool() for item in group]
         if uses_database:
-            self.step, self.is_own_fault = "at the commit: ", True
+            self.step = "at the commit: "
             self.database.commit()
         return tries
-
-    def _choose_arguments(self):
-        self.given = {**self.setting.arguments, "conn": self.database.conn,
-                      "context": self.context}
-        more = {"item": None} if self.has_items else {}
-        self.chosen = choose_arguments(self.callee.run_takes, {**self.given, **more})
 
     def _try_tool(self):
         """Return how the try of a tool without items ended, which did not fail."""
         result = self.interrupts.call(self._call)
         return Try(None, "success", self.kept.pack(result), count_rows(result))
 
-    def _try_item(self, item):
+    def _try_item(self, item, number):
         """Return how the try of an item ended, which did not fail, with its row written."""
-        ledger, context = self.ledger, self.context
-        if item.is_seen is None or self.was_taken:
+        ledger, self.at_work, self.step = self.ledger, None, ""
+        if item.charge:
+            return self._record(item)
+        if item.is_seen is None or number:
             item, status, rows, error = ledger.look(item)
             if status != "pending":
                 return Try(item, status, rows=rows, error=error or "")
-        self.at_work = item
         self.kept.note(self.job, item)
-        # On SQLite nobody can end the transaction of an item.
-        has_savepoint = self.is_watched and ledger.kind != "sqlite"
-        if has_savepoint:
-            self.at_work = None  # a connection that was lost before is no item's fault
-            ledger.begin_item()
-            self.at_work = item
+        if self.is_watched and not self.is_sqlite:
+            ledger.begin_item()  # a connection that was lost before is no item's fault
+        self.at_work, self.started_s = item, time.monotonic()
+        context = self.given["context"]
         context.item, context.version, context.attempt = item.name, item.version, item.tries + 1
-        self.started_s, self.is_own_fault = time.monotonic(), True
-        try:
-            rows = count_rows(self.interrupts.call(self._call_guarded, item.name))
-        except (Exception, SystemExit) as error:
-            if has_savepoint:
-                self._check_ended_early(error)
-            raise
-        if has_savepoint:  # before its row, which might be committed at once if nothing is open
-            self._release()
-        self.step, self.is_own_fault = "in the ledger: ", False
+        self.chosen["item"] = self.given["item"] = item.name
+        rows = count_rows(self._call_watched())
+        self.step = _IN_LEDGER
         ledger.record(item._replace(tries=item.tries + 1), "success", time.time(),
                       time.monotonic() - self.started_s, rows)
-        self.step = ""
         return Try(item, "success", None, rows)
 
     def _call(self):
@@ -4795,153 +4744,175 @@ class Doer:
         callee = self.callee
         self.interrupts.own_argv(self.tool)  # not for get_connection(), a part of the program
         try:
-            result = take_result(callee, find_value(callee.run, callee.run(**self.chosen)))
+            result = call_run(callee, self.chosen)
         except SystemExit as error:  # ends the try, not the run
             if not is_good_exit(error.code):
                 raise
             result = None
-        call_check(callee, self.given, self.interrupts)
-        end_if_copy(self.pid)
+        if callee.check is not None:
+            self.interrupts.own_argv(self.tool)
+            call_check(callee, self.given)
         return result
 
-    def _call_guarded(self, name):
-        """Return what run() returns for an item, which may not end its transaction."""
+    # --- an item may not end the transaction ---
+
+    def _call_watched(self):
+        """Return what run() returns for an item. Raise EndedEarly if that ended the transaction,
+        and what tells why if nothing could be committed.
+        """
+        if not self.is_watched:
+            return self.interrupts.call(self._call)
+        if self.is_sqlite:
+            return self.interrupts.call(self._call_guarded)
+        ledger = self.ledger
+        try:
+            result = self.interrupts.call(self._call)
+            if ledger.kind not in ("mysql", "mariadb") and is_aborted(ledger.raw):
+                raise RuntimeError("an error of the database was caught and ignored, after which "
+                                   "nothing can be committed")
+        except (Exception, SystemExit) as error:
+            self._end_item(ledger.undo_item, error)
+            raise
+        # before its row, which might be committed at once if nothing is open
+        self._end_item(ledger.leave_item)
+        return result
+
+    def _call_guarded(self):
+        """Return what run() returns, which SQLite lets not end the transaction. Raise
+        PermissionError if it tried that, also if it swallowed what it got for it.
+        """
         guard = self.ledger.guard
-        self.chosen["item"] = self.given["item"] = name
-        guard.is_up, guard.tried = not self.tool.commits, ""
+        guard.is_up, guard.tried = True, ""
         try:
             result = self._call()
-        except (Exception, SystemExit) as error:
-            if guard.tried:
-                raise PermissionError(_REFUSED % guard.tried) from error
-            raise
         finally:
             guard.is_up = False
-        if guard.tried:
-            raise PermissionError(_REFUSED % guard.tried)
-        if self.is_watched:
-            self._check_transaction()
+            if guard.tried:
+                raise PermissionError(_REFUSED % guard.tried)
+        if not self.ledger.raw.in_transaction:
+            raise RuntimeError("SQLite undid its transaction after an error that was ignored")
         return result
 
-    def _check_transaction(self):
-        """Raise RuntimeError if the transaction of an item is over or can not be committed."""
-        conn, kind = self.ledger.raw, self.ledger.kind
-        if kind == "sqlite":
-            if not conn.in_transaction:
-                raise RuntimeError("SQLite undid its transaction after an error that was ignored")
-        elif kind not in ("mysql", "mariadb") and is_aborted(conn):
-            raise RuntimeError("an error of the database was caught and ignored, after which "
-                               "nothing can be committed")
-
-    def _release(self):
-        """Leave the savepoint of an item. Raise EndedEarly if it is gone."""
+    def _end_item(self, end, error=None):
+        """End the part of an item, which failed by an error, if any. Raise EndedEarly if it is
+        gone.
+        """
         try:
-            self.ledger.leave_item()
-        except Exception as error:
-            raise EndedEarly(_ENDED_EARLY) from error
-
-    def _check_ended_early(self, error):
-        """Raise EndedEarly if an item that failed had ended its transaction before."""
-        try:
-            self.ledger.undo_item()
-        except Exception:
-            if is_locked(error) and self.ledger.kind in ("mysql", "mariadb"):
-                return  # a deadlock undoes all of the transaction there, and its savepoints
-            raise EndedEarly(f"{format_one_line(error)}; {_ENDED_EARLY}") from error
+            end()
+        except Exception as problem:
+            # A deadlock undoes all of the transaction on MySQL, and its savepoints.
+            if not is_locked(error) or self.ledger.kind not in ("mysql", "mariadb"):
+                text = join_reasons(error and format_one_line(error), _ENDED_EARLY)
+                raise EndedEarly(text) from error or problem
 
     # --- how one failed ---
 
-    def _record_failure(self, item, text, error=None):
-        """Record a failed try of an item, which its counts hold, in a transaction, if it is not
-        recorded; return how it ended.
+    def _find_fault(self, error):
+        """Return whose fault it is that a transaction failed, which was undone: "item", its own;
+        "early", of which some may have been committed; "lost", that of what took the connection
+        down; or "place", no item's.
         """
-        duration_s = None if error is None else time.monotonic() - self.started_s
-        # One that ended its transaction may have been done: it is not done again unasked.
-        is_left = item.deaths >= DEATHS_ALLOWED or isinstance(error, EndedEarly)
-        is_final = item.tries > self.tool.retries and not item.is_death
-        status = "quarantined" if is_left else "failed" if is_final else "pending"
+        is_early = isinstance(error, EndedEarly)
+        # SQLite has no server that could go away: what breaks it is its disk.
+        if not self.database.is_open and not (is_early and self.was_closed) \
+                and not (self.is_sqlite and is_of_place(error)):
+            return "lost"
+        if is_early:
+            return "early"
+        is_ours = self.step == _IN_LEDGER
+        return "place" if is_ours or is_locked(error) or is_of_place(error) else "item"
 
-        item = item._replace(charge="")
-        before = item._replace(tries=item.tries - (not item.is_death),
-                               deaths=item.deaths - item.is_death)
+    def _take_failure(self, group, error):
+        """Return what _try_group() returns of items one of which failed. Raise what is no item's
+        fault.
+        """
+        item, step, fault = self.at_work, self.step, self._find_fault(error)
+        where = f"at {format_name(item.name)}: " if item else ""
+        if item is None or fault == "place":
+            self.step = where + step
+            raise error
+        again = [each._replace(is_seen=None) for each in group]
+        if len(group) > 1 and fault == "item":
+            return (), again
+        is_lost = fault == "lost"
+        if is_lost and isinstance(error, EndedEarly):
+            error = error.__cause__  # it did not end it: that was lost with the connection
+        text = (_GONE if is_lost else step) + join_reasons(format_one_line(error),
+                                                           explain_exit(error))
+        item = item._replace(charge=text, tries=item.tries + (not is_lost),
+                             deaths=item.deaths + is_lost, is_death=is_lost)
+        self.fault, self.took_s = fault, time.monotonic() - self.started_s
+        try:
+            [ended] = self.insist(self._try_all, (item,))
+        except BaseException:
+            if is_lost:
+                self.at_work, self.step = item, f"{where}{text}; {self.step}"
+            raise
+        self.fault, self.took_s = "", None
+        trace = format_traceback(error, self.setting.verbose)
+        return [ended._replace(traceback=trace)], [each for each in again if each.name != item.name]
 
-        def record(is_urgent):
-            """Record it; return how the item had ended, if somebody has recorded that before."""
-            self._begin(is_urgent)
-            self.step = "in the ledger: "
-            # It may have been recorded before: its process ended then, or a former charge did.
-            found, known, rows, problem = self.ledger.look(before)
-            is_known = known != "pending" or count_tries(found) > count_tries(before)
-            if not is_known:
-                self.ledger.record(item._replace(is_seen=found.is_seen), status, time.time(),
-                                   duration_s, error=text)
-            self.database.commit()
-            return Try(found, known, None, rows, problem or text) if is_known else None
-
-        self.is_own_fault, self.at_work = False, None
-        known = self._insist(record)
-        self.step, self.is_lost = "", False
-        trace = format_traceback(error, self.setting.verbose) if error else ""
+    def _record(self, item):
+        """Record how an item failed, its charge, which its counts hold, if it is not recorded;
+        return how it ended.
+        """
+        ledger, text, item = self.ledger, item.charge, item._replace(charge="")
+        self.step = _IN_LEDGER
+        # It may have been recorded before: its process ended then, or a former charge did.
+        found, status, rows, problem = ledger.look(item._replace(tries=count_tries(item) - 1,
+                                                                 deaths=0))
+        if status != "pending" or count_tries(found) >= count_tries(item):
+            return Try(found, status, None, rows, problem or text)
+        if item.deaths >= DEATHS_ALLOWED or self.fault == "early":
+            status = "quarantined"  # one that may have been done is not done again unasked
+        elif item.tries > self.tool.retries and not item.is_death:
+            status = "failed"
+        ledger.record(item._replace(is_seen=found.is_seen), status, time.time(), self.took_s,
+                      error=text)
         # One in memory is soon forgotten.
-        item = item._replace(is_seen=None if self.ledger.is_apart else True)
-        return known or Try(item, status, error=text, traceback=trace)
+        return Try(item._replace(is_seen=None if ledger.is_apart else True), status, error=text)
 
-    def _make_failure(self, error):
-        """Return how a try of a tool without items failed, or a job of one that has some."""
-        had_ended = "its transaction had ended before: what it committed stays" * self.had_ended
-        return Try(self.at_work, "failed", error=self.step + format_one_line(error),
-                   traceback=format_traceback(error, self.setting.verbose),
-                   reason=join_reasons(find_hint(error), explain_exit(error), had_ended))
 
-    def _make_problem(self, error):
-        """Return what kept the job from the rest."""
-        end_if_copy(self.pid)
-        if self.database.is_open:
-            self.database.rollback()
-        if self.interrupts.signal is not None or isinstance(error, KeyboardInterrupt):
-            return Try(self.at_work, "interrupted", reason=format_signal(self.interrupts.signal))
-        if isinstance(error, UserError):
-            return Try(None, "failed", error=error.problem, reason=NOT_AGAIN)
-        if isinstance(error, ToolError):
-            self.step, error = str(error), error.__cause__
-        return self._make_failure(error)
+_ENDED_EARLY = ('it ended its transaction inside the item, so that it may have been done: leave '
+                'commit and rollback to the engine (CREATE TABLE commits, too, on MySQL), or say '
+                '"commits": True and take at-least-once')
+_REFUSED = ("%s was refused inside an item, which the engine commits: take conn.commit(), "
+            "conn.rollback(), `with conn:` and executescript() out, or say \"commits\": True in "
+            "TOOL_MAP and take at-least-once")
 
-    # --- which items there are ---
 
-    def _list_items(self):
-        """Yield the items that are pending, page by page, and how many there are."""
-        self._insist(self._find_items)
+class Lister(Doer):
+    """Lists the items of a tool: its items() says which there are, the ledger which of them are
+    pending.
+    """
+
+    def do_all(self):
+        """Tell which items are pending, and how many there are. Those that were given up are left
+        alone until they change, or somebody asks for them.
+        """
+        self.insist(self._find_items)
         ledger, job = self.ledger, self.job
         others = ledger.find_others()
-        pending, given_up, page = 0, [], []
+        pending, given_up = [], []
         for item, status, run_id in ledger.find_pending():
             is_of_this_run = run_id == job.run_id
-            if not self._is_given_up(item, status, is_of_this_run):
-                pending += 1
-                page += [item] * (job.only in (None, item.name))
+            # Without retries one that failed comes again in the next run.
+            is_given_up = status == "quarantined" or status == "failed" and (
+                is_of_this_run or 0 < self.tool.retries < item.tries)
+            if not is_given_up:
+                pending.append(item)
             elif not is_of_this_run or job.attempt == 1:  # else it is counted
                 given_up.append(item.name)
-            if len(page) == _PAGE:
-                yield "found", page
-                page = []
         listed = ledger.count_listed()
         if job.only is not None and not ledger.count_listed(job.only):
             raise UserError(f"there is no item {job.only!r} among the {listed} that are listed")
         is_hopeless = bool(given_up) and not ledger.has_passed()
         self.database.commit()
-        self.step = ""
-        yield "found", page
-        yield "listed", {
-            "counts": {"listed": listed, "pending": pending, "given_up": len(given_up)},
+        self.tell("found", [item for item in pending if job.only in (None, item.name)])
+        self.tell("listed", {
+            "counts": {"listed": listed, "pending": len(pending), "given_up": len(given_up)},
             "reason": self._describe_left_out(given_up, others if pending else ()),
-            "is_hopeless": is_hopeless}
-
-    def _is_given_up(self, item, status, is_of_this_run):
-        """Return whether an item that is not done is left alone: until it changes, or somebody
-        asks for it. Without retries one that failed comes again in the next run.
-        """
-        return status == "quarantined" or status == "failed" and (
-            is_of_this_run or 0 < self.tool.retries < item.tries)
+            "is_hopeless": is_hopeless})
 
     def _describe_left_out(self, given_up, others):
         """Return what to say of items that are there and not to be done."""
@@ -4958,36 +4929,31 @@ class Doer:
                            f"{self.setting.pipeline.name!r}: its NAME says which it is")
         return "; ".join(reasons)
 
-    def _find_items(self, is_urgent):
+    def _find_items(self, number):
         """Bring what items() gives into the database, and let have their tries again those of
         which that was asked.
         """
-        if self.ledger is None:
-            self._open()
-        if self.tool.each and self.ledger.is_apart and not self.setting.folder:
-            raise UserError(f"nothing tells which items passed {self.tool.each}: there is neither "
-                            "a database nor a history")
-        self._connect()
-        self.database.begin(is_urgent, self.tool.commits)
-        self._choose_arguments()
+        ledger, each, only = self.ledger, self.tool.each, self.job.only
+        self.begin(number > 1)
+        if each and ledger.is_apart and not self.setting.folder:
+            raise UserError(f"nothing tells which items passed {each}: there is neither a database "
+                            "nor a history")
+        self.give()
         self.interrupts.call(self._bring_items)
-        wanted = self.job.retry if self.job.only is None else (self.job.only,)
-        missing = [] if wanted is None else self.ledger.give_back(wanted)
-        if missing and self.job.only is None:
+        wanted = self.job.retry if only is None else (only,)
+        missing = [] if wanted is None else ledger.give_back(wanted)
+        if missing and only is None:
             raise UserError(f"{format_names(missing, len(missing))} can not be tried again: not "
                             "given up")
 
     def _bring_items(self):
         """Call items(), and hand what it gives to the ledger."""
-        found = ()
+        callee, found = self.callee, ()
         self.interrupts.own_argv(self.tool)
-        if self.callee.items is not None:
-            try:
-                found = self.callee.items(**choose_arguments(self.callee.items_takes, self.given))
+        if callee.items is not None:
+            with until_exit():
+                found = callee.items(**choose_arguments(callee.items_takes, self.given))
                 found = wait_for(found) if hasattr(found, "__await__") else found
-            except SystemExit as error:  # there are none
-                if not is_good_exit(error.code):
-                    raise
             if isinstance(found, Mapping):
                 raise TypeError("items() returned a dict; for names and versions, return its "
                                 ".items()")
@@ -4995,20 +4961,27 @@ class Doer:
                 raise TypeError(f"items() returned {format_type(found)}; it returns a list of "
                                 "names, or yields them, or returns the text of a SELECT")
         try:
-            self.ledger.list_items(found if isinstance(found, str) else until_exit(found),
+            self.ledger.list_items(found if isinstance(found, str) else yield_until_exit(found),
                                    self.tool.each)
         except UnicodeEncodeError as error:
             raise ValueError(f"items() gave {error.object!r}, which is no text that a database "
                              "keeps: rename the file, or leave it out") from error
 
 
-def until_exit(found):
-    """Yield what items() yields; sys.exit() ends that, and is a failure as it is elsewhere."""
+@contextlib.contextmanager
+def until_exit():
+    """Let sys.exit() end what is inside; it is a failure where it is one of a program."""
     try:
-        yield from found
+        yield
     except SystemExit as error:
         if not is_good_exit(error.code):
             raise
+
+
+def yield_until_exit(found):
+    """Yield what items() yields, unless it exits."""
+    with until_exit():
+        yield from found
 
 
 def format_retry(tool):
@@ -5032,14 +5005,6 @@ def format_names(names, count):
 def format_name(name):
     """Return the name of an item for a line: quoted if it has blanks or what is not printable."""
     return name if name.isprintable() and not re.search(r"[\s,'\"]", name) else repr(name)
-
-
-_ENDED_EARLY = ('it ended its transaction inside the item, so that it may have been done: leave '
-                'commit and rollback to the engine (CREATE TABLE commits, too, on MySQL), or say '
-                '"commits": True and take at-least-once')
-_REFUSED = ("%s was refused inside an item, which the engine commits: take conn.commit(), "
-            "conn.rollback(), `with conn:` and executescript() out, or say \"commits\": True in "
-            "TOOL_MAP and take at-least-once")
 
 
 def count_rows(result):
@@ -5099,43 +5064,6 @@ def format_traceback(error, verbose=False):
     return text if len(text) <= TRACEBACK_CAP else f"{text[:half]}\n[...]\n{text[-half:]}"
 
 
-# === 9 WORKERS ==================================================================================
-# Who does jobs: this process, or worker processes, behind one interface: start(job, limit_s) begins
-# one, wait() returns the messages of perform() that came since, and answer() those that ask. A
-# worker may also have ("died", number, (item, how, is_late, slip)): the item that it was at, or
-# None; what ended it; whether that was its time limit; and the file that tells of it.
-# It does not decide what runs, or what a message means.
-
-
-class Here:
-    """Does jobs in this process, one at a time, over one shared connection."""
-
-    def __init__(self, setting, kept, capture, hear):
-        self.setting, self.kept, self.capture, self.hear = setting, kept, capture, hear
-        self.put_back = make_put_back() if kept.interrupts.is_on_main_thread else lambda: None
-        self.job = None
-
-    def reserve(self):
-        """Return the id of the process that will do what is started next."""
-        return os.getpid()
-
-    def start(self, job, _limit_s):
-        """Note what wait() is to do."""
-        self.job = job
-
-    def wait(self):
-        """Do what was started, however long it takes, with all that it says heard meanwhile;
-        return whether it printed anything.
-        """
-        job, self.job = self.job, None
-        self.capture.begin(job.log)
-        try:
-            perform(job, self.setting, self.hear, self.kept)
-        finally:
-            self.put_back()
-        return self.capture.end()
-
-
 OUTPUT_LOST = 50  # the level of the log event that tells so: CRITICAL, as in logging
 
 
@@ -5144,13 +5072,13 @@ class Capture:
     runs. Streams and descriptors stay what they are: what C code and child processes print is
     seen, and not kept; that of a tool with a process of its own is.
 
-    State: `log`, the file of the attempt that runs, made at the first byte; `log_fd`; `error`,
-    what could not be written, if anything.
+    State: `log`, the file of the attempt that runs, set by who begins it and made at the first
+    byte; `log_fd`; `error`, what could not be written, if anything.
     """
+    log, log_fd, error = "", -1, ""
 
     def __init__(self, is_kept):
         self.streams = {"stdout": sys.stdout, "stderr": sys.stderr} if is_kept else {}
-        self.log, self.log_fd, self.error = "", -1, ""
 
     def __enter__(self):
         import threading
@@ -5164,10 +5092,6 @@ class Capture:
         self.end()
         for name, stream in self.streams.items():
             setattr(sys, name, stream)
-
-    def begin(self, log):
-        """Let what is printed from now on go into a log as well."""
-        self.log = log
 
     def end(self):
         """Let what is printed from now on go into no log any more; return whether it was made."""
@@ -5186,9 +5110,9 @@ class Capture:
         """Write a text to the log of the attempt that runs, if there is one."""
         with self.lock:
             try:
-                if self.log and self.log_fd < 0:
-                    self.log_fd = open_private(self.log)
                 if self.log:
+                    if self.log_fd < 0:
+                        self.log_fd = open_private(self.log)
                     write_all(self.log_fd, text.encode("utf-8", "backslashreplace"))
             except OSError as error:  # no reason for a tool to fail, but to say so
                 self.error = f"{self.log} could not be written: {error.strerror}"
@@ -5237,45 +5161,97 @@ class Copier:
         return getattr(self._stream, name)
 
 
-_SIGNALS = [getattr(_signal, name) for name in (
-    *Interrupts.NAMES, "SIGALRM", "SIGCHLD", "SIGPIPE", "SIGUSR1", "SIGUSR2")
-    if hasattr(_signal, name)]
-
-
 def make_put_back():
     """Return a function that puts back what tools change of this process: its working folder, its
     streams, how signals are taken, the mask of new files, how deep calls may go, and which logging
     is off. On another thread than the main one, neither it nor tools can do that.
     """
-    stdin, stdout, stderr = sys.stdin, sys.stdout, sys.stderr
-    handlers = [(number, _signal.getsignal(number)) for number in _SIGNALS]
-    limit, mask, folder = sys.getrecursionlimit(), os.umask(0o077), find_working_folder()
+    signals = find_signals(*Interrupts.NAMES, "SIGALRM", "SIGCHLD", "SIGPIPE", "SIGUSR1", "SIGUSR2")
+
+    def look():
+        logging = sys.modules.get("logging")
+        return ((sys.stdin, sys.stdout, sys.stderr), [*map(_signal.getsignal, signals)],
+                find_working_folder(), sys.getrecursionlimit(),
+                logging.root.manager.disable if logging else 0)
+
+    before, mask = look(), os.umask(0o077)
     os.umask(mask)
-    logging = sys.modules.get("logging")
-    disabled = logging.root.manager.disable if logging else 0
 
     def put_back():
         """Put it back."""
-        sys.stdin, sys.stdout, sys.stderr = stdin, stdout, stderr
-        for number, handler in handlers:
-            if handler is not None and _signal.getsignal(number) is not handler:
-                _signal.signal(number, handler)
-        if sys.getrecursionlimit() != limit:
-            sys.setrecursionlimit(limit)
         os.umask(mask)
-        if find_working_folder() != folder:
-            with contextlib.suppress(OSError):  # the tool removed it
-                os.chdir(folder)
+        if look() == before:
+            return
+        (sys.stdin, sys.stdout, sys.stderr), handlers, folder, limit, disabled = before
+        for number, handler in zip(signals, handlers):
+            if handler is not None:
+                _signal.signal(number, handler)
+        with contextlib.suppress(OSError):  # the tool removed it
+            os.chdir(folder)
+        sys.setrecursionlimit(limit)
         if "logging" in sys.modules:
             sys.modules["logging"].disable(disabled)
 
     return put_back
 
 
+def find_working_folder():
+    """Return the working folder, or "" if it is gone."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
+
+
+def flush(stream):
+    """Let what Python keeps of its output go out, unless the tool closed the stream."""
+    try:
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
 def write_all(fd, content):
     """Write all of some bytes."""
     while content:
         content = content[os.write(fd, content):]
+
+
+# === 9 WORKERS ==================================================================================
+# Who does jobs: this process, or worker processes, behind one interface: start(job, limit_s) begins
+# one, wait() returns the messages of perform() that came since, and answer() those that ask. A
+# worker may also have ("died", number, (item, how, is_late, slip)): the item that it was at, or
+# None; what ended it; whether that was its time limit; and the file that tells of it.
+# It does not decide what runs, or what a message means.
+
+
+class Here:
+    """Does jobs in this process, one at a time, over one shared connection."""
+
+    def __init__(self, setting, kept, capture, hear):
+        self.setting, self.kept, self.capture, self.hear = setting, kept, capture, hear
+        self.put_back = make_put_back() if kept.interrupts.is_on_main_thread else lambda: None
+        self.job = None
+
+    def reserve(self):
+        """Return the id of the process that will do what is started next."""
+        return os.getpid()
+
+    def start(self, job, _limit_s):
+        """Note what wait() is to do."""
+        self.job = job
+
+    def wait(self):
+        """Do what was started, however long it takes, with all that it says heard meanwhile;
+        return whether it printed anything.
+        """
+        job, self.job = self.job, None
+        self.capture.log = job.log
+        try:
+            perform(job, self.setting, self.hear, self.kept)
+        finally:
+            self.put_back()
+        return self.capture.end()
 
 
 class Worker:
@@ -5726,7 +5702,6 @@ class Server:
                     break
                 children = count_children()
                 problem = self.do(kept)
-                end_if_copy(self.pid)
                 is_leaving = self.interrupts.signal is not None or count_children() != children
                 if is_leaving:
                     kept.close()
@@ -5825,22 +5800,6 @@ def die_with_orchestrator(life):
         signal_group(os.getpid(), "SIGKILL")
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def find_working_folder():
-    """Return the working folder, or "" if it is gone."""
-    try:
-        return os.getcwd()
-    except OSError:
-        return ""
-
-
-def flush(stream):
-    """Let what Python keeps of its output go out, unless the tool closed the stream."""
-    try:
-        stream.flush()
-    except (OSError, ValueError, AttributeError):
-        pass
 
 
 def own_streams():

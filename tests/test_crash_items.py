@@ -331,13 +331,13 @@ def test_items_of_a_run_killed_at_any_step_are_done_exactly_once(sandbox, words,
 RECORD = """        ledger.record(item._replace(tries=item.tries + 1), "success", time.time(),
                       time.monotonic() - self.started_s, rows)
 """
-CALL = "            rows = count_rows(self.interrupts.call(self._call_guarded, item.name))\n"
-ANEW = "            self.database.commit()\n            self.database.begin()\n"
-LEDGER_AFTER = [(RECORD, ANEW.replace("    " * 3, "    " * 2) + RECORD)]
-EARLY = "            " + RECORD.lstrip().replace("rows)", "None)") + ANEW
+CALL = "        rows = count_rows(self._call_watched())\n"
+ANEW = "        self.database.commit()\n        self.database.begin()\n"
+LEDGER_AFTER = [(RECORD, ANEW + RECORD)]
+EARLY = RECORD.replace("rows)", "None)") + ANEW
 LEDGER_BEFORE = [(RECORD, ""), (CALL, EARLY + CALL)]
 STALE_SLIPS = [("count_tries(at_work) == count_tries(item)", "item")]
-NO_UNDO = [("self.had_ended = self.database.is_open and self.database.rollback()", "pass")]
+NO_UNDO = [("self.had_ended = database.is_open and database.rollback()", "pass")]
 
 
 @pytest.mark.parametrize("mutant, batch, complaint", [
@@ -484,7 +484,7 @@ def test_an_item_can_not_commit_the_first_half_of_its_work_and_be_killed_then(sa
 
 
 def test_an_engine_that_refuses_no_commit_is_left_with_half_of_an_item(sandbox):
-    write_pipeline(sandbox, HASTY, mutant=[("guard.is_up, guard.tried = not self.tool.commits, ",
+    write_pipeline(sandbox, HASTY, mutant=[("guard.is_up, guard.tried = True, ",
                                             "guard.is_up, guard.tried = False, ")])
     assert sandbox.run().code == -signal.SIGKILL
     assert find_wrong(sandbox, []) == ["torn: [('a',)]"]

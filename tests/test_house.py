@@ -231,8 +231,8 @@ def test_no_room_reads_a_name_of_the_users_part_but_the_last_lines():
     (("print", "input", "exit"), {"DOOR"}),
     (("sys.argv",), {"CALLING", "DOOR"}),  # which a tool has for itself
     (("sys.exit",), {"MARK", "DOOR"}),  # at the mark, of a Python that is too old
-    (("sys.stdout", "sys.stdin"), {"WORKERS", "DOOR"}),  # a worker's lead to a file
-    (("sys.stderr",), {"MARK", "WORKERS", "DOOR"}),
+    (("sys.stdout", "sys.stdin"), {"CALLING", "WORKERS", "DOOR"}),  # a worker's lead to a file
+    (("sys.stderr",), {"MARK", "CALLING", "WORKERS", "DOOR"}),
     (("sqlite3",), {"HISTORY", "CONNECTION", "LEDGER"}),
     (("psycopg", "duckdb"), {"CONNECTION"}),
     (("importlib.import_module", "importlib.util.find_spec"), {"MODULES"}),
@@ -242,7 +242,7 @@ def test_no_room_reads_a_name_of_the_users_part_but_the_last_lines():
     (("os.fork", "os.kill", "os.killpg", "os.setpgid", "os.waitpid", "os.waitid", "os.pipe",
       "threading.Thread", "resource.setrlimit", "select.select", "socket.socketpair"),
      {"WORKERS"}),
-    (("os.dup2",), {"WORKERS", "DOOR"}),
+    (("os.dup2",), {"CALLING", "WORKERS", "DOOR"}),
     (("argparse",), {"MARK", "DOOR"}),
     (("json",), {"HISTORY", "RUNNING", "VIEWS", "DOOR"}),  # in the database, and for programs
     (("os.environ",), {"WORKERS", "DOOR"}),
@@ -379,7 +379,7 @@ def test_no_class_is_longer_than_two_hundred_and_fifty_lines():
     too_long = {node.name for node in ast.walk(TREE) if isinstance(node, ast.ClassDef)
                 and node.end_lineno - node.lineno + 1 > 250}
 
-    assert too_long <= {"Doer", "History", "Ledger", "Run"}  # each is to go from here, none to come
+    assert too_long <= {"History", "Ledger", "Run"}  # each is to go from here, none to come
 
 
 # --- its size ---
@@ -387,7 +387,7 @@ def test_no_class_is_longer_than_two_hundred_and_fifty_lines():
 # of each room, and of what is at the mark: lowered with each landing, and never raised
 TOKENS = {
     "MARK": 118, "WORDS": 1587, "SETUP": 2639, "PLANNING": 2992, "HISTORY": 4114,
-    "CONNECTION": 3277, "LEDGER": 3300, "MODULES": 3728, "CALLING": 6124, "WORKERS": 4778,
+    "CONNECTION": 3277, "LEDGER": 3300, "MODULES": 3728, "CALLING": 6384, "WORKERS": 3939,
     "RUNNING": 8441, "VIEWS": 2763, "DOOR": 7139,
 }
 

@@ -241,12 +241,13 @@ DELETES = patch((
     "        cursor = self.do(_UPDATE,"))
 RECORD = ('        ledger.record(item._replace(tries=item.tries + 1), "success", time.time(),\n'
           "                      time.monotonic() - self.started_s, rows)\n")
-AFTER = patch((RECORD, "        self.database.commit(), self.database.begin()\n" + RECORD))
+AFTER = patch((RECORD, "        self.database.commit(), self.database.begin()\n"
+               + RECORD))
 BEFORE = patch(
-    ("            rows = count_rows(self.interrupts.call(self._call_guarded, item.name))\n",
-     '            ledger.record(item._replace(tries=item.tries + 1), "success", time.time(), 0.0)\n'
-     "            self.database.commit(), self.database.begin()\n"
-     "            has_savepoint = False\n"
-     "            rows = count_rows(self.interrupts.call(self._call_guarded, item.name))\n"),
+    ("        rows = count_rows(self._call_watched())\n",
+     '        ledger.record(item._replace(tries=item.tries + 1), "success", time.time(), 0.0)\n'
+     "        self.database.commit(), self.database.begin()\n"
+     "        ledger.begin_item()\n"
+     "        rows = count_rows(self._call_watched())\n"),
     (RECORD, ""))
 MUTANTS = {"DELETE and INSERT": DELETES, "ledger after": AFTER, "ledger before": BEFORE}
