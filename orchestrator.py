@@ -78,6 +78,7 @@ import contextlib
 import errno
 import functools
 import gc
+import itertools
 import operator
 import os
 import re
@@ -2260,22 +2261,17 @@ def clean(text):
 
 # === 5 CONNECTION ===============================================================================
 # The one place that knows how database drivers differ: open, begin, commit, roll back, close,
-# replace. `conn` may be any DB-API connection, any object with or without close(), commit() and
-# rollback(), or None. It does not decide when to do any of these.
+# replace. `conn` may be any DB-API connection, one of SQLAlchemy's, any object that is no database,
+# or None. It does not decide when to do any of these.
 
 # SQLite calls back after this many steps of a statement, about a millisecond, so that a signal
 # is heard in the middle of a long one.
 _SQLITE_STEPS = 100_000
 _OURS = " -- by the engine"  # so that sqlite3 does not take its prepared statement for a tool's own
 _POSTGRES_INERROR = 3  # PQTRANS_INERROR of libpq: a COMMIT would silently roll back
-
 _CO_COROUTINE = 0x80  # of inspect: what `async def` makes
 _HARMLESS = ("SELECT 1", "SELECT 1 FROM DUAL", "SELECT 1 FROM SYSIBM.SYSDUMMY1",
              "SELECT 1 FROM RDB$DATABASE")  # Oracle, Db2 and Firebird want a FROM
-_COMMITS = 'or say "commits": True in TOOL_MAP and leave transactions to the tool'
-_AT_ONCE = ("this connection commits each statement at once, so that nothing of a failure could be "
-            'undone: take isolation_level="AUTOCOMMIT" or autocommit=True out of get_connection(), '
-            + _COMMITS)
 _NOT_OVER = ("commit() has left the transaction open, so that its work would be lost: return a "
              "connection from get_connection() whose commit() commits")
 
@@ -2306,129 +2302,92 @@ _SCHEMA_OF = {  # where a ledger is, or would be made, but not in what is tempor
              ORDER BY list_position(current_schemas(false), schema_name) LIMIT 1),
             current_schema())""",
 }
-_SCHEMA_OF["mariadb"] = _SCHEMA_OF["mysql"]
 
 
 class Database:
     """The connection of a run, opened at its first use and closed exactly once.
 
-    State: `conn`, what get_connection() returned; `raw`, the driver's own in it; `is_open`,
-    whether it was asked; `autocommit`, the mode in which the connection came, to which it is put
-    back after each attempt; `is_ours`, whether the transaction is the engine's, and `has_begun`,
-    whether begin() told the driver to begin it; `is_sqlite`, what it is, and `is_simple`, one of
-    that in its default mode, of which many commits are asked; `alchemy`, what is SQLAlchemy's;
-    `wrapper`, what is of no driver that is known; `is_tried`, whether it was found fit; `schema`,
-    where a ledger in it is, and `has_set`, whether get_connection() has left a transaction open,
-    so that a rollback may change what is the default.
+    State: `conn`, what get_connection() returned; `raw`, the driver's own in it, if that is of
+    SQLAlchemy (`is_alchemy`), else the same; `is_open`, whether it was asked; `is_fit`, whether it
+    was looked at for tools that leave transactions to the engine; `is_sqlite`, what it is;
+    `autocommit`, the mode in which it came, to which it is put back after each attempt; `is_ours`,
+    whether the transaction is the engine's, and `has_begun`, whether begin() had the driver begin
+    it; `schema`, where a ledger in it is, and `has_set`, whether get_connection() has left a
+    transaction open, so that a rollback may change what is the default.
     """
 
     def __init__(self, get_connection, is_cancelled=lambda: False):
         self.get_connection, self.is_cancelled = get_connection, is_cancelled
-        self.conn = None
-        self.raw = None
-        self.is_open = self.is_ours = self.has_begun = self.is_tried = False
-        self.is_sqlite = self.is_simple = False
-        self.autocommit = None
-        self.alchemy = None
-        self.wrapper = None
-        self.schema = None
-        self.has_set = False
+        self.conn = self.raw = self.autocommit = self.schema = None
+        self.is_open = self.is_fit = self.is_ours = self.has_begun = False
+        self.is_alchemy = self.is_sqlite = self.has_set = False
 
-    def open(self):
-        """Return the connection, opened if it is not. Whatever get_connection() raises, raises."""
+    def open(self, commits=True):
+        """Return the connection, opened if it is not. Whatever get_connection() raises, raises.
+
+        Raise TypeError if it is none, or could lose work, or keep that of a failure, of a tool
+        that leaves transactions to the engine: that does not say that it `commits`.
+        """
         if not self.is_open:
             conn = self.get_connection()
-            if is_cursor(conn):
-                raise TypeError("it returned a cursor, through which nothing can be "
-                                "committed: return the connection itself")
-            if isinstance(conn, bool):
-                raise TypeError(f"it returned {conn}: return a connection, or None for a pipeline "
-                                "without a database")
-            if is_async(conn):
-                raise TypeError(f"it returned {format_type(conn)}, which is asynchronous, and "
-                                "nobody would await its commit(): return a synchronous "
-                                "connection, or None, and connect in run()")
-            if is_pending(conn):
-                raise TypeError(f"it returned {format_type(conn)}, which is still to be entered: "
-                                "return the connection itself, and leave out yield and with")
-            self.conn, self.is_open, self.is_tried, self.schema = conn, True, False, None
-            is_alchemy = hasattr(conn, "exec_driver_sql") or is_session(conn)
-            self.alchemy = Alchemy(conn) if is_alchemy else None
-            self.raw = conn if is_alchemy else find_raw(conn)
-            self.autocommit = getattr(self.raw, "autocommit", None)
-            self.is_sqlite = is_sqlite(conn)
-            self.is_simple = self.is_sqlite and hasattr(conn, "commit") \
-                and not isinstance(self.autocommit, bool)
-            is_known = is_alchemy or self.is_sqlite or find_driver(conn)[0]
-            self.wrapper = Wrapper(conn) if keeps_ledger(conn) and not is_known else None
-            if self.is_sqlite and hasattr(self.conn, "set_progress_handler"):
-                self.conn.set_progress_handler(self.is_cancelled, _SQLITE_STEPS)
-            self.has_set = is_in_transaction(conn) is True if not is_alchemy \
-                else bool(call_if_there(conn, "in_transaction"))
+            check_connection(conn, _NEVER)
+            raw = find_raw(conn)
+            self.conn, self.raw, self.is_open, self.schema = conn, raw, True, None
+            self.is_alchemy, self.is_sqlite = is_alchemy(conn), is_sqlite(raw)
+            self.is_fit = is_sqlite(conn)
+            self.autocommit = getattr(raw, "autocommit", None)
+            if self.is_sqlite and hasattr(raw, "set_progress_handler"):
+                raw.set_progress_handler(self.is_cancelled, _SQLITE_STEPS)
+            self.has_set = is_in_transaction(raw)
             with contextlib.suppress(Exception):  # else it is asked for where there is a ledger
                 self.schema = find_schema(conn)
+        if not (commits or self.is_fit):
+            check_connection(self.conn, _UNSAFE)
+            self.is_fit = True
         return self.conn
 
-    def begin(self, is_urgent=False, commits=False):
+    def begin(self, is_urgent=False, commits=False, has_items=False):
         """Begin a transaction, where the driver would not do so by itself, or not early enough.
 
         Python's sqlite3 begins by itself only before INSERT and the like, so that a CREATE TABLE
-        would survive a rollback. `is_urgent` waits for SQLite's one writer at once. Raise
-        TypeError if commit() or rollback() would not do what they say, unless the tool `commits`.
+        would survive a rollback. `is_urgent` waits for SQLite's one writer at once. Raise TypeError
+        as open() does.
         """
-        conn = self.open()
+        conn, raw = self.open(commits), self.raw
         self.is_ours = not commits
+        if has_items and self.is_alchemy and not conn.in_transaction():
+            conn.begin()  # so that a Session on it leaves commits to the engine
         if self.is_sqlite:
-            if not conn.in_transaction:
+            if not raw.in_transaction and not self._begins_later():
                 # A deferred transaction that reads first can not wait for a lock; who opens with
                 # isolation_level="IMMEDIATE" gets one that does.
-                level = "IMMEDIATE" if is_urgent else getattr(conn, "isolation_level", None) or ""
-                conn.execute("BEGIN " + level + _OURS)
+                level = "IMMEDIATE" if is_urgent else getattr(raw, "isolation_level", None) or ""
+                raw.execute("BEGIN " + level + _OURS)
+            self.has_begun = raw.in_transaction
+        elif self.autocommit is True:
+            raw.autocommit = False
+        elif not self.is_alchemy and callable(getattr(raw, "begin", None)):
+            raw.begin()  # of DuckDB and MySQL drivers
             self.has_begun = True
-            return
-        if not (commits or self.is_tried):
-            check_ends(conn)
-        if self.alchemy:
-            self.alchemy.begin(is_urgent, commits)
-            self.is_tried = self.is_tried or not commits
-            return
-        if self.autocommit is True:
-            self.raw.autocommit = False
-        if self.wrapper and not commits:
-            if not self.is_tried:
-                self.wrapper.try_out()
-            self.wrapper.begin()
-        elif self.autocommit is not True and callable(getattr(conn, "begin", None)) \
-                and not hasattr(conn, "in_transaction"):
-            conn.begin()  # of DuckDB and MySQL drivers
-            self.has_begun = True
-        self.is_tried = self.is_tried or not commits
 
-    def lend(self):
-        """Open the connection for a tool that begins and ends its transactions itself."""
-        self.open()
-        self.is_ours = False
-        if self.alchemy:
-            self.alchemy.is_ours = False
+    def _begins_later(self):
+        """Return whether the user has SQLAlchemy begin a transaction of SQLite's, by an event."""
+        if not self.is_alchemy or self.conn.in_transaction():
+            return False
+        self.conn.begin()
+        is_begun = self.raw.in_transaction
+        self.conn.rollback()  # a tool may want to begin one itself
+        return is_begun
 
     def commit(self):
         """Commit what is open. Raise what the driver raises, or if it would have been lost."""
-        if not self.is_sqlite and (self.alchemy or self).is_aborted():
+        if self.is_sqlite:
+            if self.is_cancelled():
+                raise RuntimeError("SQLite undid the transaction when a statement was interrupted")
+        elif is_aborted(find_raw(self.conn)):
             raise RuntimeError("the transaction had failed and could not be committed: "
                                "an error of the database was caught and ignored")
-        if self.is_sqlite and self.is_cancelled():
-            raise RuntimeError("SQLite undid the transaction when a statement was interrupted")
-        if self.is_simple:
-            self.has_begun = False
-            self.conn.commit()
-            if self.conn.in_transaction:
-                raise RuntimeError(_NOT_OVER)
-        else:
-            self._end("commit")
-
-    def is_aborted(self):
-        """Return whether a COMMIT would undo the transaction instead."""
-        return is_aborted(self.conn)
+        self._end("commit")
 
     def rollback(self):
         """Undo what is not committed. A connection that can not do that is let go as broken.
@@ -2439,8 +2398,7 @@ class Database:
         try:
             had_ended = self._end("rollback")
             is_broken = getattr(self.conn, "closed", False) \
-                or getattr(self.conn, "open", True) is False \
-                or getattr(self.conn, "invalidated", False)  # what SQLAlchemy says of a lost one
+                or getattr(self.conn, "open", True) is False
         except Exception:
             is_broken = True
         if is_broken:
@@ -2449,217 +2407,136 @@ class Database:
 
     def close(self):
         """Close the connection if it is open; the next use opens another. Never raises."""
-        conn, self.conn, self.raw, self.is_open = self.conn, None, None, False
-        alchemy, self.alchemy, self.wrapper = self.alchemy, None, None
-        if alchemy:
-            alchemy.is_ours = False
+        conn, self.conn, self.raw = self.conn, None, None
+        self.is_open = self.is_fit = False
         try:
             call_if_there(conn, "close")
         except Exception:
             pass  # what was committed is safe; what was not is gone with the connection
 
     def _end(self, how):
-        conn, had_begun, self.has_begun = self.conn, self.has_begun, False
-        if self.alchemy:
-            return self.alchemy.end(how)
-        had_ended = self.is_sqlite and not conn.in_transaction
-        at_once = self.is_ours and not self.is_sqlite \
-            and getattr(self.raw, "autocommit", None) is True  # the tool's wish
-        if self.is_sqlite and (self.autocommit is True or not hasattr(conn, how)):
-            if conn.in_transaction:  # commit() and rollback() do nothing here, or are not there
-                conn.execute(how.upper() + _OURS)
+        """Commit or roll back; return whether the transaction had ended before."""
+        conn, raw = self.conn, find_raw(self.conn)
+        if raw is not self.raw:
+            raise RuntimeError("the connection is closed, or another than at the beginning")
+        had_begun, was_ours = self.has_begun, self.is_ours
+        self.has_begun = self.is_ours = is_done = False
+        if self.is_sqlite:
+            had_ended = had_begun and not raw.in_transaction
         else:
+            had_ended = was_ours and getattr(raw, "autocommit", None) is True  # the tool's wish
+        if self.is_alchemy:
+            self.is_fit = False  # a tool may change its mode
+            is_done = conn.in_transaction()  # else SQLAlchemy does not tell the driver
+            getattr(conn, how)()
+        if self.is_sqlite and (self.autocommit is True or not hasattr(raw, how)):
+            if raw.in_transaction:  # commit() and rollback() do nothing here, or are not there
+                raw.execute(how.upper() + _OURS)
+        elif not is_done:
             try:
-                call_if_there(conn, how)
+                call_if_there(raw, how)
             except Exception as error:
                 # The tool ended its transaction itself; DuckDB, for one, complains.
                 if "no transaction" not in str(error).lower():
                     raise
-                had_ended = True
-        if is_in_transaction(self.raw):
+                had_ended = had_begun
+        if is_in_transaction(raw):
             raise RuntimeError(_NOT_OVER)
-        if isinstance(self.autocommit, bool) and self.raw.autocommit is not self.autocommit:
-            self.raw.autocommit = self.autocommit
-        return had_begun and had_ended or at_once
-
-
-class Alchemy:
-    """A Connection or a Session of SQLAlchemy, and the connections of drivers behind it.
-
-    SQLAlchemy has a transaction from the first statement on, of which a driver may not know; and
-    each transaction of a Session is on a connection that it takes from the pool then.
-    State: `is_ours`, whether transactions are the engine's, and `is_urgent`, of Database.begin();
-    `parts`, the Connections in them; `session`, the Session that is watched; `begins`, whether the
-    user has SQLAlchemy begin one of SQLite's, if that is known; `has_begun`, whether the engine
-    has begun one; `problem`, why one may not be committed.
-    """
-
-    def __init__(self, conn):
-        self.conn, self.is_session = conn, is_session(conn)
-        self.is_ours = self.is_urgent = self.has_begun = False
-        self.parts = []
-        self.session = None
-        self.begins = None
-        self.problem = ""
-
-    def begin(self, is_urgent, commits):
-        """Begin a transaction where SQLAlchemy and the driver would not, or see to that."""
-        self.is_ours, self.is_urgent = not commits, is_urgent
-        self.has_begun, self.problem = False, ""
-        if commits:
-            return
-        if not self.is_session:
-            self._join(self.conn)
-            return
-        session = self._find_session()
-        if session is self.session:
-            return
-        self.session = session
-        sys.modules["sqlalchemy"].event.listen(session, "after_begin", self._hear)
-        is_new = not session.in_transaction()
-        try:  # whether it is fit is told before the tool is called
-            part = session.connection()
-        except Exception as error:
-            if type(error).__name__ != "UnboundExecutionError":  # it has one for each table
-                raise
-        else:
-            if is_new:
-                session.commit()  # of nothing; a rollback would undo what get_connection() has SET
-            else:
-                self._join(part)
-
-    def _find_session(self):
-        """Return the Session, which a scoped_session keeps inside."""
-        return self.conn.registry() if hasattr(self.conn, "registry") else self.conn
-
-    def _hear(self, session, _transaction, part):
-        """Hear that a Session has begun a transaction on a connection."""
-        if self.is_ours and session is self.session:
-            self._join(part)
-
-    def _join(self, part):
-        """Have the driver begin what SQLAlchemy has begun on a Connection, or will begin."""
-        self.parts = [each for each in self.parts if not each.closed and each is not part] + [part]
-        raw = find_raw(part)
-        if is_autocommit(raw, part):
-            self.problem = _AT_ONCE
-            raise TypeError(_AT_ONCE)
-        if not is_sqlite(raw) or raw.in_transaction:
-            return
-        if not part.in_transaction():  # else what the user has for it has done nothing
-            if self.begins is None:
-                part.begin()
-                self.begins = raw.in_transaction
-                part.rollback()
-            if self.begins:
-                return
-        level = "IMMEDIATE" if self.is_urgent else raw.isolation_level or ""
-        raw.execute("BEGIN " + level + _OURS)
-        self.has_begun = True
-
-    def is_aborted(self):
-        """Return whether a COMMIT would undo a transaction instead."""
-        if self.problem:
-            raise TypeError(self.problem)
-        if not self.is_session:
-            return is_aborted(self.conn)
-        session = self._find_session()
-        if not session.in_transaction():
-            return False
-        if not self.is_ours:
-            return is_aborted(session.connection())
-        if session is not self.session:
-            raise RuntimeError("the Session is another than at its beginning, so that nothing "
-                               "tells whether its work is whole: leave remove() to the engine")
-        return any(is_aborted(part) for part in self.parts if not part.closed)
-
-    def end(self, how):
-        """Commit or roll back; return whether the transaction had ended before."""
-        had_begun, self.has_begun = self.has_begun, False
-        if self.is_session:
-            getattr(self.conn, how)()
-            if any(not part.closed and part.in_transaction() for part in self.parts):
-                raise RuntimeError(_NOT_OVER)  # it is in a transaction of the Connection's
-            return False
-        conn = self.conn
-        if conn.closed or conn.invalidated:
-            getattr(conn, how)()
-            return False
-        raw = find_raw(conn)
-        at_once = self.is_ours and not self.problem and is_autocommit(raw, conn)  # the tool's wish
-        had_ended = at_once or had_begun and not raw.in_transaction
-        getattr(conn, how)()
-        if not conn.closed and not conn.invalidated:
-            raw = find_raw(conn)
-            if is_in_transaction(raw) is not False:  # begun here, or by a tool that went to it
-                getattr(raw, how)()
-            if is_in_transaction(raw):
-                raise RuntimeError(_NOT_OVER)
-            if at_once and getattr(raw, "autocommit", None) is True:
-                raw.autocommit = False
+        if isinstance(self.autocommit, bool) and raw.autocommit is not self.autocommit:
+            raw.autocommit = self.autocommit
         return had_ended
 
 
-class Wrapper:
-    """A connection of no driver that is known, but which takes SQL: it is believed what it shows.
+def check_connection(conn, rules):
+    """Raise TypeError if a connection is what a rule is about."""
+    what = next((what for is_such, what in rules if is_such(conn)), "")
+    if what:
+        raise TypeError(f"it returned {format_type(conn)}, {what}: {_WAY_OUT}")
 
-    State: `is_sqlite`, whether that is what is behind it.
+
+_WAY_OUT = ("return the connection of the driver itself or `engine.connect()` of SQLAlchemy 2 (in "
+            'run() then Session(conn) works), or say "commits": True in TOOL_MAP and leave '
+            "transactions to the tool")
+
+
+def is_async(conn):
+    """Return whether a connection is to be awaited, or its commit() is."""
+    code = getattr(getattr(conn, "commit", None), "__code__", None)
+    return hasattr(type(conn), "__await__") or getattr(code, "co_flags", 0) & _CO_COROUTINE
+
+
+def is_pending(conn):
+    """Return whether a thing is a generator, or a `with` block that nobody has entered."""
+    return hasattr(type(conn), "gi_frame") or isinstance(conn, contextlib._GeneratorContextManager)
+
+
+def is_holder(conn):
+    """Return whether an object without a commit() of its own holds one that has it."""
+    held = conn.values() if isinstance(conn, Mapping) else conn \
+        if isinstance(conn, (tuple, list)) else getattr(conn, "__dict__", {}).values()
+    return not hasattr(conn, "commit") and any(hasattr(each, "commit") for each in held)
+
+
+def has_no_end(conn):
+    """Return whether what is of a database can not commit or roll back: engine, pool, cursor."""
+    is_of_database = keeps_ledger(conn) or find_driver(conn)[0] \
+        or type(conn).__module__.startswith(("sqlalchemy.", "psycopg_pool"))
+    return is_of_database and not (callable(getattr(conn, "commit", None))
+                                   and callable(getattr(conn, "rollback", None)))
+
+
+def is_unknown(conn):
+    """Return whether a connection is of no driver that is known, such as a wrapper or a Session,
+    so that nothing tells what its commit() does.
     """
-
-    def __init__(self, conn):
-        self.conn, self.is_sqlite = conn, False
-
-    def begin(self):
-        """Begin a transaction, of SQLite too, which would not do so before all statements."""
-        if not hasattr(self.conn, "in_transaction"):
-            call_if_there(self.conn, "begin")
-        if self.is_sqlite:
-            with contextlib.suppress(Exception):  # it has begun
-                self._say("BEGIN")
-
-    def try_out(self):
-        """Raise TypeError if statements do not stay in one transaction until commit() or
-        rollback(), which end it, as far as savepoints show.
-        """
-        self.is_sqlite = self._does("SELECT sqlite_version()")
-        call_if_there(self.conn, "rollback")
-        for end in ("", "rollback", "commit"):
-            self.begin()
-            is_kept = self._does("SAVEPOINT orchestrator_try")
-            if end and is_kept:
-                call_if_there(self.conn, end)
-            is_kept = is_kept and self._does("RELEASE SAVEPOINT orchestrator_try")
-            call_if_there(self.conn, "rollback")
-            if is_kept == bool(end):
-                what = f"{end}() ends no transaction" if end else \
-                    "statements stay in no transaction, or nothing tells"
-                raise TypeError(
-                    f"get_connection() returned {format_type(self.conn)}, whose {what}, so that "
-                    "work could be lost, or stay after a failure: return the connection of the "
-                    f"driver itself, {_COMMITS}")
-
-    def _does(self, sql):
-        try:
-            self._say(sql)
-        except Exception:
-            return False
-        return True
-
-    def _say(self, sql):
-        asked = self.conn if hasattr(self.conn, "execute") else self.conn.cursor()
-        asked.execute(sql)
-        call_if_there(asked, "fetchall")
+    return keeps_ledger(conn) and not find_driver(conn)[0]
 
 
-def is_cursor(thing):
-    """Return whether a thing is a DB-API cursor; some connections can fetch, but also commit."""
-    return hasattr(thing, "fetchone") and hasattr(thing, "description") \
-        and not hasattr(thing, "commit")
+def is_autocommit(conn):
+    """Return whether the driver of a Connection of SQLAlchemy commits each statement at once;
+    but for SQLite, which does not where the engine begins.
+    """
+    if not is_alchemy(conn):
+        return False
+    raw = find_raw(conn)
+    mode = getattr(raw, "autocommit", None)
+    if not isinstance(mode, bool) and callable(getattr(raw, "get_autocommit", None)):
+        mode = raw.get_autocommit()  # of MySQL drivers
+    if isinstance(mode, bool) or is_sqlite(raw):
+        return mode is True
+    return conn.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+
+
+# What get_connection() may not return, though a tool commits by itself, and what only if it does.
+_NEVER = (
+    (lambda conn: isinstance(conn, bool),
+     "which is no connection, nor the None of a pipeline without a database"),
+    (is_async, "which is asynchronous, and nobody would await its commit()"),
+    (is_pending, "which is still to be entered: leave out yield and with"),
+)
+_UNSAFE = (
+    (has_no_end, "which has no commit() or no rollback(), so that work could be lost"),
+    (is_holder, "that holds a connection, on which nobody would commit or roll back"),
+    (is_unknown, "which is of no driver that is known, so that work could be lost"),
+    (is_autocommit, "which commits each statement at once; take isolation_level=\"AUTOCOMMIT\" or "
+                    "autocommit=True out"),
+)
+_NO_LEDGER = ((is_unknown, "in which the ledger of items can not be kept"),)
+
+
+def is_alchemy(conn):
+    """Return whether a connection is a Connection of SQLAlchemy."""
+    return hasattr(conn, "exec_driver_sql")
 
 
 def is_sqlite(conn):
     """Return whether a connection is Python's sqlite3, or a driver made in its image."""
     return isinstance(getattr(conn, "in_transaction", None), bool) and hasattr(conn, "execute")
+
+
+def keeps_ledger(conn):
+    """Return whether a connection is one of a database, which can keep a ledger."""
+    return hasattr(conn, "cursor") or hasattr(conn, "execute")
 
 
 def was_closed(conn):
@@ -2670,163 +2547,101 @@ def was_closed(conn):
         return False
 
 
-def is_session(conn):
-    """Return whether a connection is a Session of SQLAlchemy, or a scoped_session."""
-    return "sqlalchemy" in sys.modules and hasattr(conn, "get_bind") \
-        and callable(getattr(conn, "connection", None))
-
-
-def is_async(conn):
-    """Return whether a connection is to be awaited, or its methods are."""
-    if hasattr(type(conn), "__await__"):
-        return True
-    flags = [getattr(getattr(getattr(conn, name, None), "__code__", None), "co_flags", 0)
-             for name in ("commit", "rollback", "execute")]
-    is_one = hasattr(type(conn), "__aenter__") and not hasattr(type(conn), "__enter__")
-    return any(flag & _CO_COROUTINE for flag in flags) or is_one and hasattr(conn, "commit")
-
-
-def is_pending(conn):
-    """Return whether a thing is a generator, or a `with` block that nobody has entered."""
-    return hasattr(type(conn), "gi_frame") or isinstance(conn, contextlib._GeneratorContextManager)
-
-
 def find_raw(conn):
-    """Return the connection of the driver, which SQLAlchemy keeps inside its own."""
-    if not hasattr(conn, "dbapi_connection"):
-        inner = getattr(conn, "connection", None)
-        conn = inner if hasattr(inner, "cursor") else conn  # or it is a method, or anything else
-    return getattr(conn, "dbapi_connection", conn)
+    """Return the connection of the driver, which SQLAlchemy and its pools keep inside their own.
 
-
-def check_ends(conn):
-    """Raise TypeError if a connection to a database can not commit or roll back."""
-    module = type(conn).__module__
-    is_source = module.startswith("sqlalchemy.") and not hasattr(conn, "commit") \
-        or module.startswith(("psycopg_pool", "psycopg2.pool"))
-    if is_source and not hasattr(conn, "execute"):
-        raise TypeError(f"get_connection() returned {format_type(conn)}, from which connections "
-                        "come that nobody would commit or roll back: return one of them, as in "
-                        f"`return engine.connect()`, {_COMMITS}")
-    held = conn.values() if isinstance(conn, Mapping) else conn \
-        if isinstance(conn, (tuple, list)) else getattr(conn, "__dict__", {}).values()
-    if not hasattr(conn, "commit") and any(callable(getattr(each, "commit", None))
-                                           for each in held):
-        raise TypeError(f"get_connection() returned {format_type(conn)} that holds a connection, "
-                        "on which nobody would commit or roll back: return the connection itself, "
-                        f"and open others in run(), {_COMMITS}")
-    if (keeps_ledger(conn) or find_driver(conn)[0]) and not (
-            callable(getattr(conn, "commit", None)) and callable(getattr(conn, "rollback", None))):
-        better = "one of create_engine(..., future=True)" if hasattr(conn, "exec_driver_sql") \
-            else "the connection of the driver itself"  # the former of SQLAlchemy 1.4
-        raise TypeError(f"get_connection() returned {format_type(conn)}, which has no commit() or "
-                        "no rollback(), so that work could be lost, or stay after a failure: "
-                        f"return {better}, {_COMMITS}")
-
-
-def is_autocommit(raw, part):
-    """Return whether the driver of a Connection of SQLAlchemy commits each statement at once;
-    but for SQLite, which does not where the engine begins.
+    SQLAlchemy raises if its own is closed, or lost.
     """
-    mode = getattr(raw, "autocommit", None)
-    if not isinstance(mode, bool) and callable(getattr(raw, "get_autocommit", None)):
-        mode = raw.get_autocommit()  # of MySQL drivers
-    if isinstance(mode, bool) or is_sqlite(raw):
-        return mode is True
-    return part.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+    inner = conn.connection if is_alchemy(conn) else conn
+    return getattr(inner, "dbapi_connection", None) or inner
 
 
-def is_in_transaction(conn):
+def find_driver(conn):
+    """Return the kind of database behind a connection, "" if its driver is not known, and how that
+    marks parameters (PEP 249: paramstyle).
+    """
+    raw = find_raw(conn)
+    if is_sqlite(raw):
+        return "sqlite", "qmark"
+    for kind in raw.__class__.__mro__:  # not type(), which knows no proxy
+        for name in itertools.accumulate(kind.__module__.split("."), "{}.{}".format):
+            style = getattr(sys.modules.get(name), "paramstyle", None)
+            if style:
+                package = name.partition(".")[0]
+                return _DRIVERS.get(package, package), style
+    return conn.dialect.name if is_alchemy(conn) else "", "qmark"
+
+
+def execute(raw, sql, *values):
+    """Execute a statement on a connection of a driver, and return the cursor."""
+    if hasattr(raw, "execute"):  # a cursor of DuckDB's would have a transaction of its own
+        return raw.execute(sql, *values)
+    cursor = raw.cursor()
+    cursor.execute(sql, *values)
+    return cursor
+
+
+def is_in_transaction(raw):
     """Return whether a connection of a driver is in a transaction; None if it does not tell."""
-    if is_sqlite(conn):  # which is always in one where autocommit is False
-        return conn.in_transaction and getattr(conn, "autocommit", None) is not False
-    status = getattr(getattr(conn, "info", None), "transaction_status", None)
-    if status is None and isinstance(getattr(conn, "server_status", None), int):
-        status = conn.server_status & 1  # of PyMySQL
+    if is_sqlite(raw):  # which is always in one where autocommit is False
+        return raw.in_transaction and getattr(raw, "autocommit", None) is not False
+    status = getattr(getattr(raw, "info", None), "transaction_status", None)
+    if status is None and isinstance(getattr(raw, "server_status", None), int):
+        status = raw.server_status & 1  # of PyMySQL
     return None if status is None else status != 0
 
 
-def is_aborted(conn):
+def is_aborted(raw):
     """Return whether an error has aborted the transaction, so that a COMMIT would roll it back.
 
     PostgreSQL and DuckDB then do so without a word. The drivers of the one tell; another is asked
     for something harmless. Raise what it raises if that does not tell.
     """
-    if conn is None or is_sqlite(conn) or not hasattr(conn, "commit"):
-        return False
-    conn = find_raw(conn)
-    status = getattr(getattr(conn, "info", None), "transaction_status", None)
+    status = getattr(getattr(raw, "info", None), "transaction_status", None)
     if status is not None:
         return status == _POSTGRES_INERROR
-    if is_sqlite(conn) or not keeps_ledger(conn):
+    if not find_driver(raw)[0]:  # then the tool commits by itself
         return False
-    problem = None
+    problems = []
     for sql in _HARMLESS:
         try:
-            asked = conn if hasattr(conn, "execute") else conn.cursor()
-            asked.execute(sql)
-            call_if_there(asked, "fetchall")
+            call_if_there(execute(raw, sql), "fetchall")
             return False
         except Exception as error:
             if "abort" in str(error).lower():
                 return True
-            problem = problem or error
-    raise problem or RuntimeError(sql)
-
-
-def find_driver(conn):
-    """Return the kind of database behind a connection, and how its driver marks parameters
-    (PEP 249: paramstyle).
-    """
-    if hasattr(conn, "exec_driver_sql"):  # of SQLAlchemy
-        return conn.dialect.name, conn.dialect.paramstyle
-    if is_sqlite(conn):
-        return "sqlite", "qmark"
-    conn = getattr(conn, "dbapi_connection", conn)  # of a pool of SQLAlchemy
-    for kind in (*type(conn).__mro__, *conn.__class__.__mro__):  # these differ in a proxy
-        parts = kind.__module__.split(".")
-        for end in range(1, len(parts) + 1):
-            module = sys.modules.get(".".join(parts[:end]))
-            if hasattr(module, "paramstyle"):
-                return _DRIVERS.get(parts[0], parts[0]), module.paramstyle
-    return "", "qmark"
-
-
-def keeps_ledger(conn):
-    """Return whether a connection is one of a database, which can keep a ledger."""
-    return hasattr(conn, "cursor") or hasattr(conn, "execute")
+            problems.append(error)
+    raise problems[0]
 
 
 def find_schema(conn):
     """Return what stands before the ledger's name, so that it stays the same whatever a tool does
     to the connection; "" where the database is none of those that are known.
     """
-    kind, _ = find_driver(conn)
+    kind, raw = find_driver(conn)[0], find_raw(conn)
     if kind == "sqlite":
         return "main."
     if kind not in _SCHEMA_OF:
         return ""
-    is_alchemy = hasattr(conn, "exec_driver_sql")
-    was_open = conn.in_transaction() if is_alchemy else is_in_transaction(conn)
+    was_open = is_in_transaction(raw)
     try:
-        if is_alchemy:
-            asked = conn.exec_driver_sql(_SCHEMA_OF[kind])
-        else:
-            asked = conn if kind == "duckdb" else conn.cursor()
-            asked.execute(_SCHEMA_OF[kind])
-        row = asked.fetchone() or ()
+        row = execute(raw, _SCHEMA_OF[kind]).fetchone() or ()
     finally:
         if was_open is False:  # else this would undo a SET of get_connection()
-            conn.rollback()
-    mark = "`" if kind in ("mysql", "mariadb") else '"'
+            raw.rollback()
+    mark = "`" if kind == "mysql" else '"'
     names = [name for name in (row.values() if isinstance(row, Mapping) else row) if name]
     return "".join(mark + name.replace(mark, 2 * mark) + mark + "." for name in names)
 
 
+def is_kind(error, *names):
+    """Return whether an error is of a class of that name, whatever the driver (PEP 249)."""
+    return any(kind.__name__ in names for kind in type(error).__mro__)
+
+
 def find_hint(error):
     """Return the way out of an error of a database driver, where one is known, else ""."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if not kinds & {"DatabaseError", "InterfaceError", "ResourceClosedError"}:
+    if not is_kind(error, "DatabaseError", "InterfaceError", "ResourceClosedError"):
         return ""  # others have connections, too
     return next((hint for text, hint in _HINTS if re.search(text, str(error), re.I)), "")
 
@@ -2869,7 +2684,8 @@ CREATE TABLE orchestrator_items (
 LEDGER_COLUMNS = ("item", "version", "passed", "status", "attempts", "deaths", "run_id",
                   "ended_at", "duration_s", "row_count", "error")
 _COMMENTS = r"(?:\s|--[^\n]*|/\*[\s\S]*?\*/)*"  # what may stand before a SELECT
-_PAGE = 1000  # rows that are read at a time
+_PAGE = 400  # items that are looked up or read at a time; SQLite takes 999 parameters
+_GIVEN_UP = ("failed", "quarantined")
 NAME_LENGTH = 500  # letters; an index of PostgreSQL takes 2,700 bytes
 _LOCKED_STATES = ("40001", "40P01", "55P03")  # SQLSTATE: serialization, deadlock, lock not there
 _LOCKED_NUMBERS = (1020, 1205, 1213)  # the same of MySQL and MariaDB
@@ -2885,40 +2701,12 @@ _PLACE_NUMBERS = (1021, 1114, 1040, 1203, 2002, 2003, 1290, 1836)
 # the pipeline's own, nothing can be charged in it either.
 _PLACE_TEXTS = (r"^database or disk is full|^disk I/O error|^attempt to write a readonly database"
                 r"|No space left on device")
-
-
-class Dialect(NamedTuple):
-    """How a database says what no standard says the same for all."""
-    text: str = "TEXT"  # type of a text of any length
-    cast: str = "VARCHAR(1000)"  # what a value is cast to, to be a text
-    numbers: str = "row_number() OVER ()"  # of the rows of a SELECT, in their order
-    seq: str = "INTEGER PRIMARY KEY"  # the type of what takes these numbers, and further keys
-    collate: str = ""  # behind the columns of a table
-    more: str = ""  # and behind those of the ledger
-
-
-# MariaDB joins what has no key by comparing all with all. Not utf8mb4_bin, to which 'a' and 'a '
-# are the same.
-_MYSQL = Dialect("LONGTEXT", "CHAR", "NULL", "INTEGER PRIMARY KEY AUTO_INCREMENT, KEY (item(100))",
-                 " COLLATE utf8mb4_0900_bin", " ENGINE=InnoDB")
-_DIALECTS = {
-    "sqlite": Dialect(cast="TEXT", numbers="NULL", more=" WITHOUT ROWID"),
-    "postgresql": Dialect(cast="TEXT"),
-    "mysql": _MYSQL,
-    "mariadb": _MYSQL._replace(collate=" COLLATE utf8mb4_nopad_bin"),
+_TABLES = {  # the type of a text of any length, and what stands behind the columns
+    "sqlite": ("TEXT", " WITHOUT ROWID"),
+    # Not utf8mb4_bin, to which 'a' and 'a ' are the same.
+    "mysql": ("LONGTEXT", " COLLATE utf8mb4_0900_bin ENGINE=InnoDB"),
+    "mariadb": ("LONGTEXT", " COLLATE utf8mb4_nopad_bin ENGINE=InnoDB"),
 }
-def bind(sql, style):
-    """Return SQL with its `?` as a driver marks parameters.
-
-    >>> bind("a = ? AND b = ?", "format"), bind("a = ? AND b = ?", "named")
-    ('a = %s AND b = %s', 'a = :1 AND b = :2')
-    """
-    if style == "qmark":
-        return sql
-    if style in ("format", "pyformat"):
-        return sql.replace("?", "%s")
-    first, *others = sql.split("?")
-    return first + "".join(f":{i}{part}" for i, part in enumerate(others, 1))
 
 
 def make_ledger_key(name):
@@ -2928,14 +2716,31 @@ def make_ledger_key(name):
 
 def is_locked(error):
     """Return whether an error only says that another was at the same rows at that moment."""
+    return any(
+        state in _LOCKED_STATES or number in _LOCKED_NUMBERS
+        or re.search(r"database (table |schema )?is locked", text)
+        for state, number, text in find_database_errors(error))
+
+
+def is_of_place(error):
+    """Return whether an error tells of the place where all items are done, and so of no item: its
+    disk is full or broken, or takes no writing; its database lets nobody in.
+    """
+    return any(
+        isinstance(each, OSError) and each.errno in _PLACE_ERRNOS for each in find_chain(error)
+    ) or any(
+        _PLACE_STATES.match(state) or number in _PLACE_NUMBERS or re.search(_PLACE_TEXTS, text)
+        for state, number, text in find_database_errors(error))
+
+
+def find_database_errors(error):
+    """Yield the SQLSTATE, the number and the text of the errors of a database in a chain, with ""
+    and None where the driver has none.
+    """
     for each in find_chain(error):
-        number = each.args[0] if each.args else None
-        kinds = {kind.__name__ for kind in type(each).__mro__}
-        if "DatabaseError" in kinds and (
-                find_sqlstate(each) in _LOCKED_STATES or number in _LOCKED_NUMBERS
-                or re.search(r"database (table |schema )?is locked", str(each))):
-            return True
-    return False
+        if is_kind(each, "DatabaseError"):
+            state = getattr(each, "sqlstate", None) or getattr(each, "pgcode", None) or ""
+            yield state, each.args[0] if each.args else None, str(each)
 
 
 def find_chain(error):
@@ -2946,24 +2751,6 @@ def find_chain(error):
         seen.append(error)
         error = error.__cause__ or error.__context__
     return seen
-
-
-def find_sqlstate(error):
-    """Return the SQLSTATE of an error of a driver that gives one: psycopg, psycopg2."""
-    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-
-
-def is_of_place(error):
-    """Return whether an error tells of the place where all items are done, and so of no item: its
-    disk is full or broken, or takes no writing; its database lets nobody in.
-    """
-    return any(
-        isinstance(each, OSError) and each.errno in _PLACE_ERRNOS
-        or any(kind.__name__ == "DatabaseError" for kind in type(each).__mro__)
-        and (_PLACE_STATES.match(find_sqlstate(each) or "")
-             or each.args and each.args[0] in _PLACE_NUMBERS
-             or re.search(_PLACE_TEXTS, str(each)))
-        for each in find_chain(error))
 
 
 class Taken(Exception):
@@ -2984,13 +2771,10 @@ class Guard:
     def __init__(self):
         self.is_up, self.tried = False, ""
 
-    def install(self, conn):
-        """Watch a connection. What it has prepared before is prepared anew, and so seen."""
-        if hasattr(conn, "set_authorizer"):
-            conn.set_authorizer(self.authorize)
-
     def authorize(self, action, what, *_):
-        """Answer SQLite, which asks while it prepares a statement; 0 is yes."""
+        """Answer SQLite, which asks while it prepares a statement; 0 is yes. What was prepared
+        before it could ask is prepared anew.
+        """
         if self.is_up and action == self.TRANSACTION:
             self.tried = self.tried or what or "COMMIT"
             return self.DENY
@@ -3000,32 +2784,30 @@ class Guard:
 class Ledger:
     """The items of one tool, over one connection, within whatever transaction is open on it.
 
-    Without a database behind `conn` it is in a file of SQLite's, `path`, or in memory, and what
-    it does is durable at once. State: `schema`, what stands before its name, and `near`, before
-    that of a temporary table; `guard`; `has_savepoints`, whether the database knows them;
-    `transaction`, the number of that of an item, on DuckDB, which does not.
+    Without a database behind `conn` it is in that of the history, in a `folder`, or in memory, and
+    what it does is durable at once. It speaks to the driver's own connection, `raw`. State:
+    `schema`, what stands before its name; `guard`; `has_savepoints`, whether the database knows
+    them; `transaction`, the number of that of an item, on DuckDB, which does not. What
+    find_pending() has found: `listed`, how many items there are, and `names`, those of all;
+    `doubles`, the names that came again; `given_back`, those of items that have their tries again.
     """
 
-    def __init__(self, conn, path, pipeline, tool, run_id, source, schema=None):
+    def __init__(self, conn, folder, pipeline, tool, run_id, source, schema=None):
         self.is_apart = not keeps_ledger(conn)
         if self.is_apart:
             import sqlite3
-            conn = sqlite3.connect(path or ":memory:", timeout=60.0, isolation_level=None)
-        self.conn = conn
+            path = os.path.join(folder, "history.db") if folder else ":memory:"
+            conn = sqlite3.connect(path, timeout=60.0, isolation_level=None)
+        self.conn, self.raw = conn, find_raw(conn)
         self.key = (make_ledger_key(pipeline), make_ledger_key(tool))
         self.run_id, self.source = run_id, source
         self.kind, self.style = find_driver(conn)
         self.guard = Guard()
+        if self.kind == "sqlite" and hasattr(self.raw, "set_authorizer"):
+            self.raw.set_authorizer(self.guard.authorize)
         self.has_savepoints = self.kind != "duckdb"
         self.transaction = None
-        self.doubles = []  # names that find_pending() has found a second time
-        self.move(find_schema(conn) if schema is None or self.is_apart else schema)
-        self._direct = getattr(conn, "exec_driver_sql", None) or (
-            # A cursor of DuckDB's is another connection, with a transaction of its own.
-            conn.execute if self.kind in ("sqlite", "duckdb") else None)
-        self.raw = find_raw(conn)
-        if self.kind == "sqlite":
-            self.guard.install(self.raw)
+        self.move(schema or find_schema(conn))
 
     def close(self):
         """Close what is open beside the tool's own connection."""
@@ -3035,43 +2817,38 @@ class Ledger:
     def move(self, schema):
         """Keep the ledger in a schema."""
         self.schema, self._sql = schema, {}
-        self.near = {"sqlite": "temp.", "postgresql": "pg_temp.", "duckdb": "temp.main."}.get(
-            self.kind, schema)
 
     def do(self, sql, values=()):
         """Execute a statement of ours, whose parameters are `?`, and return the cursor."""
-        return self._execute(self._sql.get(sql) or self._bind(sql), values)
+        return execute(self.raw, self._bind(sql), values)
 
     def _bind(self, sql):
-        """Return a statement of ours as the driver takes it, with the full names of tables."""
-        bound = bind(sql, self.style).replace("orchestrator_items", self.schema
-                                              + "orchestrator_items")
-        for name in ("orchestrator_listed", "orchestrator_pending"):
-            bound = bound.replace(name, self.near + name)
-        self._sql[sql] = bound
-        return bound
+        """Return a statement of ours as the driver takes it, with the full name of the table."""
+        if sql not in self._sql:
+            bound = sql.replace("orchestrator_items", self.schema + "orchestrator_items")
+            self._sql[sql] = bound if self.style == "qmark" else bound.replace("?", "%s")
+        return self._sql[sql]
 
     def read(self, sql, values=()):
-        """Return the rows of a SELECT of ours, as tuples whatever the connection makes of rows."""
-        if self.kind == "sqlite" and hasattr(self.conn, "row_factory"):
-            cursor = self.conn.cursor()
-            cursor.row_factory = None
-            return cursor.execute(self._sql.get(sql) or self._bind(sql), values).fetchall()
+        """Return the rows of a SELECT of ours, as tuples."""
+        return [*self._fetch(self._select(self._bind(sql), values))]
+
+    def _select(self, *statement):
+        """Return the cursor of a SELECT."""
+        if self.kind != "sqlite" or not hasattr(self.raw, "row_factory"):
+            return execute(self.raw, *statement)
+        cursor = self.raw.cursor()
+        cursor.row_factory = None  # whatever the connection makes of rows
+        return cursor.execute(*statement)
+
+    def _fetch(self, cursor):
+        """Return the rows of a cursor, as tuples; all at once where a driver may have one open
+        result at a time.
+        """
+        if self.kind == "sqlite":
+            return cursor
         return [tuple(row.values() if isinstance(row, Mapping) else row)
-                for row in self.do(sql, values).fetchall()]
-
-    def do_theirs(self, sql):
-        """Execute a statement that holds a SELECT of the user's, in which % and ? are letters."""
-        if hasattr(self.conn, "exec_driver_sql"):  # it hands on an empty tuple, and % is a mark
-            return self.conn.exec_driver_sql(sql, execution_options={"no_parameters": True})
-        return self._execute(sql)
-
-    def _execute(self, *statement):
-        if self._direct:
-            return self._direct(*statement)
-        cursor = self.conn.cursor()
-        cursor.execute(*statement)
-        return cursor
+                for row in cursor.fetchall()]
 
     # --- the table ---
 
@@ -3085,91 +2862,89 @@ class Ledger:
 
     def create(self):
         """Create the ledger's table."""
-        dialect = self._find_dialect()
-        schema = LEDGER_SCHEMA.format(text=dialect.text, more=dialect.collate + dialect.more)
-        self.do(re.sub(r"--.*", "", schema))
-
-    def _find_dialect(self):
-        if self.kind == "mysql" and "mariadb" in str(self.read("SELECT version()")).lower():
-            self.kind = "mariadb"
-        return _DIALECTS.get(self.kind, Dialect())
+        kind = self.kind
+        if kind == "mysql" and "mariadb" in str(self.read("SELECT version()")).lower():
+            kind = "mariadb"
+        text, more = _TABLES.get(kind, ("TEXT", ""))
+        self.do(re.sub(r"--.*", "", LEDGER_SCHEMA.format(text=text, more=more)))
 
     # --- which items there are ---
 
-    def list_items(self, found, each):
-        """Bring all items into a temporary table: those that passed the tool `each`, or else
-        those that items() found, a SELECT or names.
+    def find_pending(self, found, each=None, retry=None):
+        """Yield the items that are not done, in order, each with the status of the last try of
+        this version, "" if there was none, and the run of that.
+
+        They are those that passed the tool `each`, or that items() `found`: a SELECT or names; the
+        first of the same name counts. `retry` has those tried again that were given up: of some
+        names, or all for (). Raise TypeError or ValueError for what is no item.
         """
-        dialect = self._find_dialect()
-        self._create("listed")
+        self.listed, self.names, self.doubles, self.given_back = 0, set(), [], set()
+        pairs = self._list_pairs(found, each)
+        for page in iter(lambda: [*itertools.islice(pairs, _PAGE)], []):
+            for pair in page:
+                check_item(*pair)
+            self.listed += len(page)
+            done = {*self._look_up(page, "item, passed")}
+            left = []
+            for name, version in page:
+                if (name, version) not in done:
+                    if name in self.names:
+                        self.doubles.append(name)
+                    else:
+                        left.append((name, version))
+                self.names.add(name)
+            yield from self._describe(left, retry)
+
+    def _list_pairs(self, found, each):
+        """Return the names and versions of items, one after the other."""
         if each is not None:
-            self.do("INSERT INTO orchestrator_listed (seq, item, version) "  # noqa: S608 - ours
-                    f"SELECT {dialect.numbers}, item, passed FROM (SELECT item, passed, ended_at "
-                    "FROM orchestrator_items WHERE pipeline = ? AND tool = ? AND passed IS NOT "
-                    "NULL ORDER BY ended_at, item) q ORDER BY ended_at, item",
-                    (self.key[0], make_ledger_key(each)))
+            pairs = self.read("SELECT item, passed FROM orchestrator_items WHERE pipeline = ? AND "
+                              "tool = ? AND passed IS NOT NULL ORDER BY ended_at, item",
+                              (self.key[0], make_ledger_key(each)))
         elif isinstance(found, str):
-            self._insert_selected(re.sub(r"[\s;]+$", "", found), dialect)
+            pairs = self._read_theirs(re.sub(r"[\s;]+$", "", found))
         else:
-            self._insert_all(found)
+            pairs = map(read_item, itertools.count(1), found)
+        # SQLite lets queries go on beside others; elsewhere items() may yield from one, too.
+        return iter(pairs if self.kind == "sqlite" else [*pairs])
 
-    def _create(self, name, more=""):
-        """Create a temporary table of items, or empty it.
-
-        It is not dropped: SQLite refuses that while a query of the tool's is open.
-        """
-        dialect = self._find_dialect()
-        self.do(f"CREATE TEMPORARY TABLE IF NOT EXISTS orchestrator_{name} (seq {dialect.seq}, "
-                f"item {dialect.text}, version {dialect.text}{more}){dialect.collate}")
-        self.do(f"DELETE FROM orchestrator_{name}")  # noqa: S608 - a name of our own
-
-    def _insert_selected(self, select, dialect):
-        if not re.match(_COMMENTS + r"(select|with|values|table)\b", select, re.I):
+    def _read_theirs(self, select):
+        """Return what a SELECT of the user's gives, as texts; in it, % and ? are letters."""
+        cursor = None
+        if re.match(_COMMENTS + r"(select|with|values|table)\b", select, re.I):
+            cursor = self._select(select)
+        if cursor is None or not cursor.description:
             raise TypeError(f"items() returned a text that is no SELECT: {select[:60]!r}; "
                             "for a single item, return a list of it")
-        # On lines of its own, since it may end in a comment.
-        probe = f"SELECT * FROM (\n{select}\n) q LIMIT 0"  # noqa: S608 - it is the user's own
-        probed = self.do_theirs(probe)
-        columns = probed.keys() if hasattr(probed, "keys") else probed.description  # SQLAlchemy
-        if len(columns) > 2:
-            raise TypeError(f"the SELECT of items() has {len(columns)} columns; it takes one, the "
-                            "name, or two, the name and the version")
-        names, version = "item, version", f"CAST(version AS {dialect.cast})"
-        if len(columns) == 1:
-            names, version = "item", "''"
-        if self.kind in ("mysql", "mariadb"):  # in a subquery they would drop its ORDER BY
-            self.do_theirs(f"INSERT INTO {self.near}orchestrator_listed ({names}) {select}")
-            self.do("UPDATE orchestrator_listed SET version = '' WHERE version IS NULL")
-            return
-        self.do_theirs(
-            f"INSERT INTO {self.near}orchestrator_listed (seq, item, version) "  # noqa: S608
-            f"WITH q ({names}) AS (\n{select}\n) SELECT {dialect.numbers}, "
-            f"CAST(item AS {dialect.cast}), coalesce({version}, '') FROM q")
+        count = len(cursor.description)
+        if count > 2:
+            raise TypeError(f"the SELECT of items() has {count} columns; it takes one, the name, "
+                            "or two, the name and the version")
+        rows = self._fetch(cursor)
+        if count == 1:
+            return ((format_value(name), "") for name, in rows)
+        return ((format_value(name), format_value(version)) for name, version in rows)
 
-    def _insert_all(self, found):
-        if self.kind == "duckdb":
-            found = list(found)  # it may yield from a query, of which there is one at a time
-        rows = ((i, *read_item(i, each)) for i, each in enumerate(found, 1))
-        from itertools import islice
-        while True:
-            some = list(islice(rows, 200))  # since executemany() goes row by row
-            if not some:
-                return
-            marks = ", ".join(["(?, ?, ?)"] * len(some))
-            self.do(f"INSERT INTO orchestrator_listed VALUES {marks}",  # noqa: S608 - ?, ?
-                    tuple(value for row in some for value in row))
+    def _look_up(self, page, columns):
+        """Return some columns of the rows of items, of those that have one."""
+        marks = ", ".join("?" * len(page))
+        return self.read(f"SELECT {columns} FROM orchestrator_items "  # noqa: S608 - names of ours
+                         f"WHERE pipeline = ? AND tool = ? AND item IN ({marks})",
+                         (*self.key, *[name for name, _ in page]))
 
-    def give_back(self, names):
-        """Let items that are listed and were given up have all their tries again: these, or all
-        if there are no names. Return those of the names that are none of them.
-        """
-        sql = ("UPDATE orchestrator_items SET status = 'pending', attempts = 0, deaths = 0 "
-               "WHERE pipeline = ? AND tool = ? AND status IN ('failed', 'quarantined') "
-               "AND item IN (SELECT item FROM orchestrator_listed)")
-        if not names:
-            self.do(sql, self.key)
-        return [name for name in names
-                if not count_changed(self.do(sql + " AND item = ?", (*self.key, name)))]
+    def _describe(self, page, retry):
+        """Yield what find_pending() does of items that are not done."""
+        rows = {row[0]: row for row in self._look_up(
+            page, "item, version, source, status, attempts, deaths, run_id")} if page else {}
+        for name, version in page:
+            _, tried, source, status, tries, deaths, run_id = rows.get(name, (None,) * 7)
+            if retry is not None and status in _GIVEN_UP and name in (retry or (name,)):
+                self.do(_GIVE_BACK, (*self.key, name))
+                self.given_back.add(name)
+                status, tries, deaths = "pending", 0, 0
+            if (tried, source) != (version, self.source):  # or there is no row
+                status, tries, deaths = "", 0, 0
+            yield Item(name, version, name in rows, tries, deaths), status, run_id or ""
 
     def find_others(self):
         """Return the pipelines that have items of this tool in the ledger, if this one has none."""
@@ -3178,49 +2953,6 @@ class Ledger:
             return []
         return [row[0] for row in self.read(
             "SELECT DISTINCT pipeline FROM orchestrator_items WHERE tool = ?", self.key[1:])]
-
-    def find_pending(self):
-        """Yield the items that are not done, in order, each with the status of the last try of
-        this version, "" if there was none, and the run of that.
-
-        The database finds them.
-        """
-        self._create("pending", ", status VARCHAR(20), attempts INTEGER, deaths INTEGER, "
-                     "run_id VARCHAR(40)")
-        sql = ("INSERT INTO orchestrator_pending "
-               "SELECT l.seq, l.item, l.version, "
-               "CASE WHEN d.version = l.version AND d.source = ? THEN d.status END, "
-               "d.attempts, d.deaths, d.run_id "
-               "FROM orchestrator_listed l LEFT JOIN orchestrator_items d "
-               "ON d.pipeline = ? AND d.tool = ? AND d.item = l.item "
-               "WHERE (d.passed IS NULL OR d.passed <> l.version)")
-        self.do(sql, (self.source, *self.key))
-        double = dict(self.read(
-            "SELECT p.seq, p.item FROM orchestrator_listed e "
-            "JOIN orchestrator_pending p ON p.item = e.item AND e.seq < p.seq"))
-        self.doubles = [*double.values()]
-        seq = 0
-        while True:
-            rows = self.read("SELECT seq, item, version, status, attempts, deaths, run_id "
-                             "FROM orchestrator_pending WHERE seq > ? ORDER BY seq LIMIT ?",
-                             (seq, _PAGE))
-            for seq, name, version, status, attempts, deaths, run_id in rows:
-                if seq in double:
-                    continue
-                check_item(name, version)
-                is_seen = attempts is not None
-                if status is None:  # there is no row of this version and source
-                    attempts = deaths = 0
-                yield Item(name, version, is_seen, attempts, deaths), status or "", run_id or ""
-            if len(rows) < _PAGE:
-                break
-        self.do("DELETE FROM orchestrator_pending")
-
-    def count_listed(self, only=None):
-        """Return how many items were listed, or how often one of them was."""
-        sql = "SELECT count(*) FROM orchestrator_listed"
-        rows = self.read(sql) if only is None else self.read(sql + " WHERE item = ?", (only,))
-        return rows[0][0]
 
     def has_passed(self):
         """Return whether any item ever passed."""
@@ -3262,24 +2994,13 @@ class Ledger:
             try:
                 self.do(_INSERT, (*self.key, item.name, *values))
             except Exception as problem:
-                if {"IntegrityError", "ConstraintException"} & {
-                        kind.__name__ for kind in type(problem).__mro__}:
+                if is_kind(problem, "IntegrityError", "ConstraintException"):
                     raise Taken from problem
                 raise
             return
         cursor = self.do(_UPDATE, (*values, *self.key, item.name, item.version))
         if count_changed(cursor) != 1:
             raise Taken
-
-    def begin(self, is_urgent):
-        """Begin a transaction of SQLite's inside SQLAlchemy's, which would do so at the first
-        statement of an item.
-        """
-        if self.kind == "sqlite" and hasattr(self.conn, "exec_driver_sql"):
-            if not self.conn.in_transaction():
-                self.conn.begin()
-            if not self.raw.in_transaction:
-                self.raw.execute("BEGIN IMMEDIATE" if is_urgent else "BEGIN")
 
     def begin_item(self):
         """Begin the part of a transaction that is an item's; without savepoints, the whole."""
@@ -3299,7 +3020,7 @@ class Ledger:
         """Undo the part of a transaction that is an item's; it fails if that is no more."""
         if self.has_savepoints:
             self.do("ROLLBACK TO SAVEPOINT orchestrator_item")
-        elif not is_aborted(self.conn):  # only what is still open can be aborted
+        elif not is_aborted(self.raw):  # only what is still open can be aborted
             self.leave_item()
 
     def _find_transaction(self):
@@ -3330,6 +3051,10 @@ _INSERT = """
     INSERT INTO orchestrator_items (pipeline, tool, item, version, passed, status, attempts, deaths,
                                     source, run_id, ended_at, duration_s, row_count, error)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+_GIVE_BACK = """
+    UPDATE orchestrator_items SET status = 'pending', attempts = 0, deaths = 0
+    WHERE pipeline = ? AND tool = ? AND item = ?
 """
 _UPDATE = """
     UPDATE orchestrator_items
@@ -3370,17 +3095,28 @@ def read_item(number, found):
     return name, version
 
 
+def format_value(value):
+    """Return a value of a database as text, "" for NULL."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    return bytes(value).decode() if isinstance(value, (bytes, memoryview)) else str(value)
+
+
 def check_item(name, version):
     """Raise ValueError if a database could not keep this name or version of an item."""
-    if name and name.isascii() and name.isprintable() and len(name) <= NAME_LENGTH and not version:
+    if name and not version and len(name) <= NAME_LENGTH and name.isascii() and name.isprintable():
         return  # as most are
-    for text in (name, version):
-        if text is None or len(text) > NAME_LENGTH or "\0" in text or text is name and not text:
-            which = "the name" if text is name else f"as version of {str(name)[:60]!r}"
-            raise ValueError(f"items() gave {which} {str(text)[:60]!r}; a name has 1 to "
-                             f"{NAME_LENGTH} letters, a version up to as many, and neither holds "
-                             "NUL")
-    name.encode(), version.encode()  # raises UnicodeEncodeError, a ValueError
+    for text, which in ((name, "the name"), (version, f"as version of {name[:60]!r}")):
+        if len(text) > NAME_LENGTH or "\0" in text or not name:
+            raise ValueError(f"items() gave {which} {text[:60]!r}; a name has 1 to {NAME_LENGTH} "
+                             "letters, a version up to as many, and neither holds NUL")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"items() gave {text!r}, which is no text that a database keeps: "
+                             "rename the file, or leave it out") from error
 
 
 def write_slip(fd, job, item):
@@ -3430,13 +3166,6 @@ def forget_slip(path, is_told=False):
     if path and (is_told or read_slip(path)[2] is None):
         with contextlib.suppress(OSError):
             os.unlink(path)
-
-
-def find_ledger_path(folder):
-    """Return the file for the ledgers of tools without a database, in a folder for history, or
-    "" without that.
-    """
-    return folder and os.path.join(folder, "history.db")
 
 
 # === 7 MODULES ==================================================================================
@@ -4603,27 +4332,20 @@ class Doer:
     def begin(self, is_urgent=False):
         """Begin a transaction; `is_urgent` waits at once for who else writes."""
         database = self.database
-        if not database.is_open:
+        if not database.is_fit:
             self.step = "in get_connection(): "
-            self.interrupts.call(database.open)
+            self.interrupts.call(database.open, self.tool.commits)
         self.step = ""
-        if self.tool.commits:
-            database.lend()
-        else:
-            database.begin(is_urgent)
-            if self.ledger:
-                self.ledger.begin(is_urgent)
+        if not self.tool.commits:
+            database.begin(is_urgent, has_items=self.has_items)
 
     def _open(self):
         """Open the ledger, and create it if it is not there."""
         self.begin()
         job, conn = self.job, self.database.conn
-        ledger = Ledger(conn, find_ledger_path(self.setting.folder), self.setting.pipeline.name,
-                        job.tool, job.run_id, job.source, self.database.schema)
-        if not ledger.is_apart and (not ledger.kind or is_session(conn)):
-            raise TypeError(f"get_connection() returned {format_type(conn)}, in which the "
-                            "ledger of items can not be kept: return the connection of the driver "
-                            "itself, or engine.connect() (in run() then Session(conn) works)")
+        check_connection(conn, _NO_LEDGER)
+        ledger = Ledger(conn, self.setting.folder, self.setting.pipeline.name, job.tool, job.run_id,
+                        job.source, self.database.schema)
         self.step = _IN_LEDGER
         if not ledger.is_there():
             self._create(ledger)
@@ -4890,21 +4612,10 @@ class Lister(Doer):
         """Tell which items are pending, and how many there are. Those that were given up are left
         alone until they change, or somebody asks for them.
         """
-        self.insist(self._find_items)
+        pending, given_up = self.insist(self._find_items)
         ledger, job = self.ledger, self.job
-        others = ledger.find_others()
-        pending, given_up = [], []
-        for item, status, run_id in ledger.find_pending():
-            is_of_this_run = run_id == job.run_id
-            # Without retries one that failed comes again in the next run.
-            is_given_up = status == "quarantined" or status == "failed" and (
-                is_of_this_run or 0 < self.tool.retries < item.tries)
-            if not is_given_up:
-                pending.append(item)
-            elif not is_of_this_run or job.attempt == 1:  # else it is counted
-                given_up.append(item.name)
-        listed = ledger.count_listed()
-        if job.only is not None and not ledger.count_listed(job.only):
+        others, listed = ledger.find_others(), ledger.listed
+        if job.only is not None and job.only not in ledger.names:
             raise UserError(f"there is no item {job.only!r} among the {listed} that are listed")
         is_hopeless = bool(given_up) and not ledger.has_passed()
         self.database.commit()
@@ -4930,24 +4641,40 @@ class Lister(Doer):
         return "; ".join(reasons)
 
     def _find_items(self, number):
-        """Bring what items() gives into the database, and let have their tries again those of
-        which that was asked.
+        """Return the items that are pending, and the names of those that are given up; those of
+        which that was asked have their tries again.
         """
-        ledger, each, only = self.ledger, self.tool.each, self.job.only
+        each = self.tool.each
         self.begin(number > 1)
-        if each and ledger.is_apart and not self.setting.folder:
+        if each and self.ledger.is_apart and not self.setting.folder:
             raise UserError(f"nothing tells which items passed {each}: there is neither a database "
                             "nor a history")
         self.give()
-        self.interrupts.call(self._bring_items)
-        wanted = self.job.retry if only is None else (only,)
-        missing = [] if wanted is None else ledger.give_back(wanted)
-        if missing and only is None:
+        found = self.interrupts.call(self._sort_items)
+        missing = [name for name in self.job.retry or () if name not in self.ledger.given_back]
+        if missing and self.job.only is None:
             raise UserError(f"{format_names(missing, len(missing))} can not be tried again: not "
                             "given up")
+        return found
 
-    def _bring_items(self):
-        """Call items(), and hand what it gives to the ledger."""
+    def _sort_items(self):
+        """Have the ledger look up what items() gives; return what _find_items() does."""
+        pending, given_up, job = [], [], self.job
+        retry = job.retry if job.only is None else (job.only,)
+        for item, status, run_id in self.ledger.find_pending(self._call_items(), self.tool.each,
+                                                             retry):
+            is_of_this_run = run_id == job.run_id
+            # Without retries one that failed comes again in the next run.
+            is_given_up = status == "quarantined" or status == "failed" and (
+                is_of_this_run or 0 < self.tool.retries < item.tries)
+            if not is_given_up:
+                pending.append(item)
+            elif not is_of_this_run or job.attempt == 1:  # else it is counted
+                given_up.append(item.name)
+        return pending, given_up
+
+    def _call_items(self):
+        """Return what items() gives: the text of a SELECT, or what yields names."""
         callee, found = self.callee, ()
         self.interrupts.own_argv(self.tool)
         if callee.items is not None:
@@ -4960,12 +4687,7 @@ class Lister(Doer):
             if not isinstance(found, Iterable) or isinstance(found, bytes):
                 raise TypeError(f"items() returned {format_type(found)}; it returns a list of "
                                 "names, or yields them, or returns the text of a SELECT")
-        try:
-            self.ledger.list_items(found if isinstance(found, str) else yield_until_exit(found),
-                                   self.tool.each)
-        except UnicodeEncodeError as error:
-            raise ValueError(f"items() gave {error.object!r}, which is no text that a database "
-                             "keeps: rename the file, or leave it out") from error
+        return found if isinstance(found, str) else yield_until_exit(found)
 
 
 @contextlib.contextmanager
@@ -7824,8 +7546,7 @@ def open_ledger(call, conn, tool):
     if not keeps_ledger(conn) and not open_history(call).folder:
         yield None
         return
-    path = find_ledger_path(call.folder)
-    with contextlib.closing(Ledger(conn, path, call.pipeline.name, tool, "", "")) as ledger:
+    with contextlib.closing(Ledger(conn, call.folder, call.pipeline.name, tool, "", "")) as ledger:
         yield ledger if ledger.is_there() else None
 
 

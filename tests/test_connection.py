@@ -595,8 +595,8 @@ def test_a_get_connection_that_returns_a_cursor_fails_the_tool_before_it_is_call
     """).tool("tool", "def run(conn): print('called')")
     ended = sandbox.run()
     assert ended.code == 1 and ended.out == ""
-    assert "in get_connection(): TypeError: it returned a cursor" in ended.err
-    assert "return the connection itself" in ended.err
+    assert "get_connection(): TypeError: it returned a Cursor, which has no commit()" in ended.err
+    assert "return the connection of the driver itself" in ended.err
 
 
 def test_get_connection_is_asked_once_for_all_tools_of_a_run(modules):
