@@ -7189,8 +7189,7 @@ class Parser(argparse.ArgumentParser):
     def check(self, options, words):
         """Raise UserError if words that were read say nothing together, or less than a run needs.
         """
-        check_companions(options, {name: action for name, action in self.given.items()
-                                   if name not in self.names})
+        check_companions(options, self.given.keys() - self.names)
         if [word.partition("=")[0] for word in words].count("--item") > 1:
             raise UserError("--item was given twice.", "Leave one out; without it, all are done.")
         if self.required and self.given.keys().isdisjoint((*_COMMANDS, "resume")):
@@ -7268,12 +7267,17 @@ def find_arguments(own, parser):
     return flags.keys()
 
 
+_GOES_WITH = {"json": "list plan status history logs items", "failed": "items", "last": "history",
+              "run": "logs", "tail": "logs", "follow": "logs", "step": "backfill",
+              "reverse": "backfill", "reprocess": "backfill"}  # a flag: those it says something of
+
+
 def check_companions(options, given):
     """Raise UserError for a flag that says nothing beside the others that were given."""
-    for name, action in given.items():
-        match = re.match("with (--.*?):", action.help)
-        if match and given.keys().isdisjoint(re.findall(r"\w+", match[1])):
-            raise UserError(f"--{name} goes with {match[1]}.", "Leave it out, or add that.")
+    for flag, others in _GOES_WITH.items():
+        if flag in given and given.isdisjoint(others.split()):
+            raise UserError(f"--{flag} goes with --{others.replace(' ', ', --')}.",
+                            "Leave it out, or add that.")
     said = [*options.targets, *(f"--exclude {name}" for name in options.exclude),
             *["--from"] * ("start_from" in given), *["--no-history"] * options.no_history]
     if said and ("resume" in given or "mark_done" in given):
@@ -7301,89 +7305,74 @@ def read_whole(text):
     return int(text)
 
 
-_FLAGS = """\
-what to run
-  targets                     stages and tools; +TOOL adds all that it needs, TOOL+ all that needs
-                              it; none means the stage "full", or else every tool
-  --exclude NAME              leave out this tool or stage (may be repeated)
-  --from NAME                 begin at this tool or stage, leaving out what is before it
-  -j, --jobs N                run up to N tools side by side; 0 means one for each core
-  -x, --fail-fast             start nothing more after the first failure
-  --resume [RUN]              go on with the last run that did not succeed, or with that one
-  --force                     run cached tools too, and do without needs that never succeeded
-  --item NAME                 do only this item of a tool that has items
-  --retry-items TOOL [ITEM ...]  try items again that were given up: these, or all of the tool
-  --backfill A..B             run once per period from day A to day B, which tools get as
-                              period_start and period_end (the day after the last)
-  --step {day,week,month}     with --backfill: how long a period is (day)
-  --reverse                   with --backfill: the last one first
-  --reprocess {failed,all}    with --backfill: run periods again that failed, or all
-  --wait [DURATION]           wait for another run of this pipeline to end
-  --no-history                keep no history, and take no lock
-looking and tidying, without running anything
-  --list                      show the tools and stages
-  --plan, -n, --dry-run       show what a run would do, and why
-  --check                     read every module, import none, and report all mistakes
-  --status                    show how each tool ended last, and what runs now
-  --history [RUN]             show the last runs, or all of one
-  --logs [TOOL]               show what the tools of the last run printed, or one tool
-  --items TOOL [ITEM ...]     show how the items of a tool ended, or some of them
-  --mark-done TOOL [TOOL ...]  accept a tool that you mended by hand, for --resume
-  --prune DURATION            forget the runs that are older
-  --last N                    with --history: so many runs
-  --run RUN                   with --logs: of that run
-  --tail N                    with --logs: the last N lines
-  --follow                    with --logs: go on while the run goes on
-  --failed                    with --items: those that failed, with their errors
-  --json                      with --list, --plan, --status, --history, --logs, --items: print JSON
-                              for programs
-other
-  -v, --verbose               show the engine's part of tracebacks, and debug logs
-  -q, --quiet                 say only what went wrong
-  --version                   show the versions and exit
-  -h, --help                  show this help and exit
-"""
-_MORE = {  # what argparse is to know of a flag beside that, by its name
-    "targets": {"action": "store", "nargs": "*", "default": [], "metavar": "TARGET"},
-    "--exclude": {"action": "append", "default": []},
-    "--from": {"dest": "start_from"},
-    "--jobs": {"type": int, "default": 1},
-    "--retry-items": {"action": "append", "default": []},
-    "--step": {"default": "day"},
-    "--wait": {"type": read_duration_s, "const": float("inf"), "default": 0.0},
-    "--prune": {"type": read_duration_s},
-    "--last": {"type": read_whole, "default": 10},
-    "--tail": {"type": read_whole},
-    "--version": {"action": "version",
-                  "version": f"orchestrator.py {VERSION}, Python {sys.version.split()[0]}"},
-    "--help": {"action": "help"},
-}
-
-
 def add_flags(parser):
-    """Declare the flags of _FLAGS."""
-    for line in re.sub(r"\n {20,}", " ", _FLAGS).splitlines():
-        flags, value, text = re.match(r" *(.*?)(?: ([A-Z[{].*?))?(?:  +(.*))?$", line).groups()
-        if not text:
-            group = parser.add_argument_group(line)
-            commands = group.add_mutually_exclusive_group()
-            continue
-        flags = flags.split(", ")
-        name = flags[-1] if flags[0][1] != "-" else flags[0]  # the first long one
-        there = commands if name[2:].replace("-", "_") in _COMMANDS else group
-        there.add_argument(*flags, help=text, **{**read_value(value), **_MORE.get(name, {})})
+    """Declare the engine's own flags."""
+    run = parser.add_argument_group("what to run").add_argument
+    run("targets", nargs="*", default=[], metavar="TARGET",
+        help='stages and tools; +TOOL adds all that it needs, TOOL+ all that needs '
+             'it; none means the stage "full", or else every tool')
+    run("--exclude", action="append", default=[], metavar="NAME",
+        help="leave out this tool or stage (may be repeated)")
+    run("--from", dest="start_from", metavar="NAME",
+        help="begin at this tool or stage, leaving out what is before it")
+    run("-j", "--jobs", type=int, default=1, metavar="N",
+        help="run up to N tools side by side; 0 means one for each core")
+    run("-x", "--fail-fast", action="store_true",
+        help="start nothing more after the first failure")
+    run("--resume", nargs="?", const="", metavar="RUN",
+        help="go on with the last run that did not succeed, or with that one")
+    run("--force", action="store_true",
+        help="run cached tools too, and do without needs that never succeeded")
+    run("--item", metavar="NAME", help="do only this item of a tool that has items")
+    run("--retry-items", nargs="+", action="append", default=[], metavar=("TOOL", "ITEM"),
+        help="try items again that were given up: these, or all of the tool")
+    run("--backfill", metavar="A..B", help="run once per period from day A to day B, "
+        "which tools get as period_start and period_end (the day after the last)")
+    run("--step", choices=("day", "week", "month"), default="day",
+        help="with --backfill: how long a period is (day)")
+    run("--reverse", action="store_true", help="with --backfill: the last one first")
+    run("--reprocess", choices=("failed", "all"),
+        help="with --backfill: run periods again that failed, or all")
+    run("--wait", nargs="?", type=read_duration_s, const=float("inf"), default=0.0,
+        metavar="DURATION", help="wait for another run of this pipeline to end")
+    run("--no-history", action="store_true", help="keep no history, and take no lock")
+    add_commands(parser.add_argument_group("looking and tidying, without running anything"))
+    other = parser.add_argument_group("other").add_argument
+    other("-v", "--verbose", action="store_true",
+          help="show the engine's part of tracebacks, and debug logs")
+    other("-q", "--quiet", action="store_true", help="say only what went wrong")
+    other("--version", action="version", help="show the versions and exit",
+          version=f"orchestrator.py {VERSION}, Python {sys.version.split()[0]}")
+    other("-h", "--help", action="help", help="show this help and exit")
 
 
-def read_value(value):
-    """Return what argparse is to know of the value that a flag takes, as _FLAGS writes it."""
-    if value is None:
-        return {"action": "store_true"}
-    if value[0] == "{":
-        return {"choices": value[1:-1].split(",")}
-    if value[0] == "[":
-        return {"metavar": value[1:-1], "nargs": "?", "const": ""}
-    first, *more = re.findall(r"[A-Z][A-Z.]*", value)
-    return {"metavar": (first, *more), "nargs": "+"} if more else {"metavar": first}
+def add_commands(group):
+    """Declare the flags that do something else than run, see _COMMANDS, and what goes with them."""
+    command = group.add_mutually_exclusive_group().add_argument
+    command("--list", action="store_true", help="show the tools and stages")
+    command("--plan", "-n", "--dry-run", action="store_true",
+            help="show what a run would do, and why")
+    command("--check", action="store_true",
+            help="read every module, import none, and report all mistakes")
+    command("--status", action="store_true",
+            help="show how each tool ended last, and what runs now")
+    command("--history", nargs="?", const="", metavar="RUN",
+            help="show the last runs, or all of one")
+    command("--logs", nargs="?", const="", metavar="TOOL",
+            help="show what the tools of the last run printed, or one tool")
+    command("--items", nargs="+", metavar=("TOOL", "ITEM"),
+            help="show how the items of a tool ended, or some of them")
+    command("--mark-done", nargs="+", metavar="TOOL",
+            help="accept a tool that you mended by hand, for --resume")
+    command("--prune", type=read_duration_s, metavar="DURATION",
+            help="forget the runs that are older")
+    flag = group.add_argument
+    flag("--last", type=read_whole, default=10, metavar="N", help="with --history: so many runs")
+    flag("--run", metavar="RUN", help="with --logs: of that run")
+    flag("--tail", type=read_whole, metavar="N", help="with --logs: the last N lines")
+    flag("--follow", action="store_true", help="with --logs: go on while the run goes on")
+    flag("--failed", action="store_true", help="with --items: those that failed, with their errors")
+    flag("--json", action="store_true", help="print JSON for programs")
 
 
 class Call(NamedTuple):
