@@ -5617,10 +5617,12 @@ def make_context():
     if sys.platform not in ("linux", "darwin") or os.environ.get("ORCHESTRATOR_SPAWN"):
         return get_context("spawn")
     import signal
+    from importlib.machinery import PathFinder
     from multiprocessing import forkserver, resource_tracker
     context = get_context("forkserver")
-    # It finds modules in the working folder, and may find another one of that name elsewhere.
-    if is_same_file(name.replace(".", os.sep) + ".py", __file__):
+    folders = ["", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    spec = name and PathFinder.find_spec(name, folders)
+    if spec and is_same_file(spec.origin, __file__):  # it looks there first, and not in sys.path
         context.set_forkserver_preload([name])
     resource_tracker.ensure_running()  # whose start would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
@@ -5663,6 +5665,20 @@ def is_fork_server():
     """Return whether this process is the one from which workers are forked."""
     server = sys.modules.get("multiprocessing.forkserver")
     return bool(server) and getattr(sys.modules["__main__"], "main", None) is server.main
+
+
+def be_fork_server():
+    """Let workers have this file as their main program, where the orchestrator has, and let them
+    say nothing when that is killed in the moment in which they start.
+    """
+    from pickle import UnpicklingError
+
+    def hook(kind, *what):
+        if not issubclass(kind, (EOFError, UnpicklingError)):
+            sys.__excepthook__(kind, *what)
+
+    sys.modules["__main__"] = sys.modules[__name__]
+    sys.excepthook = hook
 
 
 def signal_group(pid, name):
@@ -8487,5 +8503,5 @@ if __name__ == "__main__":
         limits=_YOURS.get("LIMITS"), yours=_YOURS)
     gc.freeze()  # the interpreter's last collections would take 10 ms to walk all of this
     sys.exit(_EXIT_CODE)
-if is_fork_server():  # workers have it as their main program, where the orchestrator has
-    sys.modules["__main__"] = sys.modules[__name__]
+if is_fork_server():
+    be_fork_server()
