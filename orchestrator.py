@@ -5469,7 +5469,10 @@ class Workers:
         process = self.context.Process(target=Server(self.setting).serve,
                                        args=(theirs, self.life_read, dict(os.environ)))
         try:
-            process.start()
+            try:
+                process.start()
+            except (ConnectionError, EOFError):  # the fork server was killed: now comes another
+                process.start()
         except (OSError, EOFError, AssertionError) as error:  # the last in a daemon of theirs
             raise UserError(f"No worker process can be started: {format_one_line(error)}.",
                             "Mend that, or run without jobs, timeout, memory and isolate."

@@ -481,6 +481,55 @@ def test_items_killed_at_random_are_done_exactly_once(sandbox, journal):
     assert not find_slips(sandbox)
 
 
+WITH_CHILD = f"""
+    import os, subprocess
+    def items():
+        return {MANY[:60]!r}
+    def run(conn, item, context):
+        child = subprocess.Popen(["sleep", "0.02"])
+        with open("at", "w") as file:
+            file.write(f"{{os.getpid()}} {{child.pid}}")
+        conn.execute("INSERT INTO work VALUES (?, 1)", (item,))
+        if child.wait():
+            raise ValueError("its child was killed")
+        conn.execute("INSERT INTO more VALUES (?, 1)", (item,))
+"""
+KILLS = int(os.environ.get("ORCHESTRATOR_TEST_KILLS", "6"))
+
+
+@pytest.mark.parametrize("kills, seed", [(KILLS, 1), pytest.param(300, 2, marks=pytest.mark.sweep)])
+def test_items_are_done_once_whoever_is_killed_the_run_a_worker_or_a_child_of_a_tool(
+        sandbox, kills, seed):
+    chance = random.Random(seed)  # noqa: S311 - the same moments each time, nearly
+    write_pipeline(sandbox, WITH_CHILD)
+    program = sandbox.folder / "orchestrator.py"
+    program.write_text(program.read_text().replace('"retries": 1', '"retries": 9', 1))
+    at, killed = sandbox.folder / "at", []
+    while len(killed) < kills:
+        sandbox.folder.joinpath("data.db").unlink(missing_ok=True)
+        code = None
+        while code != 0:
+            at.write_text("")
+            process = sandbox.start("-q", "-j", "3")
+            while process.poll() is None:
+                try:
+                    process.wait(chance.uniform(0.1, 0.6) if len(killed) < kills else 60)
+                except subprocess.TimeoutExpired:
+                    pids = [process.pid, *map(int, at.read_text().split())]
+                    who = chance.choice(range(len(pids)))
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pids[who], signal.SIGKILL)
+                        killed.append(("run", "worker", "child")[who])
+            code, (_, err) = process.returncode, process.communicate(timeout=60)
+            assert "Traceback" not in err.replace("Traceback (most recent call last):\n  File "
+                                                  f'"{sandbox.folder}/load.py"', ""), err
+            assert code in (0, 1, -signal.SIGKILL), err
+            assert sandbox.query("PRAGMA integrity_check") == [("ok",)]
+        assert find_wrong(sandbox, MANY[:60]) == []
+    assert not find_slips(sandbox)
+    assert kills < 20 or set(killed) == {"run", "worker", "child"}
+
+
 def test_an_engine_that_records_items_before_their_work_is_caught_by_random_kills(sandbox):
     assert kill_at_random(sandbox, 40, seed=1, mutant=LEDGER_BEFORE)
 
