@@ -5453,8 +5453,7 @@ class Workers:
 
     A worker serves many jobs, but one whose tool started processes goes, and its group with it,
     so that nothing of a tool outlives it. What takes too long writes into its log where it hangs,
-    is asked to end, by SIGTERM, and killed after a grace. State: `workers`; `idle`, those of them
-    that wait for a job.
+    is asked to end, by SIGTERM, and killed after a grace. State: `workers`, until they have ended.
     """
 
     def __init__(self, setting, clock, grace_s):
@@ -5462,7 +5461,7 @@ class Workers:
         self.setting, self.clock, self.grace_s = setting, clock, grace_s
         self.context = make_context()
         self.life_read, self.life = self.context.Pipe(duplex=False)
-        self.workers, self.idle = [], []
+        self.workers = []
 
     def _add(self):
         ours, theirs = self.context.Pipe()
@@ -5481,24 +5480,27 @@ class Workers:
         self.workers.append(Worker(process, ours))
         return self.workers[-1]
 
+    def _find_idle(self):
+        """Return a worker that waits for a job."""
+        idle = (worker for worker in self.workers if worker.channel and not worker.job)
+        return next(idle, None) or self._add()
+
     def reserve(self):
         """Return the id of the process that will do what is started next, as far as can be
         foreseen.
         """
-        if not self.idle:
-            self.idle.append(self._add())
-        return self.idle[-1].process.pid
+        return self._find_idle().process.pid
 
     def start(self, job, limit_s):
         """Hand a job to an idle worker, or to a new one."""
-        while True:
-            worker = self.idle.pop() if self.idle else self._add()
-            try:
-                worker.channel.send(job)
-                break
-            except OSError:
-                pass  # it died while idle
-        worker.begin(job, limit_s, self.clock.monotonic())
+        worker = self._find_idle()
+        try:
+            worker.channel.send(job)
+        except OSError:  # it died while idle
+            worker.hang_up()
+            self.start(job, limit_s)
+        else:
+            worker.begin(job, limit_s, self.clock.monotonic())
 
     def answer(self, number, found):
         """Send what a job has asked for."""
@@ -5538,10 +5540,8 @@ class Workers:
             what, is_leaving = what
             if worker.verdict and what:
                 kind, what = "died", (what.item, worker.verdict, True, "")
-            if worker.verdict:  # it would take the signal for one that ends the next
+            if worker.verdict or is_leaving:  # it would take the signal for one that ends the next
                 worker.hang_up()
-            elif not is_leaving:
-                self.idle.append(worker)
             worker.begin(None)
         said.append((kind, number, what))
 
@@ -5551,8 +5551,6 @@ class Workers:
             self._hear(worker, said)
         worker.hang_up()
         self.workers.remove(worker)
-        if worker in self.idle:
-            self.idle.remove(worker)
         if worker.job:
             slip = find_slip(self.setting.slips, worker.job.run_id, worker.process.pid)
             how = worker.verdict or format_end(worker.process)
@@ -5574,7 +5572,7 @@ class Workers:
             worker.deadline_s = now_s + self.grace_s
         else:
             with contextlib.suppress(AttributeError, OSError):  # not on Windows; it has ended
-                os.kill(worker.process.pid, getattr(_signal, _TELL_WHERE))
+                os.kill(worker.process.pid, _signal.SIGURG)
             self._end(worker, f"timed out after {format_duration(worker.limit_s)}")
 
     def _end(self, worker, verdict):
@@ -5605,9 +5603,6 @@ class Workers:
             self.life_read.close()
 
 
-_TELL_WHERE = "SIGURG"  # which ends no process that has not asked for it
-
-
 def make_context():
     """Return multiprocessing's way to start workers, with a fork server that is on its way where
     there can be one: a process without threads, connections and locks, which imports this file.
@@ -5628,7 +5623,8 @@ def make_context():
     if spec and is_same_file(spec.origin, __file__):  # it looks there first, and not in sys.path
         context.set_forkserver_preload([name])
     resource_tracker.ensure_running()  # whose start would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK,
+                                    (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     try:
         forkserver.ensure_running()
     except ChildProcessError:  # this process was itself forked, from one that has started it
@@ -5636,10 +5632,6 @@ def make_context():
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
-
-
-_ENDING = [getattr(_signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-           if hasattr(_signal, name)]
 
 
 def share_main():
@@ -5664,24 +5656,14 @@ def is_same_file(one, other):
     return False
 
 
-def is_fork_server():
-    """Return whether this process is the one from which workers are forked."""
-    server = sys.modules.get("multiprocessing.forkserver")
-    return bool(server) and getattr(sys.modules["__main__"], "main", None) is server.main
-
-
 def be_fork_server():
-    """Let workers have this file as their main program, where the orchestrator has, and let them
-    say nothing when that is killed in the moment in which they start.
+    """If this is the process from which workers are forked, let it be their main program, where
+    it is the orchestrator's, and say nothing when that is killed while a worker starts.
     """
-    from pickle import UnpicklingError
-
-    def hook(kind, *what):
-        if not issubclass(kind, (EOFError, UnpicklingError)):
-            sys.__excepthook__(kind, *what)
-
-    sys.modules["__main__"] = sys.modules[__name__]
-    sys.excepthook = hook
+    server = sys.modules.get("multiprocessing.forkserver")
+    if server and getattr(sys.modules["__main__"], "main", None) is server.main:
+        sys.modules["__main__"] = sys.modules[__name__]
+        sys.excepthook = lambda kind, *what: kind is EOFError or sys.__excepthook__(kind, *what)
 
 
 def signal_group(pid, name):
@@ -5710,10 +5692,7 @@ def format_end(process):
             return "the process that starts the workers was killed"
     if status >= 0:
         return "its process exited without finishing" + (f" (exit code {status})" if status else "")
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = "a real-time signal"
+    name = next((each.name for each in signal.Signals if each == -status), "a real-time signal")
     hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
     return f"its process was killed by signal {-status} ({name}){hint}"
 
@@ -5738,21 +5717,11 @@ def check_can_travel(setting):
     except Exception as error:
         raise UserError("What tools get can not be sent to a worker process: "
                         f"{format_one_line(error)}.", "Let arguments be plain data.") from error
-    if __name__ != "__main__" and main_file and main_file.endswith(".py") \
-            and not has_main_guard(main_file):
-        raise UserError(f"{format_path(main_file)} would run again in every worker process.",
-                        'Put what it does under `if __name__ == "__main__":`.')
-
-
-def has_main_guard(file):
-    """Return whether a script does something only if it is the main program, or nothing at all."""
-    with open(file, "rb") as opened:
-        source = opened.read()
-    if re.search(rb"^if\b.*\b__name__\b", source, re.MULTILINE):
-        return True
-    import ast
-    return not any(isinstance(node, (ast.Expr, ast.Assign)) and isinstance(node.value, ast.Call)
-                   for node in ast.parse(source).body)
+    if __name__ != "__main__" and main_file and re.search(r"(?<!__main__)\.py$", main_file):
+        with open(main_file, "rb") as source:
+            if not re.search(rb"__name__\W+__main__|__main__\W+__name__", source.read()):
+                raise UserError(f"{format_path(main_file)} would run again in every worker "
+                                "process.", 'Put what it does under `if __name__ == "__main__":`.')
 
 
 class Server:
@@ -5765,7 +5734,6 @@ class Server:
         """Do jobs one after another, with the environment variables of the orchestrator. Does not
         return.
         """
-        import signal
         import threading
         if hasattr(os, "setpgid"):
             os.setpgid(0, 0)
@@ -5777,12 +5745,8 @@ class Server:
         if self.setting.folder:
             hold_worker_byte(self.setting.folder)
         own_streams()
-        tell_where_on_signal()
-        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGCHLD", signal.SIGINT)):
-            signal.signal(number, signal.SIG_DFL)  # which the fork server inherited, perhaps
+        take_signals()
         with Interrupts() as self.interrupts:
-            if hasattr(signal, "pthread_sigmask"):
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
             kept = Kept(self.setting, self.interrupts, self.ask, self.pack)
             self.put_back, is_leaving = make_put_back(), False
             while not is_leaving and self.interrupts.signal is None:
@@ -5892,11 +5856,17 @@ def die_with_orchestrator(life):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def tell_where_on_signal():
-    """Let a signal write where each thread of this process is, in C code too, to its stderr."""
-    import faulthandler
-    if hasattr(faulthandler, "register"):
-        faulthandler.register(getattr(_signal, _TELL_WHERE), 2)
+def take_signals():
+    """Take signals as a program does that has just been started, though the fork server blocks
+    some; but SIGURG writes where each thread is, in C code too, to this process's stderr.
+    """
+    if os.name != "nt":
+        import faulthandler
+        import signal
+        faulthandler.register(signal.SIGURG, 2)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def find_working_folder():
@@ -8506,5 +8476,4 @@ if __name__ == "__main__":
         limits=_YOURS.get("LIMITS"), yours=_YOURS)
     gc.freeze()  # the interpreter's last collections would take 10 ms to walk all of this
     sys.exit(_EXIT_CODE)
-if is_fork_server():
-    be_fork_server()
+be_fork_server()
