@@ -5517,7 +5517,7 @@ class Workers:
         from multiprocessing.connection import wait
         now_s = self.clock.monotonic()
         for worker in self.workers:
-            if worker.deadline_s <= now_s or worker.limit_s is not None:
+            if worker.deadline_s < float("inf"):
                 self._look_at_clock(worker, now_s)
         timeout_s = min([timeout_s, *(worker.deadline_s - now_s for worker in self.workers)])
         channels = [worker.channel for worker in self.workers if worker.channel]
@@ -5611,17 +5611,15 @@ def make_context():
     is for the run to take. A worker takes them itself.
     """
     from multiprocessing import get_context
-    name = share_main() if __name__ == "__main__" else __name__
+    name = find_own_name()
     if sys.platform not in ("linux", "darwin") or os.environ.get("ORCHESTRATOR_SPAWN"):
         return get_context("spawn")
     import signal
     from importlib.machinery import PathFinder
     from multiprocessing import forkserver, resource_tracker
-    context = get_context("forkserver")
     folders = ["", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    spec = name and PathFinder.find_spec(name, folders)
-    if spec and is_same_file(spec.origin, __file__):  # it looks there first, and not in sys.path
-        context.set_forkserver_preload([name])
+    if is_this_file(PathFinder.find_spec(name, folders)):  # it looks there, and not in sys.path
+        forkserver.set_forkserver_preload([name])
     resource_tracker.ensure_running()  # whose start would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK,
                                     (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
@@ -5631,29 +5629,27 @@ def make_context():
         return get_context("spawn")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
+    return get_context("forkserver")
 
 
-def share_main():
-    """Let this file, which is the main program, be a module too, so that workers import it and
-    need not compile it. Return its name, or "" if it can not be found as a module.
+def find_own_name():
+    """Return the name by which workers import this file, if they can. Where it is the main
+    program, let it be that module, too: so they need not compile it.
     """
+    if __name__ != "__main__":
+        return __name__
     import importlib.util
-    main = sys.modules["__main__"]
     name = os.path.splitext(os.path.basename(__file__))[0]
     spec = None if "." in name else importlib.util.find_spec(name)
-    if spec is None or not is_same_file(spec.origin, __file__):
-        return ""
-    main.__spec__ = spec
-    sys.modules[name] = main
+    if is_this_file(spec):
+        sys.modules[name] = sys.modules["__main__"]
+        sys.modules[name].__spec__ = spec
     return name
 
 
-def is_same_file(one, other):
-    """Return whether two paths lead to the same file, which is there."""
-    with contextlib.suppress(OSError, TypeError):
-        return os.path.samefile(one, other)
-    return False
+def is_this_file(spec):
+    """Return whether a module that was looked for is this very file."""
+    return bool(spec) and os.path.realpath(spec.origin or "") == os.path.realpath(__file__)
 
 
 def be_fork_server():
@@ -5702,16 +5698,15 @@ def check_can_travel(setting):
     import pickle
     get_connection = setting.pipeline.get_connection
     main_file = getattr(sys.modules["__main__"], "__file__", None)
-    is_in_notebook = get_connection.__module__ == "__main__" and not main_file
     try:
         pickle.dumps(get_connection)
-    except Exception:
-        is_in_notebook = True
-    if is_in_notebook:
+        if get_connection.__module__ == "__main__" and not main_file:
+            raise pickle.PicklingError("a worker has no such main program")
+    except Exception as error:
         raise UserError("get_connection can not be sent to a worker process: it is a lambda, or "
                         "was defined inside a function or a notebook.",
                         "Write it with `def` at the top of a module, or run without jobs, timeout, "
-                        "memory and isolate.")
+                        "memory and isolate.") from error
     try:
         pickle.dumps(setting)
     except Exception as error:
@@ -5761,8 +5756,7 @@ class Server:
                 if is_leaving:
                     kept.close()
                 number, self.job = self.job.number, None
-                with self.lock:
-                    channel.send(("ended", number, (problem, is_leaving)))
+                self._say(("ended", number, (problem, is_leaving)))
             kept.close()
         os._exit(EXIT_SUCCESS)
 
@@ -5786,7 +5780,7 @@ class Server:
     def send(self, message):
         """Send a message to the run; of events that tell of progress, ten a second."""
         if message[0] != "event":
-            self._send(message)  # no tool is being called now
+            self._say(message)  # no tool is being called now
             return
         what = message[2]
         if what["kind"] == "progress":
@@ -5794,11 +5788,13 @@ class Server:
             if now_s - self.told_s < 0.1 and what["done"] != what["total"]:
                 return
             self.told_s = now_s
-        self.interrupts.finish(self._send, message)
+        self.interrupts.finish(self._say, message)
 
-    def _send(self, message):
+    def _say(self, message, is_question=False):
+        """Send a message and return the answer, if it is a question."""
         with self.lock, bounded_memory(2**62):  # the tool's own bound would tear it
             self.channel.send(message)
+            return self.channel.recv() if is_question else None
 
     def ask(self, job, tool):
         """Return the result of a tool that the one of a job may see, or the names of all for None.
@@ -5811,12 +5807,7 @@ class Server:
         name = str.__str__(tool) if isinstance(tool, str) else None  # nothing strange may travel
         if tool is not None and name is None:
             raise KeyError(tool)
-        return self.interrupts.finish(self._ask, job.number, name)
-
-    def _ask(self, number, name):
-        with self.lock, bounded_memory(2**62):
-            self.channel.send(("asks", number, name))
-            found = self.channel.recv()
+        found = self.interrupts.finish(self._say, ("asks", job.number, name), True)
         if not found:
             raise KeyError(name)
         return found[0]
@@ -5878,11 +5869,12 @@ def find_working_folder():
 
 
 def flush(stream):
-    """Let what Python keeps of its output go out, unless the tool closed the stream."""
+    """Let what Python keeps of its output go out; return False if the tool closed the stream."""
     try:
         stream.flush()
+        return True
     except (OSError, ValueError, AttributeError):
-        pass
+        return False
 
 
 def own_streams():
@@ -5906,12 +5898,8 @@ def output_to(file):
     try:
         yield
     finally:
-        closed = []  # by the tool
-        for fd, name in ((1, "stdout"), (2, "stderr")):
-            try:
-                getattr(sys, name).flush()
-            except (AttributeError, OSError, ValueError):
-                closed.append((fd, name))
+        closed = [(fd, name) for fd, name in ((1, "stdout"), (2, "stderr"))
+                  if not flush(getattr(sys, name, None))]  # by the tool
         point_output(os.open(os.devnull, os.O_WRONLY))
         for fd, name in closed:
             setattr(sys, name, make_stream(fd))

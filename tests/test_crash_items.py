@@ -512,8 +512,10 @@ def test_items_are_done_once_whoever_is_killed_the_run_a_worker_or_a_child_of_a_
             at.write_text("")
             process = sandbox.start("-q", "-j", "3")
             while process.poll() is None:
+                if chance.random() < 0.9:  # else it may not have begun
+                    wait_until(lambda run=process: at.read_text() or run.poll() is not None)
                 try:
-                    process.wait(chance.uniform(0.1, 0.6) if len(killed) < kills else 60)
+                    process.wait(chance.uniform(0.0, 0.3) if len(killed) < kills else 60)
                 except subprocess.TimeoutExpired:
                     pids = [process.pid, *map(int, at.read_text().split())]
                     who = chance.choice(range(len(pids)))
