@@ -5526,7 +5526,8 @@ class Workers:
         for worker in [*self.workers]:
             if worker.channel in ready:
                 self._hear(worker, said)
-            if worker.process.sentinel in ready or not ready and worker.process.exitcode is not None:
+            process = worker.process
+            if process.sentinel in ready or not ready and process.exitcode is not None:
                 self._bury(worker, said)
         return said
 
@@ -5638,18 +5639,18 @@ def find_own_name():
     """
     if __name__ != "__main__":
         return __name__
-    import importlib.util
     name = os.path.splitext(os.path.basename(__file__))[0]
-    spec = None if "." in name else importlib.util.find_spec(name)
+    spec = find_module(name)
     if is_this_file(spec):
-        sys.modules[name] = sys.modules["__main__"]
-        sys.modules[name].__spec__ = spec
+        main = sys.modules[name] = sys.modules["__main__"]
+        main.__spec__ = spec
     return name
 
 
 def is_this_file(spec):
     """Return whether a module that was looked for is this very file."""
-    return bool(spec) and os.path.realpath(spec.origin or "") == os.path.realpath(__file__)
+    origin = getattr(spec, "origin", None) or ""
+    return os.path.realpath(origin) == os.path.realpath(__file__)
 
 
 def be_fork_server():
@@ -5660,6 +5661,9 @@ def be_fork_server():
     if server and getattr(sys.modules["__main__"], "main", None) is server.main:
         sys.modules["__main__"] = sys.modules[__name__]
         sys.excepthook = lambda kind, *what: kind is EOFError or sys.__excepthook__(kind, *what)
+
+
+be_fork_server()
 
 
 def signal_group(pid, name):
@@ -8464,4 +8468,3 @@ if __name__ == "__main__":
         limits=_YOURS.get("LIMITS"), yours=_YOURS)
     gc.freeze()  # the interpreter's last collections would take 10 ms to walk all of this
     sys.exit(_EXIT_CODE)
-be_fork_server()

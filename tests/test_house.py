@@ -387,8 +387,8 @@ def test_no_class_is_longer_than_two_hundred_and_fifty_lines():
 # of each room, and of what is at the mark: lowered with each landing, and never raised
 TOKENS = {
     "MARK": 118, "WORDS": 1683, "SETUP": 2974, "PLANNING": 3137, "HISTORY": 4500,
-    "CONNECTION": 3277, "LEDGER": 3300, "MODULES": 4135, "CALLING": 6124, "WORKERS": 4814,
-    "RUNNING": 8458, "VIEWS": 2871, "DOOR": 7912,
+    "CONNECTION": 3277, "LEDGER": 3300, "MODULES": 4135, "CALLING": 6124, "WORKERS": 4100,
+    "RUNNING": 8420, "VIEWS": 2871, "DOOR": 7912,
 }
 
 
