@@ -5619,7 +5619,8 @@ def make_context():
     from importlib.machinery import PathFinder
     from multiprocessing import forkserver, resource_tracker
     folders = ["", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    if is_this_file(PathFinder.find_spec(name, folders)):  # it looks there, and not in sys.path
+    # It looks for modules there, and not in sys.path.
+    if name and is_this_file(PathFinder.find_spec(name, folders)):
         forkserver.set_forkserver_preload([name])
     resource_tracker.ensure_running()  # whose start would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK,
@@ -5634,16 +5635,17 @@ def make_context():
 
 
 def find_own_name():
-    """Return the name by which workers import this file, if they can. Where it is the main
-    program, let it be that module, too: so they need not compile it.
+    """Return the name by which workers import this file, "" if they run it by its path. Where it
+    is the main program, let it be that module, too: so they need not compile it.
     """
     if __name__ != "__main__":
         return __name__
     name = os.path.splitext(os.path.basename(__file__))[0]
     spec = find_module(name)
-    if is_this_file(spec):
-        main = sys.modules[name] = sys.modules["__main__"]
-        main.__spec__ = spec
+    if not is_this_file(spec):
+        return ""
+    main = sys.modules[name] = sys.modules["__main__"]
+    main.__spec__ = spec
     return name
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, SQLITE, TOP, press_ctrl_c_again, summary, wait_until
+from conftest import ENVIRONMENT, SQLITE, TOP, Sandbox, press_ctrl_c_again, summary, wait_until
 
 from orchestrator import (
     Interrupts, Results, UserError, load_pipeline, make_plan, run_pipeline, run_plan,
@@ -756,6 +756,45 @@ def test_workers_ignore_what_nohup_ignores_and_hear_what_ends_them(modules):
             cwd=modules(), stdout=subprocess.PIPE, text=True, timeout=60,
             env={**ENVIRONMENT, "PYTHONPATH": str(TOP)}).stdout
         assert told == f"([{bool(ignored)}, False, False, False], [])\n"
+
+
+@pytest.mark.parametrize("how", ["as it is", "from elsewhere", "beside another", "by a link",
+                                 "with a dot", "without .py", "as a module",
+                                 "from a path of Python"])
+@pytest.mark.parametrize("spawn", ["", "1"])
+def test_workers_have_the_same_main_program_however_it_is_started(sandbox, how, spawn):
+    """Where another file of its name lies in the working folder, that is not taken for it."""
+    here = sandbox.folder / "here"
+    here.mkdir()
+    ours = Sandbox(here).pipeline("""
+        TOOL_MAP = {n: {"module": "t", "needs": []} for n in "ab"}
+        def get_connection():
+            return "ours"
+    """).tool("t", "def run(conn): print(conn)")
+    other = sandbox.folder / "other"
+    other.mkdir()
+    text = ours.read("orchestrator.py")
+    (other / "orchestrator.py").write_text(text.replace('return "ours"', 'return "theirs"'))
+    (here / "my.pipe.py").write_text(text)
+    (here / "pipe").write_text(text)
+    (other / "link.py").symlink_to(here / "orchestrator.py")
+    words, cwd = {"as it is": (["orchestrator.py"], here),
+                  "from elsewhere": ([here / "orchestrator.py"], sandbox.folder),
+                  "beside another": ([here / "orchestrator.py"], other),
+                  "by a link": ([other / "link.py"], other),
+                  "with a dot": (["my.pipe.py"], here),
+                  "without .py": (["pipe"], here),
+                  "as a module": (["-m", "orchestrator"], here),
+                  "from a path of Python": (["-m", "orchestrator"], sandbox.folder)}[how]
+    env = {**ENVIRONMENT, "ORCHESTRATOR_SPAWN": spawn}
+    if how == "from a path of Python":
+        env["PYTHONPATH"] = str(here)
+    for _ in range(2):
+        ended = subprocess.run([sys.executable, *map(str, words), "-j", "2"], cwd=cwd, env=env,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               timeout=60)
+        assert (ended.returncode, ended.stdout) == (0, "ours\nours\n"), ended.stderr
+        assert "Traceback" not in ended.stderr
 
 
 def test_a_tool_may_use_processes_of_its_own(modules):
