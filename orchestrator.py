@@ -5569,7 +5569,7 @@ class Workers:
         if worker.deadline_s > now_s:
             return
         if worker.verdict:
-            signal_group(worker.process.pid, "SIGKILL")
+            signal_group(worker.process, "SIGKILL")
             worker.deadline_s = now_s + self.grace_s
         else:
             with contextlib.suppress(AttributeError, OSError):  # not on Windows; it has ended
@@ -5579,7 +5579,7 @@ class Workers:
     def _end(self, worker, verdict):
         """Ask a worker to end; _look_at_clock() kills it after the grace."""
         worker.verdict, worker.deadline_s = verdict, self.clock.monotonic() + self.grace_s
-        signal_group(worker.process.pid, "SIGTERM")
+        signal_group(worker.process, "SIGTERM")
 
     def interrupt(self):
         """Ask all that is being done to end."""
@@ -5668,18 +5668,22 @@ def be_fork_server():
 be_fork_server()
 
 
-def signal_group(pid, name):
-    """Send a signal to a worker and all that it started; where there are no groups, end it."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if hasattr(os, "killpg"):
-            os.killpg(pid, getattr(_signal, name))
+def signal_group(process, name):
+    """Send SIGTERM or SIGKILL to a worker and all that it started; to it alone where it has no
+    group: on Windows, and in the moment in which it starts.
+    """
+    try:
+        os.killpg(process.pid, getattr(_signal, name))
+    except (AttributeError, OSError):
+        if name == "SIGKILL":
+            process.kill()
         else:
-            os.kill(pid, _signal.SIGTERM)
+            process.terminate()
 
 
 def end_process(process):
     """Kill a worker, if it is there, with what it left in its group, and let go of it."""
-    signal_group(process.pid, "SIGKILL")
+    signal_group(process, "SIGKILL")
     process.join()
     process.close()
 
@@ -5832,25 +5836,26 @@ def die_with_orchestrator(life):
     middle of C code. Elsewhere a thread waits for it, which code that holds the interpreter's
     lock can delay.
     """
-    import signal
     import threading
-    if sys.platform.startswith("linux"):
-        import fcntl
-        # Reopened, because the owner belongs to the open file, which all workers would share.
-        fd = os.open(f"/proc/self/fd/{life.fileno()}", os.O_RDONLY | os.O_NONBLOCK)
-        fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpid())
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
-        if life.poll():  # it died before we listened
-            signal_group(os.getpid(), "SIGKILL")
-        return
 
     def watch():
         with contextlib.suppress(EOFError, OSError):
             life.recv_bytes()
-        signal_group(os.getpid(), "SIGKILL")
+        if hasattr(os, "killpg"):
+            os.killpg(os.getpid(), _signal.SIGKILL)
+        os._exit(EXIT_BUG)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if not sys.platform.startswith("linux"):
+        threading.Thread(target=watch, daemon=True).start()
+        return
+    import fcntl
+    # Reopened, because the owner belongs to the open file, which all workers would share.
+    fd = os.open(f"/proc/self/fd/{life.fileno()}", os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpid())
+    fcntl.fcntl(fd, fcntl.F_SETSIG, _signal.SIGKILL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+    if life.poll():  # it died before we listened
+        watch()
 
 
 def take_signals():
