@@ -5527,7 +5527,7 @@ class Workers:
             if worker.channel in ready:
                 self._hear(worker, said)
             process = worker.process
-            if process.sentinel in ready or not ready and process.exitcode is not None:
+            if (process.sentinel in ready or not ready) and process.exitcode is not None:
                 self._bury(worker, said)
         return said
 

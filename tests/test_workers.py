@@ -627,7 +627,7 @@ def test_a_starter_that_is_killed_is_told_and_the_run_goes_on(sandbox, moment):
         if {moment!r} == "before there is a worker":
             wait("at")
     """)
-    process = sandbox.start("-j", "2")
+    process = sandbox.start("-j", "2", env={"ORCHESTRATOR_SPAWN": ""})
     wait_until((sandbox.folder / "at").exists)
     wait_until(lambda: find_starter(process.pid))
     for pid in find_starter(process.pid):
@@ -726,7 +726,7 @@ def test_ctrl_c_in_a_terminal_reaches_all_processes_and_the_run_ends_in_order(sa
         process = start_long(sandbox, "busy", "parent", lines=3)
     else:
         sandbox.pipeline(NEEDS_NOTHING.format(names=("busy", "parent"))).tool("t", LONG)
-        process = sandbox.start("--jobs", "2")
+        process = sandbox.start("--jobs", "2", env={"ORCHESTRATOR_SPAWN": ""})
         wait_until(lambda: find_starter(process.pid))
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
