@@ -4926,11 +4926,12 @@ def find_working_folder():
 
 
 def flush(stream):
-    """Let what Python keeps of its output go out, unless the tool closed the stream."""
+    """Let what Python keeps of its output go out; return False if the tool closed the stream."""
     try:
         stream.flush()
+        return True
     except (OSError, ValueError, AttributeError):
-        pass
+        return False
 
 
 def write_all(fd, content):
@@ -4977,15 +4978,15 @@ class Here:
 
 
 class Worker:
-    """A worker process as its orchestrator sees it; `pid` is 0 until it is known.
+    """A worker process as its orchestrator sees it.
 
     State: `job`, what it does, if anything; `limit_s`, how long that, or an item of it, may take,
     and `deadline_s`, when the next measure is due: to ask it to end, then to kill it; `verdict`,
     why it is being ended, if it is; `at_work`, the item that it was seen at last.
     """
 
-    def __init__(self, channel, pid=0):
-        self.channel, self.pid = channel, pid
+    def __init__(self, process, channel):
+        self.process, self.channel = process, channel
         self.begin(None)
 
     def begin(self, job, limit_s=None, now_s=0.0):
@@ -5005,42 +5006,55 @@ class Workers:
     """Does jobs in worker processes, each with its own connection and process group.
 
     A worker serves many jobs, but one whose tool started processes goes, and its group with it,
-    so that nothing of a tool outlives it. What takes too long is asked to end, by SIGTERM, and
-    killed after a grace. State: `workers`; `idle`, those of them that wait for a job.
+    so that nothing of a tool outlives it. What takes too long writes into its log where it hangs,
+    is asked to end, by SIGTERM, and killed after a grace. State: `workers`, until they have ended.
     """
 
-    def __init__(self, count, setting, clock, grace_s):
+    def __init__(self, setting, clock, grace_s):
+        check_can_travel(setting)
         self.setting, self.clock, self.grace_s = setting, clock, grace_s
-        server = Server(setting)
-        self.starter = Nursery(server) if can_fork() else Spawner(server)
+        self.context = make_context()
+        self.life_read, self.life = self.context.Pipe(duplex=False)
         self.workers = []
-        self.idle = [self._add() for _ in range(count)]
 
     def _add(self):
-        worker = self.starter.start()
-        self.workers.append(worker)
-        return worker
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=Server(self.setting).serve,
+                                       args=(theirs, self.life_read, dict(os.environ)))
+        try:
+            try:
+                process.start()
+            except (ConnectionError, EOFError):  # the fork server was killed: now comes another
+                process.start()
+        except (OSError, EOFError, AssertionError) as error:  # the last in a daemon of theirs
+            raise UserError(f"No worker process can be started: {format_one_line(error)}.",
+                            "Mend that, or run without jobs, timeout, memory and isolate."
+                            ) from error
+        theirs.close()
+        self.workers.append(Worker(process, ours))
+        return self.workers[-1]
+
+    def _find_idle(self):
+        """Return a worker that waits for a job."""
+        idle = (worker for worker in self.workers if worker.channel and not worker.job)
+        return next(idle, None) or self._add()
 
     def reserve(self):
         """Return the id of the process that will do what is started next, as far as can be
         foreseen.
         """
-        if not self.idle:
-            self.idle.append(self._add())
-        if not self.idle[-1].pid:
-            self.starter.settle()
-        return self.idle[-1].pid
+        return self._find_idle().process.pid
 
     def start(self, job, limit_s):
         """Hand a job to an idle worker, or to a new one."""
-        while True:
-            worker = self.idle.pop() if self.idle else self._add()
-            try:
-                worker.channel.send(job)
-                break
-            except OSError:
-                pass  # it died while idle
-        worker.begin(job, limit_s, self.clock.monotonic())
+        worker = self._find_idle()
+        try:
+            worker.channel.send(job)
+        except OSError:  # it died while idle
+            worker.hang_up()
+            self.start(job, limit_s)
+        else:
+            worker.begin(job, limit_s, self.clock.monotonic())
 
     def answer(self, number, found):
         """Send what a job has asked for."""
@@ -5050,74 +5064,76 @@ class Workers:
                     worker.channel.send(found)
 
     def wait(self, timeout_s):
-        """Return the messages that came within some seconds."""
+        """Return the messages that came within some seconds.
+
+        Whether a worker has ended is asked of its process: a child of it may hold all its pipes.
+        """
         from multiprocessing.connection import wait
         now_s = self.clock.monotonic()
         for worker in self.workers:
             if worker.deadline_s < float("inf"):
                 self._look_at_clock(worker, now_s)
         timeout_s = min([timeout_s, *(worker.deadline_s - now_s for worker in self.workers)])
-        channels = {worker.channel: worker for worker in self.workers if worker.channel}
-        said = []
-        for ready in wait([*channels, *self.starter.waitables()], max(0.0, timeout_s)):
-            if ready in channels:
-                self._hear(channels[ready], said)
-        for pid, status in self.starter.collect():
-            worker = next(worker for worker in self.workers if worker.pid == pid)
-            while worker.channel and worker.channel.poll():
+        channels = [worker.channel for worker in self.workers if worker.channel]
+        sentinels = [worker.process.sentinel for worker in self.workers]
+        ready, said = wait(channels + sentinels, max(0.0, timeout_s)), []
+        for worker in [*self.workers]:
+            if worker.channel in ready:
                 self._hear(worker, said)
-            self._bury(worker, status, said)
+            process = worker.process
+            if (process.sentinel in ready or not ready) and process.exitcode is not None:
+                self._bury(worker, said)
         return said
 
     def _hear(self, worker, said):
         try:
             kind, number, what = worker.channel.recv()
         except (EOFError, OSError):
-            worker.hang_up()  # the starter will tell how it ended
+            worker.hang_up()  # its process will tell how it ended
             return
         if kind == "ended":
             what, is_leaving = what
             if worker.verdict and what:
                 kind, what = "died", (what.item, worker.verdict, True, "")
-            if worker.verdict:  # it would take the signal for one that ends the next
+            if worker.verdict or is_leaving:  # it would take the signal for one that ends the next
                 worker.hang_up()
-            elif not is_leaving:
-                self.idle.append(worker)
             worker.begin(None)
         said.append((kind, number, what))
 
-    def _bury(self, worker, status, said):
+    def _bury(self, worker, said):
         """Take a worker out that has ended, and say what became of its job."""
+        while worker.channel and worker.channel.poll():
+            self._hear(worker, said)
         worker.hang_up()
         self.workers.remove(worker)
-        if worker in self.idle:
-            self.idle.remove(worker)
         if worker.job:
-            slip = find_slip(self.setting.slips, worker.job.run_id, worker.pid)
-            how = worker.verdict or format_end(status)
+            slip = find_slip(self.setting.slips, worker.job.run_id, worker.process.pid)
+            how = worker.verdict or format_end(worker.process)
             said.append(("died", worker.job.number,
                          (read_slip(slip)[2], how, bool(worker.verdict), slip)))
+        end_process(worker.process)
 
     def _look_at_clock(self, worker, now_s):
         """End what has run too long, and kill what would not end."""
         if not worker.verdict and worker.job.items:
-            slip = find_slip(self.setting.slips, worker.job.run_id, worker.pid)
+            slip = find_slip(self.setting.slips, worker.job.run_id, worker.process.pid)
             at_work = read_slip(slip)[2]
             if at_work != worker.at_work:  # the limit is for each item
                 worker.at_work, worker.deadline_s = at_work, now_s + worker.limit_s
         if worker.deadline_s > now_s:
             return
         if worker.verdict:
-            signal_group(worker.pid, "SIGKILL")
+            signal_group(worker.process, "SIGKILL")
             worker.deadline_s = now_s + self.grace_s
         else:
+            with contextlib.suppress(AttributeError, OSError):  # not on Windows; it has ended
+                os.kill(worker.process.pid, _signal.SIGURG)
             self._end(worker, f"timed out after {format_duration(worker.limit_s)}")
 
     def _end(self, worker, verdict):
         """Ask a worker to end; _look_at_clock() kills it after the grace."""
-        self.starter.settle()  # every pid is known after that
         worker.verdict, worker.deadline_s = verdict, self.clock.monotonic() + self.grace_s
-        signal_group(worker.pid, "SIGTERM")
+        signal_group(worker.process, "SIGTERM")
 
     def interrupt(self):
         """Ask all that is being done to end."""
@@ -5126,268 +5142,145 @@ class Workers:
                 self._end(worker, "interrupted")
 
     def close(self, grace_s):
-        """End all workers: the idle ones at once, others within the grace."""
-        for worker in self.workers:
-            if not worker.job:
+        """End all workers, those that are still at work after a grace, and wait for them: at its
+        end, this program would wait for ever.
+        """
+        try:
+            for worker in self.workers:
                 worker.hang_up()
-        self.starter.settle()
-        end_s = time.monotonic() + grace_s
-        while self.workers:
-            left_s = end_s - time.monotonic()
-            if left_s < 0:
-                for worker in self.workers:
-                    signal_group(worker.pid, "SIGKILL")
-            self.wait(max(0.1, min(left_s, 1.0)))
-        self.starter.close()
+            end_s = time.monotonic() + grace_s
+            for worker in self.workers:
+                worker.process.join(max(0.0, end_s - time.monotonic()))
+        finally:
+            for worker in self.workers:
+                end_process(worker.process)
+            self.life.close()
+            self.life_read.close()
 
 
-def can_fork():
-    """Return whether workers may be forked: on Linux, while no other thread holds a lock."""
-    if not sys.platform.startswith("linux") or os.environ.get("ORCHESTRATOR_SPAWN"):
-        return False
+def make_context():
+    """Return multiprocessing's way to start workers, with a fork server that is on its way where
+    there can be one: a process without threads, connections and locks, which imports this file.
+
+    The signals that end a run are blocked in it, so that Ctrl-C, which all in the foreground get,
+    is for the run to take. A worker takes them itself.
+    """
+    from multiprocessing import get_context
+    name = find_own_name()
+    if sys.platform not in ("linux", "darwin") or os.environ.get("ORCHESTRATOR_SPAWN"):
+        return get_context("spawn")
+    import signal
+    from importlib.machinery import PathFinder
+    from multiprocessing import forkserver, resource_tracker
+    folders = ["", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    # It looks for modules there, and not in sys.path.
+    if name and is_this_file(PathFinder.find_spec(name, folders)):
+        forkserver.set_forkserver_preload([name])
+    resource_tracker.ensure_running()  # whose start would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK,
+                                    (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     try:
-        return len(os.listdir("/proc/self/task")) == 1
-    except OSError:
-        return False
+        forkserver.ensure_running()
+    except ChildProcessError:  # this process was itself forked, from one that has started it
+        return get_context("spawn")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return get_context("forkserver")
 
 
-def signal_group(pid, name):
-    """Send a signal to a worker and all that it started; where there are no groups, end it."""
-    import signal
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if hasattr(os, "killpg"):
-            os.killpg(pid, getattr(signal, name))
+def find_own_name():
+    """Return the name by which workers import this file, "" if they run it by its path. Where it
+    is the main program, let it be that module, too: so they need not compile it.
+    """
+    if __name__ != "__main__":
+        return __name__
+    name = os.path.splitext(os.path.basename(__file__))[0]
+    spec = find_module(name)
+    if not is_this_file(spec):
+        return ""
+    main = sys.modules[name] = sys.modules["__main__"]
+    main.__spec__ = spec
+    return name
+
+
+def is_this_file(spec):
+    """Return whether a module that was looked for is this very file."""
+    origin = getattr(spec, "origin", None) or ""
+    return os.path.realpath(origin) == os.path.realpath(__file__)
+
+
+def be_fork_server():
+    """If this is the process from which workers are forked, let it be their main program, where
+    it is the orchestrator's, and say nothing when that is killed while a worker starts.
+    """
+    server = sys.modules.get("multiprocessing.forkserver")
+    if server and getattr(sys.modules["__main__"], "main", None) is server.main:
+        sys.modules["__main__"] = sys.modules[__name__]
+        sys.excepthook = lambda kind, *what: kind is EOFError or sys.__excepthook__(kind, *what)
+
+
+be_fork_server()
+
+
+def signal_group(process, name):
+    """Send SIGTERM or SIGKILL to a worker and all that it started; to it alone where it has no
+    group: on Windows, and in the moment in which it starts.
+    """
+    try:
+        os.killpg(process.pid, getattr(_signal, name))
+    except (AttributeError, OSError):
+        if name == "SIGKILL":
+            process.kill()
         else:
-            os.kill(pid, signal.SIGTERM)
+            process.terminate()
 
 
-def format_end(status):
-    """Return how a process ended, in words; `status` is negative for a signal."""
+def end_process(process):
+    """Kill a worker, if it is there, with what it left in its group, and let go of it."""
+    signal_group(process, "SIGKILL")
+    process.join()
+    process.close()
+
+
+def format_end(process):
+    """Return how a process ended, in words."""
     import signal
+    status = process.exitcode
+    if status == 255:  # or what is said where nobody can tell
+        with contextlib.suppress(OSError):
+            os.kill(process.pid, 0)
+            return "the process that starts the workers was killed"
     if status >= 0:
         return "its process exited without finishing" + (f" (exit code {status})" if status else "")
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = "a real-time signal"
+    name = next((each.name for each in signal.Signals if each == -status), "a real-time signal")
     hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
     return f"its process was killed by signal {-status} ({name}){hint}"
 
 
-class Nursery:
-    """Forks workers from a process that was itself forked before anything was opened.
-
-    So no connection, thread or lock of ours crosses a fork, and a worker starts in milliseconds.
-    We ask over a socket, handing over the worker's end of its channel; the answers are pairs
-    (pid, status), with the status NEWBORN for a new worker. `born` holds the workers whose pid
-    is not known yet, in order; `dead` the pairs that were read meanwhile.
-    """
-    NEWBORN = 1 << 20
-
-    def __init__(self, server):
-        import socket
-        self.socket, theirs = socket.socketpair()
-        life, self.life = os.pipe()  # its writing end is ours alone: it closes when we die
-        self.born = []
-        self.dead = []
-        flush(sys.stdout)
-        flush(sys.stderr)
-        self.pid = os.fork()
-        if not self.pid:
-            try:
-                self.socket.close()
-                os.close(self.life)
-                tend(theirs, life, server)
-            finally:
-                os._exit(EXIT_BUG)
-        theirs.close()
-        os.close(life)
-
-    def start(self):
-        """Return a new worker, which is on its way."""
-        import socket
-        from multiprocessing import Pipe
-        ours, theirs = Pipe()
-        socket.send_fds(self.socket, [b"w"], [theirs.fileno()])
-        theirs.close()
-        self.born.append(Worker(ours))
-        return self.born[-1]
-
-    def waitables(self):
-        """Return what becomes readable when a worker has ended."""
-        return [self.socket]
-
-    def collect(self):
-        """Return the (pid, exit status) of workers that have ended."""
-        import select
-        while select.select([self.socket], [], [], 0)[0]:
-            self._read()
-        dead, self.dead = self.dead, []
-        return dead
-
-    def settle(self):
-        """Wait until the pid of every worker is known."""
-        while self.born:
-            self._read()
-
-    def _read(self):
-        import struct
-        answer = self.socket.recv(struct.calcsize("ii"), 0x100)  # MSG_WAITALL
-        if not answer:
-            raise RuntimeError("the process that starts the workers was killed")
-        pid, status = struct.unpack("ii", answer)
-        if status == self.NEWBORN:
-            self.born.pop(0).pid = pid
-        else:
-            self.dead.append((pid, status))
-
-    def close(self):
-        """End the nursery, and with it whatever is left of its workers."""
-        self.socket.close()
-        os.close(self.life)
-        os.waitpid(self.pid, 0)
-
-
-def tend(socket, life, server):
-    """Fork workers as asked over a socket, and tell how each ends. Runs in the nursery."""
-    import select
-    import signal
-    from socket import recv_fds
-    wake, waker = os.pipe()
-    for each in (wake, waker):
-        os.set_blocking(each, False)
-    ours = [signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup is for workers too
-        ours.append(signal.SIGHUP)
-    for number in ours:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(waker)
-    workers = []
-    while True:
-        ready, _, _ = select.select([socket, wake], [], [])
-        if wake in ready:
-            os.read(wake, 4096)
-            bury_dead(socket, workers)
-        if socket in ready:
-            asked, fds, _, _ = recv_fds(socket, 1, 1)
-            if not asked:
-                break
-            pid = os.fork()
-            if not pid:
-                for each in (wake, waker, socket.detach()):
-                    os.close(each)
-                signal.set_wakeup_fd(-1)
-                for number in ours:
-                    signal.signal(number, signal.SIG_DFL)
-                server.serve_forked(fds[0], life)
-            own_group(pid)
-            workers.append(pid)
-            send_pair(socket, pid, Nursery.NEWBORN)
-            os.close(fds[0])  # or the end of the worker would not be seen
-    for pid in workers:
-        signal_group(pid, "SIGKILL")
-    os._exit(EXIT_SUCCESS)
-
-
-def bury_dead(socket, workers):
-    """Tell of each worker that has ended, and end what it left in its group. In the nursery."""
-    while workers:
-        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if ended is None:
-            return
-        signal_group(ended.si_pid, "SIGKILL")  # while it is a zombie, its id is nobody else's
-        _, status = os.waitpid(ended.si_pid, 0)
-        workers.remove(ended.si_pid)
-        send_pair(socket, ended.si_pid, -os.WTERMSIG(status) if os.WIFSIGNALED(status)
-                  else os.WEXITSTATUS(status))
-
-
-def send_pair(socket, pid, status):
-    """Tell the orchestrator of a worker. In the nursery."""
-    import struct
-    with contextlib.suppress(OSError):  # it is gone; the end of the socket says so too
-        socket.sendall(struct.pack("ii", pid, status))
-
-
-def own_group(pid):
-    """Put a process into a group of its own, if the system has groups."""
-    with contextlib.suppress(AttributeError, OSError):
-        os.setpgid(pid, pid)
-
-
-class Spawner:
-    """Starts workers as fresh interpreters: where we can not fork, or other threads are about."""
-
-    def __init__(self, server):
-        from multiprocessing import get_context
-        check_can_spawn(server.setting.pipeline.get_connection)
-        self.server, self.context = server, get_context("spawn")
-        self.life_read, self.life = self.context.Pipe(duplex=False)
-        self.processes = {}
-
-    def start(self):
-        """Return a new worker."""
-        ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=self.server.serve, args=(theirs, self.life_read))
-        process.start()
-        theirs.close()
-        self.processes[process.pid] = process
-        return Worker(ours, process.pid)
-
-    def waitables(self):
-        """Return what becomes readable when a worker has ended."""
-        return [process.sentinel for process in self.processes.values()]
-
-    def collect(self):
-        """Return the (pid, exit status) of workers that have ended."""
-        dead = []
-        for pid, process in list(self.processes.items()):
-            if process.exitcode is not None:
-                signal_group(pid, "SIGKILL")
-                process.join()
-                dead.append((pid, process.exitcode))
-                del self.processes[pid]
-        return dead
-
-    def settle(self):
-        """Every pid is known from the start."""
-
-    def close(self):
-        """Let go of what the workers watch."""
-        self.life.close()
-        self.life_read.close()
-
-
-def check_can_spawn(get_connection):
-    """Raise UserError if fresh interpreters could not import what they need."""
+def check_can_travel(setting):
+    """Raise UserError if worker processes could not get, or import, what they need."""
     import pickle
+    get_connection = setting.pipeline.get_connection
     main_file = getattr(sys.modules["__main__"], "__file__", None)
-    is_in_notebook = get_connection.__module__ == "__main__" and not main_file
     try:
         pickle.dumps(get_connection)
-    except Exception:
-        is_in_notebook = True
-    if is_in_notebook:
+        if get_connection.__module__ == "__main__" and not main_file:
+            raise pickle.PicklingError("a worker has no such main program")
+    except Exception as error:
         raise UserError("get_connection can not be sent to a worker process: it is a lambda, or "
                         "was defined inside a function or a notebook.",
                         "Write it with `def` at the top of a module, or run without jobs, timeout, "
-                        "memory and isolate.")
-    if main_file and main_file.endswith(".py") and not has_main_guard(main_file):
-        raise UserError(f"{format_path(main_file)} would run again in every worker process.",
-                        'Put what it does under `if __name__ == "__main__":`.')
-
-
-def has_main_guard(file):
-    """Return whether a script does something only if it is the main program, or nothing at all."""
-    import ast
-    with open(file, "rb") as source:
-        tree = ast.parse(source.read())
-    calls = [node for node in tree.body if isinstance(node, (ast.Expr, ast.Assign))
-             and isinstance(node.value, ast.Call)]
-    guards = [node for node in tree.body if isinstance(node, ast.If)
-              and "__name__" in {getattr(n, "id", "") for n in ast.walk(node.test)}]
-    return bool(guards) or not calls
+                        "memory and isolate.") from error
+    try:
+        pickle.dumps(setting)
+    except Exception as error:
+        raise UserError("What tools get can not be sent to a worker process: "
+                        f"{format_one_line(error)}.", "Let arguments be plain data.") from error
+    if __name__ != "__main__" and main_file and re.search(r"(?<!__main__)\.py$", main_file):
+        with open(main_file, "rb") as source:
+            if not re.search(rb"__name__\W+__main__|__main__\W+__name__", source.read()):
+                raise UserError(f"{format_path(main_file)} would run again in every worker "
+                                "process.", 'Put what it does under `if __name__ == "__main__":`.')
 
 
 class Server:
@@ -5396,24 +5289,22 @@ class Server:
     def __init__(self, setting):
         self.setting = setting
 
-    def serve_forked(self, channel_fd, life_fd):
-        """Be a forked worker. Does not return."""
-        from multiprocessing.connection import Connection
-        try:
-            self.serve(Connection(channel_fd), Connection(life_fd))
-        finally:
-            os._exit(EXIT_BUG)
-
-    def serve(self, channel, life):
-        """Do jobs one after another. Does not return."""
+    def serve(self, channel, life, environ):
+        """Do jobs one after another, with the environment variables of the orchestrator. Does not
+        return.
+        """
         import threading
-        own_group(0)
+        if hasattr(os, "setpgid"):
+            os.setpgid(0, 0)
         die_with_orchestrator(life)
+        os.environ.clear()
+        os.environ.update(environ)
         self.channel, self.pid, self.told_s = channel, os.getpid(), 0.0
         self.lock = threading.RLock()  # threads of a tool share the channel, one message at a time
         if self.setting.folder:
             hold_worker_byte(self.setting.folder)
         own_streams()
+        take_signals()
         with Interrupts() as self.interrupts:
             kept = Kept(self.setting, self.interrupts, self.ask, self.pack)
             self.put_back, is_leaving = make_put_back(), False
@@ -5428,8 +5319,7 @@ class Server:
                 if is_leaving:
                     kept.close()
                 number, self.job = self.job.number, None
-                with self.lock:
-                    channel.send(("ended", number, (problem, is_leaving)))
+                self._say(("ended", number, (problem, is_leaving)))
             kept.close()
         os._exit(EXIT_SUCCESS)
 
@@ -5453,7 +5343,7 @@ class Server:
     def send(self, message):
         """Send a message to the run; of events that tell of progress, ten a second."""
         if message[0] != "event":
-            self._send(message)  # no tool is being called now
+            self._say(message)  # no tool is being called now
             return
         what = message[2]
         if what["kind"] == "progress":
@@ -5461,11 +5351,13 @@ class Server:
             if now_s - self.told_s < 0.1 and what["done"] != what["total"]:
                 return
             self.told_s = now_s
-        self.interrupts.finish(self._send, message)
+        self.interrupts.finish(self._say, message)
 
-    def _send(self, message):
+    def _say(self, message, is_question=False):
+        """Send a message and return the answer, if it is a question."""
         with self.lock, bounded_memory(2**62):  # the tool's own bound would tear it
             self.channel.send(message)
+            return self.channel.recv() if is_question else None
 
     def ask(self, job, tool):
         """Return the result of a tool that the one of a job may see, or the names of all for None.
@@ -5478,12 +5370,7 @@ class Server:
         name = str.__str__(tool) if isinstance(tool, str) else None  # nothing strange may travel
         if tool is not None and name is None:
             raise KeyError(tool)
-        return self.interrupts.finish(self._ask, job.number, name)
-
-    def _ask(self, number, name):
-        with self.lock, bounded_memory(2**62):
-            self.channel.send(("asks", number, name))
-            found = self.channel.recv()
+        found = self.interrupts.finish(self._say, ("asks", job.number, name), True)
         if not found:
             raise KeyError(name)
         return found[0]
@@ -5502,26 +5389,39 @@ def die_with_orchestrator(life):
     middle of C code. Elsewhere a thread waits for it, which code that holds the interpreter's
     lock can delay.
     """
-    import signal
     import threading
-    if sys.platform.startswith("linux"):
-        import fcntl
-        import select
-        # Reopened, because the owner belongs to the open file, which all workers would share.
-        fd = os.open(f"/proc/self/fd/{life.fileno()}", os.O_RDONLY | os.O_NONBLOCK)
-        fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpid())
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
-        if select.select([fd], [], [], 0)[0]:  # it died before we listened
-            signal_group(os.getpid(), "SIGKILL")
-        return
 
     def watch():
         with contextlib.suppress(EOFError, OSError):
             life.recv_bytes()
-        signal_group(os.getpid(), "SIGKILL")
+        if hasattr(os, "killpg"):
+            os.killpg(os.getpid(), _signal.SIGKILL)
+        os._exit(EXIT_BUG)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if not sys.platform.startswith("linux"):
+        threading.Thread(target=watch, daemon=True).start()
+        return
+    import fcntl
+    # Reopened, because the owner belongs to the open file, which all workers would share.
+    fd = os.open(f"/proc/self/fd/{life.fileno()}", os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpid())
+    fcntl.fcntl(fd, fcntl.F_SETSIG, _signal.SIGKILL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+    if life.poll():  # it died before we listened
+        watch()
+
+
+def take_signals():
+    """Take signals as a program does that has just been started, though the fork server blocks
+    some; but SIGURG writes where each thread is, in C code too, to this process's stderr.
+    """
+    if os.name != "nt":
+        import faulthandler
+        import signal
+        faulthandler.register(signal.SIGURG, 2)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def own_streams():
@@ -5545,12 +5445,8 @@ def output_to(file):
     try:
         yield
     finally:
-        closed = []  # by the tool
-        for fd, name in ((1, "stdout"), (2, "stderr")):
-            try:
-                getattr(sys, name).flush()
-            except (AttributeError, OSError, ValueError):
-                closed.append((fd, name))
+        closed = [(fd, name) for fd, name in ((1, "stdout"), (2, "stderr"))
+                  if not flush(getattr(sys, name, None))]  # by the tool
         point_output(os.open(os.devnull, os.O_WRONLY))
         for fd, name in closed:
             setattr(sys, name, make_stream(fd))
@@ -5625,15 +5521,15 @@ def run_plan(pipeline, plan, arguments, *, history=History(), request=Request(),
     tools = [pipeline.tools[step.tool] for step in plan.steps if not step.success]
     check_get_connection(pipeline.get_connection)
     check_modules(pipeline, tools)
-    count = count_workers(pipeline, plan)
+    wants_workers = any(needs_worker(tool, plan.jobs) for tool in tools)
     workers = None
     with contextlib.ExitStack() as stack:
-        folder = history.folder or (stack.enter_context(make_temporary_folder()) if count else "")
+        folder = history.folder or (stack.enter_context(make_temporary_folder())
+                                    if wants_workers else "")
         setting = Setting(pipeline, dict(arguments), verbose, history.folder,
                           folder and os.path.join(folder, "slips"))
-        if count:  # before anything is opened: neither threads nor connections are inherited
-            history.close()
-            workers = Workers(count, setting, clock, grace_s)
+        if wants_workers:
+            workers = Workers(setting, clock, grace_s)
             stack.push(lambda kind, *_: workers.close(0.0 if kind else grace_s))
         interrupts = stack.enter_context(Interrupts())
         callees = load_all(tools, arguments, interrupts)
@@ -5663,12 +5559,6 @@ def load_all(tools, arguments, interrupts):
         if callee.has_items or callee.tool.cache_s is not None:
             hash_imported(callee.tool.module)
     return callees
-
-
-def count_workers(pipeline, plan):
-    """Return how many workers a plan wants from the start."""
-    return min(plan.jobs, sum(needs_worker(pipeline.tools[step.tool], plan.jobs)
-                              for step in plan.steps if not step.success))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import textwrap
 import time
 import traceback
 import types
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ TOP = Path(__file__).resolve().parents[1]
 ENGINE_MARK = "# === ENGINE"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "ORCHESTRATOR_HOME"}
 sys.path.insert(0, str(TOP))
+import orchestrator  # noqa: E402
 
 SQLITE = '''
 def get_connection():
@@ -125,11 +127,13 @@ class QuickSandbox(Sandbox):
             sys.dont_write_bytecode = True  # a module may be written twice in a second
             file = str(self.folder / "orchestrator.py")
             sys.path[0], sys.argv = str(self.folder), [file]
+            # Workers are forked from the fork server of pytest, which is no child of this process.
+            forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None
             main = sys.modules["__main__"] = types.ModuleType("__main__")
-            main.__file__ = file
-            exec(compile(self.read("orchestrator.py").partition(ENGINE_MARK)[0], file, "exec"),
-                 vars(main))
-            import orchestrator
+            program = orchestrator.find_program()  # as if it had no __spec__
+            orchestrator.find_program = lambda: program
+            main.__spec__ = importlib.util.find_spec("quick_main")  # what workers import
+            exec(main.__spec__.loader.get_code("quick_main"), vars(main))
             has = vars(main).get
             code = orchestrator.main(
                 has("TOOL_MAP"), has("STAGES"), has("get_connection"), argv=list(words),
@@ -221,6 +225,16 @@ def count_steps(call):
         sys.setprofile(None)
         sys.settrace(None)
     return steps
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fork_server():
+    """Start what all workers of this process and its forks are forked from, once."""
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a module may be written twice in a second
+    folder = os.getcwd()
+    os.chdir(TOP)
+    orchestrator.make_context()
+    os.chdir(folder)
 
 
 @pytest.fixture(autouse=True)

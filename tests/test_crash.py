@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork and SIGKIL
 # than the one before; prints what was wrong after a resume, as JSON: [kills, [complaint, ...]].
 DRIVER = '''
 import json, os, re, signal, sqlite3, sys
+from multiprocessing import forkserver
 from pathlib import Path
 import orchestrator
 from orchestrator import History, main
@@ -40,7 +41,7 @@ folder = HERE
 
 
 def get_connection():
-    conn = connect(folder / "data.db", timeout=30)
+    conn = connect(Path(os.environ["FOLDER"]) / "data.db", timeout=30)
     conn.execute("CREATE TABLE IF NOT EXISTS did (tool, attempt)")
     return conn
 
@@ -68,6 +69,8 @@ def start(words, die_at=None):
         said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1), os.dup2(said, 2)
         os.environ["FOLDER"] = str(folder)
+        # Workers are forked from the fork server of the parent.
+        forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None
         if die_at:
             sqlite3.connect = connect_to_die
         code = main(TOOLS, {}, get_connection, argv=words, name="crash", home=str(folder / "home"))
@@ -139,18 +142,19 @@ def kill_and_resume(die_at):
 
 repeated = set()  # tools that did their work twice, as the kill came between the two commits
 MUTANT
-folder = HERE / "warm"  # this process imports all that the runs will need
-folder.mkdir()
-os.environ["FOLDER"] = str(folder)
-main(TOOLS, {}, get_connection, argv=["-q", *WORDS], name="crash", home=str(folder / "home"))
-die_at = 15 if IS_MUTANT or WORDS else 1  # before that, it makes the tables
-folder = HERE / str(die_at)
-folder.mkdir()
-while kill_and_resume(die_at) and not (complaints and IS_MUTANT):
-    die_at += 1
+if __name__ == "__main__":  # workers import this file, too
+    folder = HERE / "warm"  # this process imports all that the runs will need
+    folder.mkdir()
+    os.environ["FOLDER"] = str(folder)
+    main(TOOLS, {}, get_connection, argv=["-q", *WORDS], name="crash", home=str(folder / "home"))
+    die_at = 15 if IS_MUTANT or WORDS else 1  # before that, it makes the tables
     folder = HERE / str(die_at)
     folder.mkdir()
-print(json.dumps([die_at, sorted(repeated), complaints]))
+    while kill_and_resume(die_at) and not (complaints and IS_MUTANT):
+        die_at += 1
+        folder = HERE / str(die_at)
+        folder.mkdir()
+    print(json.dumps([die_at, sorted(repeated), complaints]))
 '''
 
 TOOLS = """

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork and SIGKIL
 # Prints JSON: {"kills": ..., "where": {kind of process: kills}, "complaints": [...]}.
 DRIVER = '''
 import json, mmap, os, re, signal, sqlite3, struct, sys, time
+from multiprocessing import forkserver
 from pathlib import Path
 import orchestrator
 
@@ -37,7 +38,11 @@ TRIES = {("load", "a"): 1, ("load", "flaky"): 2, ("load", "broken"): 2,
          ("publish", "a"): 1, ("publish", "flaky"): 1}
 GOOD = sorted(key for key in TRIES if key[1] != "broken")
 connect, write_slip, unlink = sqlite3.connect, orchestrator.write_slip, os.unlink
-shared = mmap.mmap(-1, 16)  # steps that all processes of a run have made, and who was killed
+SHARED = Path(__file__).with_name("shared")
+if __name__ == "__main__":
+    SHARED.write_bytes(bytes(16))
+with SHARED.open("r+b") as file:  # steps that all processes of a run have made, and who was killed
+    shared = mmap.mmap(file.fileno(), 16)
 HARMLESS = "SELECT|PRAGMA|BEGIN|SAVEPOINT|DROP TABLE IF|CREATE TEMP"
 complaints, where = [], {}
 folder = Path(__file__).parent
@@ -127,15 +132,30 @@ def note(*words):
     os.close(fd)
 
 
+def die_at_step(number):
+    """Let this process make steps, of the run or of one of its workers, and die at one of them."""
+    global die_at
+    die_at = number
+    sqlite3.connect = lambda *args, **options: connect(
+        *args, **{**options, "factory": Connection if die_at else Unsynced})
+    if die_at:
+        orchestrator.write_slip = write_and_note
+        os.unlink = stepping(unlink)
+
+
 def get_connection():
+    global folder
+    if __name__ != "__main__" and sqlite3.connect is connect:
+        folder = Path(os.environ["FOLDER"])
+        die_at_step(int(os.environ["DIE_AT"]))
     conn = sqlite3.connect(folder / "data.db", timeout=30)
     conn.execute("PRAGMA synchronous = OFF")
     return conn
 
 
-def begin(die_at_step, words=WORDS):
+def begin(at_step, words=WORDS):
     """Return the exit code of a run in a fork, one of whose processes is killed at a step."""
-    global die_at, main_pid
+    global main_pid
     shared[:] = bytes(16)
     pid = os.fork()
     if pid:
@@ -143,15 +163,13 @@ def begin(die_at_step, words=WORDS):
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     code = 99
     try:
-        die_at = die_at_step
         said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1), os.dup2(said, 2)
         os.environ["FOLDER"] = str(folder)
-        sqlite3.connect = lambda *args, **options: connect(
-            *args, **{**options, "factory": Connection if die_at else Unsynced})
-        if die_at:
-            orchestrator.write_slip = write_and_note
-            os.unlink = stepping(unlink)
+        os.environ["DIE_AT"] = str(at_step)
+        # Workers are forked from the fork server of the parent.
+        forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None
+        die_at_step(at_step)
         code = orchestrator.main(TOOLS, {}, get_connection, argv=["-q", *words], name="crash",
                                  home=str(folder / "home"))
     finally:
@@ -237,20 +255,21 @@ def kill_and_go_on(at):
     return bool(killed)
 
 
-top = folder
-for at in range(0, 10_000, OPTIONS["every"]):
-    folder = top / str(at)
-    folder.mkdir()
-    if not at:  # this process imports all that the runs will need
-        os.environ["FOLDER"] = str(folder)
-        conn = get_connection()
-        conn.executescript("CREATE TABLE work (tool, item); CREATE TABLE more (tool, item)")
-        conn.close()
-        orchestrator.main(TOOLS, {}, get_connection, argv=["-q", *WORDS], name="crash",
-                          home=str(folder / "home"))
-    elif not kill_and_go_on(at) or any(OPTIONS["until"] in each for each in complaints):
-        break
-print(json.dumps({"kills": sum(where.values()), "where": where, "complaints": complaints}))
+if __name__ == "__main__":  # workers import this file, too
+    top = folder
+    for at in range(0, 10_000, OPTIONS["every"]):
+        folder = top / str(at)
+        folder.mkdir()
+        if not at:  # this process imports all that the runs will need
+            os.environ.update(FOLDER=str(folder), DIE_AT="0")
+            conn = get_connection()
+            conn.executescript("CREATE TABLE work (tool, item); CREATE TABLE more (tool, item)")
+            conn.close()
+            orchestrator.main(TOOLS, {}, get_connection, argv=["-q", *WORDS], name="crash",
+                              home=str(folder / "home"))
+        elif not kill_and_go_on(at) or any(OPTIONS["until"] in each for each in complaints):
+            break
+    print(json.dumps({"kills": sum(where.values()), "where": where, "complaints": complaints}))
 '''
 
 LOAD = """
@@ -460,6 +479,57 @@ def kill_at_random(sandbox, kills, seed, mutant=(), journal="DELETE"):
 def test_items_killed_at_random_are_done_exactly_once(sandbox, journal):
     assert kill_at_random(sandbox, 10, seed=1, journal=journal) == []
     assert not find_slips(sandbox)
+
+
+WITH_CHILD = f"""
+    import os, subprocess
+    def items():
+        return {MANY[:60]!r}
+    def run(conn, item, context):
+        child = subprocess.Popen(["sleep", "0.02"])
+        with open("at", "w") as file:
+            file.write(f"{{os.getpid()}} {{child.pid}}")
+        conn.execute("INSERT INTO work VALUES (?, 1)", (item,))
+        if child.wait():
+            raise ValueError("its child was killed")
+        conn.execute("INSERT INTO more VALUES (?, 1)", (item,))
+"""
+KILLS = int(os.environ.get("ORCHESTRATOR_TEST_KILLS", "6"))
+
+
+@pytest.mark.parametrize("kills, seed", [(KILLS, 1), pytest.param(300, 2, marks=pytest.mark.sweep)])
+def test_items_are_done_once_whoever_is_killed_the_run_a_worker_or_a_child_of_a_tool(
+        sandbox, kills, seed):
+    chance = random.Random(seed)  # noqa: S311 - the same moments each time, nearly
+    write_pipeline(sandbox, WITH_CHILD)
+    program = sandbox.folder / "orchestrator.py"
+    program.write_text(program.read_text().replace('"retries": 1', '"retries": 9', 1))
+    at, killed = sandbox.folder / "at", []
+    while len(killed) < kills:
+        sandbox.folder.joinpath("data.db").unlink(missing_ok=True)
+        code = None
+        while code != 0:
+            at.write_text("")
+            process = sandbox.start("-q", "-j", "3")
+            while process.poll() is None:
+                if chance.random() < 0.9:  # else it may not have begun
+                    wait_until(lambda run=process: at.read_text() or run.poll() is not None)
+                try:
+                    process.wait(chance.uniform(0.0, 0.3) if len(killed) < kills else 60)
+                except subprocess.TimeoutExpired:
+                    pids = [process.pid, *map(int, at.read_text().split())]
+                    who = chance.choice(range(len(pids)))
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pids[who], signal.SIGKILL)
+                        killed.append(("run", "worker", "child")[who])
+            code, (_, err) = process.returncode, process.communicate(timeout=60)
+            assert "Traceback" not in err.replace("Traceback (most recent call last):\n  File "
+                                                  f'"{sandbox.folder}/load.py"', ""), err
+            assert code in (0, 1, -signal.SIGKILL), err
+            assert sandbox.query("PRAGMA integrity_check") == [("ok",)]
+        assert find_wrong(sandbox, MANY[:60]) == []
+    assert not find_slips(sandbox)
+    assert kills < 20 or set(killed) == {"run", "worker", "child"}
 
 
 def test_an_engine_that_records_items_before_their_work_is_caught_by_random_kills(sandbox):

@@ -450,13 +450,14 @@ if item == "d" and not os.path.exists("lost"):
 @linux
 def test_what_a_batch_has_committed_one_by_one_is_not_done_again_after_a_timeout(world):
     """The commit of all fails, so each is done alone; then one of them takes too long."""
-    connect = world.connect
-
-    def connect_with_keys():
-        conn = connect()
-        conn.execute("PRAGMA foreign_keys = ON")
-        return conn
-
+    world.tool("keys", """
+import sqlite3
+def connect_with_keys():
+    conn = sqlite3.connect("data.db", timeout=20)
+    conn.execute("PRAGMA foreign_keys = ON")
+    return conn
+""")
+    from keys import connect_with_keys
     world.connect = connect_with_keys
     tool(world, """
 pathlib.Path("calls").open("a").write(item)

@@ -1,11 +1,16 @@
 """The room WORKERS: processes that die, hang, run too long or leave others behind."""
+import contextlib
 import os
 import signal
+import sqlite3
+import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
-from conftest import SQLITE, press_ctrl_c_again, summary, wait_until
+from conftest import ENVIRONMENT, SQLITE, TOP, Sandbox, press_ctrl_c_again, summary, wait_until
 
 from orchestrator import (
     Interrupts, Results, UserError, load_pipeline, make_plan, run_pipeline, run_plan,
@@ -490,7 +495,7 @@ def test_after_a_sigkill_of_the_orchestrator_nothing_is_left(sandbox, spawn):
     wait_until(lambda: not any(map(is_alive, pids)), timeout_s=5)
 
 
-def test_spawned_workers_do_the_same_as_forked_ones(sandbox):
+def test_spawned_workers_do_the_same_as_those_of_the_fork_server(sandbox):
     sandbox.pipeline('TOOL_MAP = {n: {"module": "t:" + n, "needs": []} for n in ("a", "b")}\n'
                      'TOOL_MAP["c"] = {"module": "t:c", "needs": ["a", "b"]}' + SQLITE)
     sandbox.tool("t", """
@@ -502,38 +507,294 @@ def test_spawned_workers_do_the_same_as_forked_ones(sandbox):
     assert outputs == ["{'a': 1, 'b': 2} (3,)\n"] * 2
 
 
-def test_a_get_connection_that_can_not_be_sent_is_told_before_anything_runs(modules, monkeypatch):
-    monkeypatch.setenv("ORCHESTRATOR_SPAWN", "1")
+@pytest.mark.parametrize("spawn", ["", "1"])
+def test_a_get_connection_that_can_not_be_sent_is_told_before_anything_runs(
+        modules, monkeypatch, spawn):
+    monkeypatch.setenv("ORCHESTRATOR_SPAWN", spawn)
     modules(m="ran = []\ndef run(conn): ran.append(1)")
     with pytest.raises(UserError, match="get_connection can not be sent to a worker process"):
         run_pipeline([], {"t": {"module": "m", "isolate": True}}, {}, lambda: None)
 
 
-def test_a_script_without_a_main_guard_is_told_before_anything_runs(sandbox):
+def test_an_argument_that_can_not_be_sent_is_told_before_anything_runs(modules):
+    modules(m="def run(lock): pass")
+    with pytest.raises(UserError, match="can not be sent to a worker process.*lock"):
+        run_pipeline([], {"t": {"module": "m", "isolate": True}},
+                     arguments={"lock": threading.Lock()})
+
+
+@pytest.mark.parametrize("spawn", ["", "1"])
+def test_a_script_without_a_main_guard_is_told_before_anything_runs(sandbox, spawn):
     sandbox.pipeline('TOOL_MAP = {"t": "t"}').tool("t", "def run(): pass")
     sandbox.tool("second", """
         from orchestrator import main
         main({"t": {"module": "t", "isolate": True}})
     """)
-    ended = sandbox.run(file="second.py", env={"ORCHESTRATOR_SPAWN": "1"})
+    ended = sandbox.run(file="second.py", env={"ORCHESTRATOR_SPAWN": spawn})
     assert 'second.py would run again in every worker process' in ended.err
     assert '__name__ == "__main__"' in ended.err and "t  running" not in ended.err
 
 
-@LINUX
-def test_a_process_with_threads_does_not_fork(modules):
-    modules(m="import sys\ndef run(conn): return 'multiprocessing.spawn' in sys.modules",
-            database="def connect(): return None")
+def test_a_program_with_threads_and_open_connections_starts_workers_that_inherit_none(
+        modules, monkeypatch):
+    """A SQLite connection that a fork inherits loses what is committed through it."""
+    folder = modules(m="""
+        import os, threading
+        def run(conn):
+            conn.execute("INSERT INTO x VALUES (1)")
+            return threading.active_count(), [
+                name for name in map(os.path.realpath, map("/dev/fd/{}".format, range(50)))
+                if name.endswith("other.db")]
+        """, database="""
+        import sqlite3
+        def connect():
+            return sqlite3.connect("data.db", timeout=20)
+        """)
+    monkeypatch.chdir(folder)
     from database import connect
+    others = [sqlite3.connect(folder / "other.db", check_same_thread=False) for _ in range(20)]
+    others[0].execute("CREATE TABLE y (z)")
+    ours = connect()
+    ours.execute("CREATE TABLE x (y)")
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()
     try:
-        result = run_pipeline([], {"t": {"module": "m", "isolate": True}}, {}, connect)
+        result = run_pipeline([], {name: {"module": "m", "needs": []} for name in "abcdef"}, {},
+                              connect, jobs=2)
+        others[0].execute("INSERT INTO y VALUES (1)")
+        others[0].commit()
+        assert others[1].execute("SELECT count(*) FROM y").fetchone() == (1,)
+        assert ours.execute("SELECT count(*) FROM x").fetchone() == (6,)
     finally:
         stop.set()
         thread.join()
-    assert result.results == {"t": True}
+        for each in (*others, ours):
+            each.close()
+    assert list(result.results.values()) == [(1, [])] * 6, result.errors
+
+
+@pytest.mark.parametrize("spawn", ["", "1"])
+def test_a_program_with_more_than_1023_open_files_starts_workers(modules, monkeypatch, spawn):
+    """select() takes no file descriptor above that."""
+    import resource
+    monkeypatch.setenv("ORCHESTRATOR_SPAWN", spawn)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] < 1300:
+        pytest.skip("so many files are not allowed")
+    modules(m="def run(): return 3")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(1300, limits[0]), limits[1]))
+    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        result = run_pipeline([], {name: {"module": "m", "needs": []} for name in "abc"}, jobs=2)
+    finally:
+        for fd in fds:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert result.results == {"a": 3, "b": 3, "c": 3}
+
+
+def find_starter(session):
+    """Return the pids of the fork servers in a session of processes."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            command = stat.with_name("cmdline").read_bytes()
+            if fields[3] == str(session) and fields[2] == str(session) \
+                    and b"multiprocessing.forkserver" in command:
+                found.append(int(stat.parent.name))
+    return found
+
+
+@LINUX
+@pytest.mark.parametrize("moment", ["while a tool runs", "before there is a worker"])
+def test_a_starter_that_is_killed_is_told_and_the_run_goes_on(sandbox, moment):
+    sandbox.pipeline('TOOL_MAP = {n: {"module": "t:" + n, "needs": []} for n in "abcd"}')
+    sandbox.tool("t", f"""
+        import os, pathlib, time
+        def wait(name):
+            pathlib.Path(name).touch()
+            while not os.path.exists("go"):
+                time.sleep(0.01)
+        def a():
+            if not os.path.exists("go"):
+                wait("at")
+                time.sleep(60)
+        def b(): pass
+        def c(): wait("other")
+        def d(): pass
+        if {moment!r} == "before there is a worker":
+            wait("at")
+    """)
+    process = sandbox.start("-j", "2", env={"ORCHESTRATOR_SPAWN": ""})
+    wait_until((sandbox.folder / "at").exists)
+    wait_until(lambda: find_starter(process.pid))
+    for pid in find_starter(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(map(is_alive, find_starter(process.pid))))
+    (sandbox.folder / "go").touch()
+    _, err = process.communicate(timeout=30)
+    assert "bug in orchestrator.py" not in err and "Traceback" not in err, err
+    if moment == "while a tool runs":
+        assert process.returncode == 1, err
+        assert "a     failed" in err and "the process that starts the workers was killed" in err
+        assert "d     success" in err
+    else:
+        assert process.returncode == 0, err
+
+
+@LINUX
+@pytest.mark.parametrize("spawn", ["", "1"])
+def test_a_worker_that_is_killed_while_its_tools_child_lives_on_is_noticed_at_once(
+        modules, monkeypatch, spawn):
+    """The child has all descriptors of the worker, and so the other end of its pipes."""
+    folder = modules(m="""
+        import os, signal, subprocess, sys, time
+        def dies():
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
+                                     close_fds=False, start_new_session=True)
+            with open("pids", "w") as file:
+                file.write(str(child.pid))
+            os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    monkeypatch.setenv("ORCHESTRATOR_SPAWN", spawn)
+    monkeypatch.chdir(folder)
+    began_s = time.monotonic()
+    result = run_pipeline([], {"t": {"module": "m:dies", "isolate": True}})
+    took_s = time.monotonic() - began_s
+    pid, = read_pids(folder)
+    try:
+        assert is_alive(pid)  # it left the group, and only what is in it is ended
+        assert "killed by signal 9" in result.errors["t"]
+        assert took_s < 20
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+@LINUX
+@pytest.mark.parametrize("how, where", [
+    ("time.sleep(60)", "in hang"), ("lock.acquire()", "in hang"),
+    ("re.match(r'(a+)+$', 'a' * 80 + 'b')", "in match"),
+    ("sqlite3.connect(':memory:').execute(ENDLESS)", "in hang")])
+def test_where_a_tool_hung_at_its_timeout_is_in_its_log_for_all_threads(sandbox, how, where):
+    sandbox.pipeline('TOOL_MAP = {"t": {"module": "m", "timeout": 0.5}}').tool("m", f"""
+        import re, sqlite3, threading, time
+        lock = threading.Lock()
+        lock.acquire()
+        ENDLESS = ("WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) "
+                   "SELECT max(x) FROM c")
+        def beside():
+            time.sleep(600)
+        def hang():
+            {how}
+        def run():
+            threading.Thread(target=beside, daemon=True).start()
+            hang()
+    """).tool("second", """
+        from orchestrator import main
+        if __name__ == "__main__":
+            main({"t": {"module": "m", "timeout": 0.5}}, home="home")
+    """)
+    ended = sandbox.run()
+    assert ended.code == 1 and "timed out after 0.50 s" in ended.err
+    log = sandbox.run("--logs", "t").out
+    assert where in log and "in beside" in log and "in run" in log, log
+
+
+def test_an_items_time_counts_from_when_it_is_begun_and_where_it_hung_is_told(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"t": {"module": "m", "timeout": 1.5}}' + SQLITE).tool("m", """
+        import time
+        def items():
+            return list("abcdef")
+        def run(conn, item):
+            time.sleep(60 if item == "f" else 0.5)
+    """)
+    ended = sandbox.run()
+    assert ended.code == 1 and "5 of" not in ended.err, ended
+    assert dict(sandbox.query("SELECT item, status FROM orchestrator_items")) == {
+        **dict.fromkeys("abcde", "success"), "f": "failed"}
+    assert dict(sandbox.query("SELECT item, deaths FROM orchestrator_items"))["f"] == 0
+    assert "in run" in sandbox.run("--logs", "t").out
+
+
+@LINUX
+@pytest.mark.parametrize("moment", ["while tools run", "while the fork server starts"])
+def test_ctrl_c_in_a_terminal_reaches_all_processes_and_the_run_ends_in_order(sandbox, moment):
+    """All that are in the foreground get it, so the fork server does, too."""
+    if moment == "while tools run":
+        process = start_long(sandbox, "busy", "parent", lines=3)
+    else:
+        sandbox.pipeline(NEEDS_NOTHING.format(names=("busy", "parent"))).tool("t", LONG)
+        process = sandbox.start("--jobs", "2", env={"ORCHESTRATOR_SPAWN": ""})
+        wait_until(lambda: find_starter(process.pid))
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert not any(map(is_alive, read_pids(sandbox.folder)))
+    if moment == "while tools run":
+        assert {line.split()[1] for line in summary(err).values()} == {"interrupted"}
+
+
+def test_workers_ignore_what_nohup_ignores_and_hear_what_ends_them(modules):
+    modules(m="""
+        import signal
+        def run():
+            return [signal.getsignal(getattr(signal, name)) == signal.SIG_IGN
+                    for name in ("SIGHUP", "SIGINT", "SIGTERM", "SIGCHLD")], sorted(
+                signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    """)
+    modules(host="""
+        from orchestrator import run_pipeline
+        if __name__ == "__main__":
+            result = run_pipeline([], {"t": {"module": "m", "isolate": True}})
+            print(result.results["t"])
+    """)
+    for ignored in ("", "HUP", "HUP INT TERM CHLD"):
+        told = subprocess.run(
+            ["sh", "-c", f"trap '' {ignored or 'USR1'}; exec \"$0\" host.py", sys.executable],
+            cwd=modules(), stdout=subprocess.PIPE, text=True, timeout=60,
+            env={**ENVIRONMENT, "PYTHONPATH": str(TOP)}).stdout
+        assert told == f"([{bool(ignored)}, False, False, False], [])\n"
+
+
+@pytest.mark.parametrize("how", ["as it is", "from elsewhere", "beside another", "by a link",
+                                 "with a dot", "without .py", "as a module",
+                                 "from a path of Python"])
+@pytest.mark.parametrize("spawn", ["", "1"])
+def test_workers_have_the_same_main_program_however_it_is_started(sandbox, how, spawn):
+    """Where another file of its name lies in the working folder, that is not taken for it."""
+    here = sandbox.folder / "here"
+    here.mkdir()
+    ours = Sandbox(here).pipeline("""
+        TOOL_MAP = {n: {"module": "t", "needs": []} for n in "ab"}
+        def get_connection():
+            return "ours"
+    """).tool("t", "def run(conn): print(conn)")
+    other = sandbox.folder / "other"
+    other.mkdir()
+    text = ours.read("orchestrator.py")
+    (other / "orchestrator.py").write_text(text.replace('return "ours"', 'return "theirs"'))
+    (here / "my.pipe.py").write_text(text)
+    (here / "pipe").write_text(text)
+    (other / "link.py").symlink_to(here / "orchestrator.py")
+    words, cwd = {"as it is": (["orchestrator.py"], here),
+                  "from elsewhere": ([here / "orchestrator.py"], sandbox.folder),
+                  "beside another": ([here / "orchestrator.py"], other),
+                  "by a link": ([other / "link.py"], other),
+                  "with a dot": (["my.pipe.py"], here),
+                  "without .py": (["pipe"], here),
+                  "as a module": (["-m", "orchestrator"], here),
+                  "from a path of Python": (["-m", "orchestrator"], sandbox.folder)}[how]
+    env = {**ENVIRONMENT, "ORCHESTRATOR_SPAWN": spawn}
+    if how == "from a path of Python":
+        env["PYTHONPATH"] = str(here)
+    for _ in range(2):
+        ended = subprocess.run([sys.executable, *map(str, words), "-j", "2"], cwd=cwd, env=env,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               timeout=60)
+        assert (ended.returncode, ended.stdout) == (0, "ours\nours\n"), ended.stderr
+        assert "Traceback" not in ended.stderr
 
 
 def test_a_tool_may_use_processes_of_its_own(modules):
