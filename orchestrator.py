@@ -2345,6 +2345,69 @@ def clean(text):
     return re.sub(_ESCAPES, "", text.replace("\r\n", "\n"))
 
 
+class Clock(NamedTuple):
+    """The time, as a run sees it; tests hold it still."""
+    wall: Callable[[], float] = time.time
+    monotonic: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+@contextlib.contextmanager
+def hold_history(folder, base, wait_s=0.0, clock=Clock()):
+    """Hold the history of a pipeline, which nobody else writes to meanwhile.
+
+    Raise Locked if another run holds it and is not over within `wait_s` seconds.
+    """
+    make_folder(folder)
+    lock, history = Lock(folder), History(folder, base)
+    started_s = clock.monotonic()
+    holder = lock.take()
+    while holder:
+        patience_s = WORKERS_END_S if holder == "worker" else LOOK_S
+        if clock.monotonic() - started_s >= max(wait_s, patience_s):
+            raise make_locked(history, holder)
+        clock.sleep(0.05)
+        holder = lock.take()
+    try:
+        yield history
+    finally:
+        history.close()
+        lock.release()
+
+
+def make_locked(history, holder):
+    """Return the sentence for a pipeline of which another run is not over."""
+    fix = "Wait for its end with --wait; --status shows what it does."
+    try:
+        run, attempts = find_running(history)
+    finally:
+        history.close()
+    if run is None:
+        return Locked("Another run of this pipeline is just beginning or ending.", fix)
+    tools = ", ".join(attempt["tool"] for attempt in attempts) or "nothing yet"
+    if holder == "worker":
+        return Locked(f"Run {run['run_id']} was killed, and a worker of it has not ended: {tools}.",
+                      fix)
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run["started_at"]))
+    return Locked(f"Run {run['run_id']} of this pipeline is not over: process {run['pid']}, "
+                  f"since {since}, now at {tools}.", fix)
+
+
+def find_running(history):
+    """Return the run that is not recorded as ended, and the attempts in it that run."""
+    run = history.find_running()
+    attempts = history.load_attempts(run["run_id"]) if run else []
+    return run, [attempt for attempt in attempts if attempt["status"] == "running"]
+
+
+def is_held(folder):
+    """Return whether a run holds the lock of a pipeline, or a worker of one that was killed."""
+    lock = Lock(folder)
+    holder = lock.take()
+    lock.release()
+    return bool(holder)
+
+
 # === 5 CONNECTION ===============================================================================
 # The one place that knows how database drivers differ: open, begin, commit, roll back, close,
 # replace. `conn` may be any DB-API connection, any object with or without close(), commit() and
@@ -6069,13 +6132,6 @@ GRACE_S = 10.0  # between asking a process group to end and killing it
 _BEAT_S = 0.1  # the longest that the loop waits before it looks at signals and the clock
 
 
-class Clock(NamedTuple):
-    """The time, as a run sees it; tests hold it still."""
-    wall: Callable[[], float] = time.time
-    monotonic: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
-
-
 def run_plan(pipeline, plan, arguments, *, history=History(), request=Request(), fail_fast=False,
              verbose=False, keep_results=True, grace_s=GRACE_S, retry_items=(), on_event=None,
              clock=Clock(), find_said=dict):
@@ -6923,62 +6979,6 @@ def load_result(success):
 def make_cached(step):
     """Return the outcome of a tool whose last success still stands."""
     return Outcome("cached", step.reason, load_result(step.success), step.success.rows)
-
-
-@contextlib.contextmanager
-def hold_history(folder, base, wait_s=0.0, clock=Clock()):
-    """Hold the history of a pipeline, which nobody else writes to meanwhile.
-
-    Raise Locked if another run holds it and is not over within `wait_s` seconds.
-    """
-    make_folder(folder)
-    lock, history = Lock(folder), History(folder, base)
-    started_s = clock.monotonic()
-    holder = lock.take()
-    while holder:
-        patience_s = WORKERS_END_S if holder == "worker" else LOOK_S
-        if clock.monotonic() - started_s >= max(wait_s, patience_s):
-            raise make_locked(history, holder)
-        clock.sleep(0.05)
-        holder = lock.take()
-    try:
-        yield history
-    finally:
-        history.close()
-        lock.release()
-
-
-def make_locked(history, holder):
-    """Return the sentence for a pipeline of which another run is not over."""
-    fix = "Wait for its end with --wait; --status shows what it does."
-    try:
-        run, attempts = find_running(history)
-    finally:
-        history.close()
-    if run is None:
-        return Locked("Another run of this pipeline is just beginning or ending.", fix)
-    tools = ", ".join(attempt["tool"] for attempt in attempts) or "nothing yet"
-    if holder == "worker":
-        return Locked(f"Run {run['run_id']} was killed, and a worker of it has not ended: {tools}.",
-                      fix)
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run["started_at"]))
-    return Locked(f"Run {run['run_id']} of this pipeline is not over: process {run['pid']}, "
-                  f"since {since}, now at {tools}.", fix)
-
-
-def find_running(history):
-    """Return the run that is not recorded as ended, and the attempts in it that run."""
-    run = history.find_running()
-    attempts = history.load_attempts(run["run_id"]) if run else []
-    return run, [attempt for attempt in attempts if attempt["status"] == "running"]
-
-
-def is_held(folder):
-    """Return whether a run holds the lock of a pipeline, or a worker of one that was killed."""
-    lock = Lock(folder)
-    holder = lock.take()
-    lock.release()
-    return bool(holder)
 
 
 def make_request(run):
