@@ -379,16 +379,16 @@ def test_no_class_is_longer_than_two_hundred_and_fifty_lines():
     too_long = {node.name for node in ast.walk(TREE) if isinstance(node, ast.ClassDef)
                 and node.end_lineno - node.lineno + 1 > 250}
 
-    assert too_long <= {"Doer", "History", "Ledger", "Run"}  # each is to go from here, none to come
+    assert too_long <= {"Doer", "History", "Ledger"}  # each is to go from here, none to come
 
 
 # --- its size ---
 
 # of each room, and of what is at the mark: lowered with each landing, and never raised
 TOKENS = {
-    "MARK": 118, "WORDS": 1683, "SETUP": 2974, "PLANNING": 3137, "HISTORY": 4835,
+    "MARK": 116, "WORDS": 1683, "SETUP": 2974, "PLANNING": 3137, "HISTORY": 4835,
     "CONNECTION": 3277, "LEDGER": 3300, "MODULES": 4135, "CALLING": 6124, "WORKERS": 4814,
-    "RUNNING": 8123, "VIEWS": 2871, "DOOR": 7912,
+    "RUNNING": 7810, "VIEWS": 2871, "DOOR": 7912,
 }
 
 
