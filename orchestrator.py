@@ -274,6 +274,7 @@ class Item(NamedTuple):
     `is_seen` whether there is such a row, None if that is to be looked up once more. `charge` is
     how a try ended that its process did not survive, and that is to be recorded before another;
     the counts hold it already, and `is_death` tells which: it may have been too slow, instead.
+    `slip` is the file that tells of it until then.
     """
     name: str
     version: str = ""
@@ -282,6 +283,7 @@ class Item(NamedTuple):
     deaths: int = 0
     charge: str = ""
     is_death: bool = False
+    slip: str = ""
 
 
 class Try(NamedTuple):
@@ -6256,44 +6258,44 @@ class Returned:
         self.position = {tool: i for i, tool in enumerate(self.steps)}
         self.results = {}
         self.sees = {tool: step.edges for tool, step in self.steps.items()}
-        last = [tool for tool, step in self.steps.items() if step.needs == ALL_BEFORE][-1:]
-        for tool in last:
+        for tool in [tool for tool in self.steps if self.steps[tool].needs == ALL_BEFORE][-1:]:
             self.sees[tool] = tuple(self.steps)[:self.position[tool]]
         self.users = Counter(each for seen in self.sees.values() for each in seen)
 
-    def has(self, tool, name):
-        """Return whether a tool may see the result of another: if it waits for that; and of one
-        that is not in the plan, the last, if there is one.
+    def look(self, tool, name):
+        """Return in a tuple the result of a tool that another may see: of one that it waits for;
+        of one that is not in the plan, the last. It is empty if there is none.
         """
         needs = self.steps[tool].needs
-        if needs == ALL_BEFORE:
-            return name in self.results and self.position[name] < self.position[tool]
-        return name in needs and (name in self.results or name not in self.steps
-                                  and self.history.find_success(name) is not None)
+        if name not in needs if needs != ALL_BEFORE \
+                else self.position.get(name, len(self.steps)) >= self.position[tool]:
+            return ()
+        if name in self.results:
+            return (self.results[name],)
+        success = name not in self.steps and self.history.find_success(name)
+        return (load_result(success),) if success else ()
+
+    def list_names(self, tool):
+        """Return the names of the tools whose results one may see."""
+        needs = self.steps[tool].needs
+        return [name for name in (self.results if needs == ALL_BEFORE else needs)
+                if self.look(tool, name)]
 
     def find(self, job, name):
-        """Return a result that the tool of a job may see, or for None the names of all. Raise
-        KeyError if there is none.
+        """Return a result for the tool of a job, or for None the names of all. Raise KeyError if
+        there is none.
         """
         if name is None:
-            needs = self.steps[job.tool].needs
-            names = self.results if needs == ALL_BEFORE else needs
-            return [each for each in names if self.has(job.tool, each)]
-        if not self.has(job.tool, name):
-            raise KeyError(name)
-        if name in self.results:
-            return self.results[name]
-        return load_result(self.history.find_success(name))
+            return self.list_names(job.tool)
+        for result in self.look(job.tool, name):
+            return result
+        raise KeyError(name)
 
     def answer(self, job, name):
-        """Return what a worker gets that asks for that: as a tuple, which is empty if there is
-        none.
-        """
-        try:
-            found = self.find(job, name)
-        except KeyError:
-            return ()
-        return (found if name is None else pack_result(found),)
+        """Return the same for a worker: in a tuple, which is empty if there is none."""
+        if name is None:
+            return (self.list_names(job.tool),)
+        return tuple(map(pack_result, self.look(job.tool, name)))
 
     def take(self, tool, outcome):
         """Take it that a tool has ended; return the outcome, as far as it is kept to the end."""
@@ -6309,53 +6311,63 @@ class Returned:
         return outcome._replace(result=None)
 
 
-class Deaths:
-    """The items that were at work when their processes ended, as far as that is not recorded.
+class Policy:
+    """What a failure means for tools that have not begun.
 
-    State: `former`, those of runs that were cut off, by tool and item, each with its slip, the
-    file that tells of it, and the source of the tool then; `slips` of those that are charged, so
-    that it will be recorded before another try.
+    State: `causes`, for each tool that those who need it can not have, the tool that failed first;
+    `first_cause`, the position of the first of these and what failed there; `stopped_by`, the tool
+    whose failure keeps anything more from starting.
     """
 
-    def __init__(self, folder, run_id):
-        self.folder, self.run_id = folder, run_id
-        self.former, self.slips = load_slips(folder), {}
+    def __init__(self, session, position):
+        self.tools, self.fail_fast = session.pipeline.tools, session.fail_fast
+        self.position = position
+        self.causes, self.first_cause, self.stopped_by = {}, (len(position), ""), None
 
-    def look(self, job, item):
-        """Return an item of a job that was listed, charged if it was at work when a former run was
-        cut off, unless the tool's source was changed since: that mended it, perhaps.
-        """
-        slip, source, at_work = self.former.pop((job.tool, item.name), ("", "", None))
-        if source == job.source and at_work.version == item.version \
-                and count_tries(at_work) == count_tries(item):
-            return self.charge(job.tool, item, "its process ended while it was at work", True, slip)
+    def note(self, tool, status):
+        """Note how a tool ended."""
+        if status in ("failed", "partial"):
+            policy = "stop" if self.fail_fast else self.tools[tool].on_failure
+            if policy != "continue" and status == "failed":
+                self.note_cause(tool, tool)
+            if policy == "stop" and self.stopped_by is None:
+                self.stopped_by = tool
+
+    def note_cause(self, tool, root):
+        """Note that those who need a tool can not have it, because `root` failed."""
+        self.causes[tool] = root
+        self.first_cause = min(self.first_cause, (self.position[tool], root))
+
+    def find_hindrance(self, step):
+        """Return why a tool must be skipped, or None. Notes the cause for those that need it."""
+        if self.tools[step.tool].when == "always":
+            return None
+        if step.needs == ALL_BEFORE:
+            position, first = self.first_cause
+            root = first if position < self.position[step.tool] else None
+        else:
+            root = next((self.causes[need] for need in step.needs if need in self.causes), None)
+        if root is not None:
+            self.note_cause(step.tool, root)
+            return f"needs {root}, which failed"
+        if self.stopped_by is not None:
+            return f"not started, because {self.stopped_by} failed" + (
+                " and --fail-fast was given" if self.fail_fast else ' and says "stop"')
+        return None
+
+
+def charge(item, how, is_death, slip):
+    """Return an item that did not survive, or was too slow, so that this is recorded before it is
+    tried again.
+    """
+    return item._replace(charge=how, is_death=is_death, slip=slip, is_seen=None,
+                         tries=item.tries + (not is_death), deaths=item.deaths + is_death)
+
+
+def forget_work(folder, run_id):
+    """Let no item be charged with the end of this process, which is somebody's wish."""
+    for slip, _, _ in load_slips(folder, run_id).values():
         forget_slip(slip, is_told=True)
-        return item
-
-    def charge(self, tool, item, how, is_death, slip):
-        """Return an item that did not survive, or was too slow, so that this is recorded before it
-        is tried again.
-        """
-        self.slips[tool, item.name] = slip
-        return item._replace(charge=how, is_death=is_death, is_seen=None,
-                             tries=item.tries + (not is_death), deaths=item.deaths + is_death)
-
-    def forget(self, tool, item):
-        """Note that what became of an item is recorded."""
-        if self.slips:
-            forget_slip(self.slips.pop((tool, item.name), ""), is_told=True)
-
-    def forget_former(self, tool):
-        """Forget the items of a tool that are not pending any more."""
-        for key in [key for key in self.former if key[0] == tool]:
-            forget_slip(self.former.pop(key)[0], is_told=True)
-
-    def forget_work(self):
-        """Let no item be charged with the end of this process, which is somebody's wish. Runs in
-        the handler of a signal.
-        """
-        for slip, _, _ in load_slips(self.folder, self.run_id).values():
-            forget_slip(slip, is_told=True)
 
 
 class Doing(NamedTuple):
@@ -6409,10 +6421,6 @@ class Work:
 
     # --- what is to do ---
 
-    def has_some(self):
-        """Return whether there is something to try at once."""
-        return self.problem is None and bool(self.left)
-
     def is_over(self):
         """Return whether nothing is left to do."""
         return not self.jobs and bool(self.problem or self.done or self.listed
@@ -6442,7 +6450,7 @@ class Work:
             else:
                 self.problem = ended
             return
-        self.run.deaths.forget(self.tool.name, item)
+        forget_slip(item.slip, is_told=True)
         if ended.status == "success":
             self.ended["passed"] += 1
             if ended.rows is not None:
@@ -6455,21 +6463,20 @@ class Work:
     def take_failed_item(self, ended):
         """Take how an item ended that did not pass: it comes again, or has failed."""
         item, retries, tries = ended.item, self.tool.retries, count_tries(ended.item)
-        texts = [f"{format_name(item.name)}: {ended.error}"]
+        error = f"{format_name(item.name)}: {ended.error}"
+        count = f"try {tries} of {retries + 1}" if retries else ""
         if item.is_death:
             what = "connection" if ended.error.startswith(_GONE) else "process"
-            texts.append(f"it took its {what} down {item.deaths} of {DEATHS_ALLOWED} times")
-        elif retries:
-            texts.append(f"try {tries} of {retries + 1}")
+            count = f"it took its {what} down {item.deaths} of {DEATHS_ALLOWED} times"
         if ended.status == "pending":
-            texts.append(self.run.come_again(self, item._replace(is_death=False),
-                                             0 if item.is_death else tries))
+            then = self.run.come_again(self, item._replace(is_death=False, slip=""),
+                                       0 if item.is_death else tries)
         else:
+            then = "quarantined" if ended.status == "quarantined" else ""
             self.ended["failed"] += 1
-            self.error = self.error or texts[0]
+            self.error = self.error or error
             self.failed_names += [item.name] * (self.ended["failed"] <= 3)
-            texts += ["quarantined"] * (ended.status == "quarantined")
-        self.tell_failed_item(ended, "; ".join(texts))
+        self.tell_failed_item(ended, join_reasons(error, count, then))
 
     def tell_failed_item(self, ended, text):
         """Tell of an item that failed, if not of too many; the log has the traceback of each."""
@@ -6496,12 +6503,26 @@ class Work:
             else:
                 append_log(self.log, text)
 
+    def take_items(self, items, job):
+        """Take items that are pending. Those that were at work when a former run was cut off are
+        charged with that, unless the tool's source was changed since: that mended it, perhaps.
+        """
+        for item in items:
+            slip, source, at_work = self.run.former.pop((job.tool, item.name), ("", "", None))
+            if source == job.source and at_work.version == item.version \
+                    and count_tries(at_work) == count_tries(item):
+                self.add(charge(item, "its process ended while it was at work", True, slip))
+            else:
+                forget_slip(slip, is_told=True)
+                self.add(item)
+
     def take_listing(self, listed, job):
         """Take it that all pending items are known, and what was said of them."""
+        former = self.run.former
         self.listed, self.retry = listed, None  # what was given back is not once more
         self.run.history.note_items(self.tool.name, listed["counts"])
-        if job.only is None:
-            self.run.deaths.forget_former(self.tool.name)
+        for key in [] if job.only else [key for key in former if key[0] == job.tool]:
+            forget_slip(former.pop(key)[0], is_told=True)  # it is not pending any more
 
     def take_end(self, doing, problem):
         """Take it that a job is over, and what kept it from the rest."""
@@ -6514,7 +6535,7 @@ class Work:
             self.run.is_interrupted = True
         elif problem.item and problem.item.is_death:  # as long as that could not be recorded
             item = problem.item._replace(deaths=problem.item.deaths - 1)
-            self.run.deaths.former[self.tool.name, item.name] = "", doing.job.source, item
+            self.run.former[self.tool.name, item.name] = "", doing.job.source, item
         self.problem = self.problem or problem
         if self.listed:
             self.run.tell("progress", self.tool.name, done=sum(self.ended.values()),
@@ -6533,7 +6554,7 @@ class Work:
         else:
             if at_work:
                 item = at_work._replace(tries=item.tries, deaths=item.deaths)
-                self.add(run.deaths.charge(self.tool.name, item, how, not is_late, slip))
+                self.add(charge(item, how, not is_late, slip))
             for each in left.values():
                 run.come_again(self, each._replace(is_seen=None))
 
@@ -6562,20 +6583,18 @@ class Work:
         passed, failed, elsewhere = self.ended.values()
         tried, listed, error = passed + failed, self.listed["counts"]["listed"], self.error
         names = ": " + format_names(self.failed_names, failed) if failed > 1 else ""
-        reasons = [f"{failed:,} of {count_items(tried)} failed{names}"] * bool(failed)
-        if elsewhere:
-            reasons.append(f"{count_items(elsewhere)} done by another run meanwhile")
-        if passed and not failed:
-            reasons.append(f"{count_items(passed)} done")
         is_idle = not tried and not elsewhere
-        if is_idle:
-            reasons.append(f"none of {count_items(listed)} is pending" if listed else "no items")
+        idle = f"none of {count_items(listed)} is pending" if listed else "no items"
+        reason = join_reasons(
+            f"{failed:,} of {count_items(tried)} failed{names}" if failed else "",
+            f"{count_items(elsewhere)} done by another run meanwhile" if elsewhere else "",
+            f"{count_items(passed)} done" if passed and not failed else "",
+            idle if is_idle else "", self.listed["reason"])
         status = "success" if not failed else "partial" if passed else "failed"
         if is_idle and self.listed["is_hopeless"]:
             status, error = "failed", "all that was tried is given up, and none ever passed"
         result = {"items": passed, "failed": failed, "rows": self.rows or 0}
-        return Try(None, status, result, self.rows, error,
-                   reason=join_reasons(*reasons, self.listed["reason"]))
+        return Try(None, status, result, self.rows, error, reason=reason)
 
     def count_items(self):
         """Return the counts of items that history keeps."""
@@ -6592,10 +6611,8 @@ class Run:
     `open`, the Work of those that are at an attempt, and `waiting`, of those that come again;
     `jobs`, what is being done of them, by number; `again`, a heap of (moment, number, Work, its
     attempt, item or None): the only way in which anything comes again, and out of date once that
-    attempt is over; `returned` and `deaths`; `causes`, for each tool that those who need it can not
-    have, the tool that failed first; `first_cause`, the position of the first of these and what
-    failed there; `stopped_by`, the tool whose failure keeps anything more from starting;
-    `is_interrupted`; `told`, the events that the listener hears at the next publish().
+    attempt is over; `former`, the items that were at work when a run was cut off, by tool and item;
+        `is_interrupted`; `told`, the events that the listener hears at the next publish().
     """
 
     def __init__(self, session, setting, interrupts, callees, sources, workers):
@@ -6604,23 +6621,23 @@ class Run:
         self.interrupts, self.sources, self.workers = interrupts, sources, workers
         self.retries = find_retries(session, callees)
         self.returned = Returned(session)
-        self.steps, self.position = self.returned.steps, self.returned.position
+        self.steps = self.returned.steps
         self.schedule = Schedule(self.plan.steps, session.pipeline, self.plan.jobs)
         self.statuses, self.outcomes = dict.fromkeys(self.steps, "pending"), {}
         self.open, self.waiting, self.jobs, self.again = {}, {}, {}, []
         self.numbers = 0  # of jobs, and of what comes again
-        self.causes, self.first_cause = {}, (len(self.steps), "")
-        self.stopped_by, self.is_interrupted = None, False
-        self.told = []
+        self.policy = Policy(session, self.returned.position)
+        self.is_interrupted, self.told = False, []
         self.started_s = self.clock.monotonic()
         self.run_id = self.history.begin_run(
             self.plan, session.request, setting.arguments,
             find_versions(self.pipeline, [callee.tool for callee in callees.values()]),
             self.clock.wall())
         self.ledger_run_id = f"{self.run_id}.{os.urandom(2).hex()}"
-        self.deaths = Deaths(setting.slips, self.ledger_run_id)
+        self.former = load_slips(setting.slips)
         self.logs = setting.slips and find_logs(os.path.dirname(setting.slips), self.run_id)
-        interrupts.before_exit = self.deaths.forget_work
+        self.slips = setting.slips
+        interrupts.before_exit = lambda: forget_work(self.slips, self.ledger_run_id)
 
     def loop(self, here):
         """Start what is ready and settle what has ended, until nothing is left to do. `here` does
@@ -6702,12 +6719,10 @@ class Run:
         return len(self.jobs) < self.plan.jobs and not self.is_interrupted
 
     def start_items(self, is_first):
-        """Have more items done where there is room, by tools of which none are being done if
-        `is_first`.
-        """
+        """Have more items done where there is room; if `is_first`, of tools of which none are."""
         for tool, work in self.open.items():
-            while self.has_room() and work.has_some() and not (is_first and work.jobs) \
-                    and self.schedule.take(tool):
+            while work.left and not work.problem and self.has_room() \
+                    and not (is_first and work.jobs) and self.schedule.take(tool):
                 self.start_job(work, work.take(self.plan.jobs))
 
     def begin_attempt(self, tool):
@@ -6753,8 +6768,7 @@ class Run:
             for ended in what:
                 work.take_try(ended, left)
         elif kind == "found":
-            for item in what:
-                work.add(self.deaths.look(job, item))
+            work.take_items(what, job)
         elif kind == "listed":
             work.take_listing(what, job)
         elif kind == "event":
@@ -6785,7 +6799,7 @@ class Run:
         output = work.log if work.in_worker else ""
         comes_again = outcome.status == "failed" and work.problem is not None \
             and outcome.reason != NOT_AGAIN and work.number <= work.tool.retries \
-            and self.stopped_by is None and not self.is_interrupted
+            and self.policy.stopped_by is None and not self.is_interrupted
         if comes_again:
             work.outcome, self.waiting[tool] = outcome, work
             again = self.come_again(work, None, work.number)
@@ -6801,7 +6815,7 @@ class Run:
             if work.lines:
                 append_log(output, "\n".join(work.lines))
             tidy_log(output)
-        while self.stopped_by and self.waiting:  # no tool is tried again
+        while self.policy.stopped_by and self.waiting:  # no tool is tried again
             each = next(iter(self.waiting))
             self.settle(each, self.waiting.pop(each).outcome)
 
@@ -6814,22 +6828,17 @@ class Run:
     def settle(self, tool, outcome, output=""):
         """Note how a tool ended that was tried, and let those go on that waited for it."""
         self.note_end(tool, outcome, output)
-        if outcome.status in ("failed", "partial"):
-            policy = "stop" if self.session.fail_fast else self.pipeline.tools[tool].on_failure
-            if policy != "continue" and outcome.status == "failed":
-                self.note_cause(tool, tool)
-            if policy == "stop" and self.stopped_by is None:
-                self.stopped_by = tool
+        self.policy.note(tool, outcome.status)
         if outcome.status != "interrupted":
             freed = self.schedule.done(tool)
-            ready = self.schedule.take_all() if self.stopped_by else []
+            ready = self.schedule.take_all() if self.policy.stopped_by else []
             self.unblock([each for each in ready if each not in self.waiting] + freed)
 
     def unblock(self, tools):
         """Make tools ready that wait for nothing any more; settle those that are not to run."""
         for tool in tools:  # which grows
             step = self.steps[tool]
-            reason = None if step.success else self.find_hindrance(step)
+            reason = None if step.success else self.policy.find_hindrance(step)
             if step.success:
                 outcome = Outcome("cached", step.reason, load_result(step.success),
                                   step.success.rows)
@@ -6841,28 +6850,6 @@ class Run:
                 continue
             self.note_end(tool, outcome)
             tools += self.schedule.done(tool)
-
-    def find_hindrance(self, step):
-        """Return why a tool must be skipped, or None. Notes the cause for those that need it."""
-        if self.pipeline.tools[step.tool].when == "always":
-            return None
-        if step.needs == ALL_BEFORE:
-            position, first = self.first_cause
-            root = first if position < self.position[step.tool] else None
-        else:
-            root = next((self.causes[need] for need in step.needs if need in self.causes), None)
-        if root is not None:
-            self.note_cause(step.tool, root)
-            return f"needs {root}, which failed"
-        if self.stopped_by is not None:
-            return f"not started, because {self.stopped_by} failed" + (
-                " and --fail-fast was given" if self.session.fail_fast else ' and says "stop"')
-        return None
-
-    def note_cause(self, tool, root):
-        """Note that those who need a tool can not have it, because `root` failed."""
-        self.causes[tool] = root
-        self.first_cause = min(self.first_cause, (self.position[tool], root))
 
     # --- what is told ---
 
@@ -6884,17 +6871,17 @@ class Run:
                                           attempts=work.number)
         outcomes = {tool: self.outcomes.get(tool) or Outcome("pending", "not started")
                     for tool in self.steps}
-        having = {status: [tool for tool, outcome in outcomes.items() if outcome.status == status]
-                  for status in MOVES}
-        failed, partial = having["failed"], having["partial"]
+        success, cached, partial, failed, skipped = (
+            [tool for tool, outcome in outcomes.items() if outcome.status == status]
+            for status in ("success", "cached", "partial", "failed", "skipped"))
         result = RunResult(
             self.run_id, "interrupted" if self.is_interrupted
             else "failed" if failed or partial else "success",
-            having["success"], having["cached"], partial, failed, having["skipped"],
+            success, cached, partial, failed, skipped,
             {tool: outcomes[tool].error for tool in [*failed, *partial]},
             Results(self.returned.results.__getitem__, self.returned.results.keys),
             self.clock.monotonic() - self.started_s, outcomes, self.interrupts.signal)
-        load_slips(self.deaths.folder)  # which removes those of idle workers that died
+        load_slips(self.slips)  # which removes those of idle workers that died
         if self.logs:
             with contextlib.suppress(OSError):
                 os.rmdir(self.logs)  # if nobody has printed anything
