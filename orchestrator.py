@@ -2410,6 +2410,50 @@ def is_held(folder):
     return bool(holder)
 
 
+def make_request(run):
+    """Return what a resume of a run asks for."""
+    words = run["words"]
+    return Request(tuple(run["targets"]), tuple(run["exclude"]), run["start_from"],
+                   None if words is None else tuple(words), run["run_id"], run["item"] or None)
+
+
+def find_request(history, request, arguments, resume):
+    """Return what to run, with which arguments, and what of it is done: for a resume, what the
+    resumed run says. Raise UserError if a resume is asked for together with targets.
+    """
+    if not resume:
+        return request, arguments, {}
+    if request != Request():
+        raise UserError("resume takes its targets and exclusions from the run.",
+                        "Leave out targets, exclude and start_from.")
+    run = history.find_resumable(None if resume is True else resume)
+    return (make_request(run), read_arguments(run) if arguments is None else arguments,
+            history.find_done(run["run_id"]))
+
+
+def read_arguments(run, now=None):
+    """Return the arguments of a run that is recorded.
+
+    `now` is what its words on the command line come to today: the same, but for defaults that
+    have moved since, such as a date. Raise UserError for those that JSON could not say.
+    """
+    import json
+    arguments = dict(run["arguments"]) if now is None else dict(now)
+    today = {} if now is None else json.loads(format_arguments(now))
+    lost = []
+    for name, was in run["arguments"].items():
+        is_taken = name in arguments or name in PERIOD_ARGUMENTS  # these are of a backfill
+        if is_taken and today.get(name) != was:
+            arguments[name] = was
+            lost += [name] * (f'{{"{_NOT_JSON}": ' in json.dumps(was))
+    if lost:
+        raise UserError(f"The arguments of run {run['run_id']} can not be read back: "
+                        f"{', '.join(lost)}.",
+                        "JSON could not say them. Give them again: from Python with arguments=, "
+                        "else run what is left by name, with its flags.")
+    return arguments
+
+
 # === 5 CONNECTION ===============================================================================
 # The one place that knows how database drivers differ: open, begin, commit, roll back, close,
 # replace. `conn` may be any DB-API connection, any object with or without close(), commit() and
@@ -6169,7 +6213,12 @@ def run_plan(session):
     check_each(pipeline, tools)
     count, workers = min(plan.jobs, sum(needs_worker(tool, plan.jobs) for tool in tools)), None
     with contextlib.ExitStack() as stack:
-        folder = history.folder or (stack.enter_context(make_temporary_folder()) if count else "")
+        folder = history.folder
+        if count and not folder:
+            import shutil
+            import tempfile
+            folder = tempfile.mkdtemp(prefix="orchestrator-")
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         setting = Setting(pipeline, dict(session.arguments), session.verbose, history.folder,
                           folder and os.path.join(folder, "slips"))
         if count:  # before anything is opened: neither threads nor connections are inherited
@@ -6202,18 +6251,6 @@ def load_all(tools, arguments, interrupts):
             sources.find(callee.tool)
     sources.note_imported()
     return callees, sources
-
-
-@contextlib.contextmanager
-def make_temporary_folder():
-    """Give a folder that is there for as long as it is used."""
-    import shutil
-    import tempfile
-    folder = tempfile.mkdtemp(prefix="orchestrator-")
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def find_retries(session, callees):
@@ -6264,9 +6301,13 @@ class Returned:
 
     def look(self, tool, name):
         """Return in a tuple the result of a tool that another may see: of one that it waits for;
-        of one that is not in the plan, the last. It is empty if there is none.
+        of one that is not in the plan, the last. It is empty if there is none. For None, return
+        the names of all.
         """
         needs = self.steps[tool].needs
+        if name is None:
+            names = self.results if needs == ALL_BEFORE else needs
+            return ([each for each in names if self.look(tool, each)],)
         if name not in needs if needs != ALL_BEFORE \
                 else self.position.get(name, len(self.steps)) >= self.position[tool]:
             return ()
@@ -6275,27 +6316,18 @@ class Returned:
         success = name not in self.steps and self.history.find_success(name)
         return (load_result(success),) if success else ()
 
-    def list_names(self, tool):
-        """Return the names of the tools whose results one may see."""
-        needs = self.steps[tool].needs
-        return [name for name in (self.results if needs == ALL_BEFORE else needs)
-                if self.look(tool, name)]
-
     def find(self, job, name):
         """Return a result for the tool of a job, or for None the names of all. Raise KeyError if
         there is none.
         """
-        if name is None:
-            return self.list_names(job.tool)
         for result in self.look(job.tool, name):
             return result
         raise KeyError(name)
 
-    def answer(self, job, name):
+    def answer(self, tool, name):
         """Return the same for a worker: in a tuple, which is empty if there is none."""
-        if name is None:
-            return (self.list_names(job.tool),)
-        return tuple(map(pack_result, self.look(job.tool, name)))
+        found = self.look(tool, name)
+        return found if name is None else tuple(map(pack_result, found))
 
     def take(self, tool, outcome):
         """Take it that a tool has ended; return the outcome, as far as it is kept to the end."""
@@ -6356,14 +6388,6 @@ class Policy:
         return None
 
 
-def charge(item, how, is_death, slip):
-    """Return an item that did not survive, or was too slow, so that this is recorded before it is
-    tried again.
-    """
-    return item._replace(charge=how, is_death=is_death, slip=slip, is_seen=None,
-                         tries=item.tries + (not is_death), deaths=item.deaths + is_death)
-
-
 def forget_work(folder, run_id):
     """Let no item be charged with the end of this process, which is somebody's wish."""
     for slip, _, _ in load_slips(folder, run_id).values():
@@ -6388,14 +6412,14 @@ class Work:
 
     `number` is that of its attempt; `outcome`, how the last one ended, if it is between two;
     `retry`, what of it that was given up is to be tried again. Of an attempt: `started_s`;
-    `performer`, who does it, and whether that is `in_worker`; `log`, the file for what it prints;
-    `has_logged`, whether it used context.log or, in this process, has printed; `lines`, what it
-    logged so in a worker, which joins the log when what it printed has been shown; `facts`, what a
-    success of it would be built on. State: `listed`, what was said of its items, None until that
-    is known; `left`, the next to try; `later`, how many come again at some moment; `size`, how many
-    to do at a time; `jobs`, how many go on; `problem`, the Try that ended the attempt; `done`, the
-    one that did the tool. The rest is what came of items, in former attempts too: `ended`, how
-    many, `ended_before` this attempt; `error` of the first that failed.
+    `performer`, who does it; `log`, the file for what it prints, which is `output` too, if another
+    process does; `has_logged`, whether it used context.log or, in this process, has printed;
+    `lines`, what it logged so in a worker, which joins the log when what it printed has been shown;
+    `facts`, what a success of it would be built on. State: `listed`, what was said of its items,
+    None until that is known; `left`, the next to try; `later`, how many come again at some moment;
+    `size`, how many to do at a time; `jobs`, how many go on; `problem`, the Try that ended the
+    attempt; `done`, the one that did the tool. The rest is what came of items, in former attempts
+    too: `ended`, how many, `ended_before` this attempt; `error` of the first that failed.
     """
 
     def __init__(self, run, callee):
@@ -6408,9 +6432,9 @@ class Work:
     def begin(self, performer, started_s):
         """Begin an attempt, in which the items are listed anew."""
         self.number += 1
-        self.performer, self.in_worker = performer, isinstance(performer, Workers)
-        self.started_s = started_s
+        self.performer, self.started_s = performer, started_s
         self.log = find_log(self.run.logs, self.tool.name, self.number) if self.run.logs else ""
+        self.output = self.log if isinstance(performer, Workers) else ""
         self.has_logged, self.lines = False, []
         self.size, self.left, self.later, self.jobs = self.tool.batch, (), 0, 0
         if self.has_items:
@@ -6426,10 +6450,6 @@ class Work:
         return not self.jobs and bool(self.problem or self.done or self.listed
                                       and not (self.left or self.later))
 
-    def add(self, item):
-        """Have an item tried after the others; one that is charged, before them."""
-        (self.left.appendleft if item.charge else self.left.append)(item)
-
     def take(self, jobs):
         """Return the next to try together: not so many that other workers had none."""
         size, batch = self.size, self.tool.batch
@@ -6438,19 +6458,22 @@ class Work:
         size = -(-size // batch) * batch
         return tuple(self.left.popleft() for _ in range(min(size, len(self.left))))
 
-    # --- what is heard ---
+    # --- what is heard of a job, by the kind of the message: see perform() ---
 
-    def take_try(self, ended, left):
-        """Take how a try ended."""
-        item = ended.item
-        left.pop(item and item.name, None)
-        if item is None:
-            if ended.status == "success":
+    def hear_tries(self, doing, tries):
+        """Take how some tries ended."""
+        for ended in tries:
+            if ended.item is not None:
+                del doing.left[ended.item.name]
+                self.take_item(ended)
+            elif ended.status == "success":
                 self.done = ended
             else:
                 self.problem = ended
-            return
-        forget_slip(item.slip, is_told=True)
+
+    def take_item(self, ended):
+        """Take how an item ended."""
+        forget_slip(ended.item.slip, is_told=True)
         if ended.status == "success":
             self.ended["passed"] += 1
             if ended.rows is not None:
@@ -6498,52 +6521,73 @@ class Work:
         """Add a text to the log, if there is one to keep."""
         if self.run.history.folder:
             self.has_logged = True
-            if self.in_worker:
+            if self.output:
                 self.lines.append(text)
             else:
                 append_log(self.log, text)
 
-    def take_items(self, items, job):
+    def hear_found(self, doing, items):
         """Take items that are pending. Those that were at work when a former run was cut off are
         charged with that, unless the tool's source was changed since: that mended it, perhaps.
         """
         for item in items:
-            slip, source, at_work = self.run.former.pop((job.tool, item.name), ("", "", None))
-            if source == job.source and at_work.version == item.version \
+            slip, source, at_work = self.run.former.pop((self.tool.name, item.name), ("", "", None))
+            if source == doing.job.source and at_work.version == item.version \
                     and count_tries(at_work) == count_tries(item):
-                self.add(charge(item, "its process ended while it was at work", True, slip))
+                self.charge(item, "its process ended while it was at work", True, slip)
             else:
                 forget_slip(slip, is_told=True)
-                self.add(item)
+                self.left.append(item)
 
-    def take_listing(self, listed, job):
+    def charge(self, item, how, is_death, slip):
+        """Have it recorded that an item did not survive, or was too slow, before another try."""
+        self.left.appendleft(item._replace(
+            charge=how, is_death=is_death, slip=slip, is_seen=None,
+            tries=item.tries + (not is_death), deaths=item.deaths + is_death))
+
+    def hear_listed(self, doing, listed):
         """Take it that all pending items are known, and what was said of them."""
-        former = self.run.former
+        former, tool = self.run.former, self.tool.name
         self.listed, self.retry = listed, None  # what was given back is not once more
-        self.run.history.note_items(self.tool.name, listed["counts"])
-        for key in [] if job.only else [key for key in former if key[0] == job.tool]:
+        self.run.history.note_items(tool, listed["counts"])
+        for key in [] if doing.job.only else [key for key in former if key[0] == tool]:
             forget_slip(former.pop(key)[0], is_told=True)  # it is not pending any more
 
-    def take_end(self, doing, problem):
+    def hear_event(self, _doing, event):
+        """Have told what the tool says of itself."""
+        if event["kind"] == "log":
+            self.note_log(event["text"])
+        self.run.tell(tool=self.tool.name, **event)
+        if not self.output:
+            self.run.publish()
+
+    def hear_asks(self, doing, name):
+        """Answer a worker that asks for a result."""
+        self.performer.answer(doing.job.number, self.run.returned.answer(self.tool.name, name))
+
+    def hear_ended(self, doing, problem):
         """Take it that a job is over, and what kept it from the rest."""
+        run, tool, count = self.run, self.tool, len(doing.job.items)
+        run.end_job(self, doing.job.number)
         if problem is None:
-            if doing.job.items and self.has_items:  # the next are to take about _CHUNK_S together
-                took_s = max(self.run.clock.monotonic() - doing.started_s, 1e-6)
-                self.size = max(1, min(int(_CHUNK_S * len(doing.job.items) / took_s),
-                                       10 * self.size, max(_CHUNK_ITEMS, self.tool.batch)))
+            if count and self.has_items:  # the next are to take about _CHUNK_S together
+                took_s = max(run.clock.monotonic() - doing.started_s, 1e-6)
+                self.size = max(1, min(int(_CHUNK_S * count / took_s), 10 * self.size,
+                                       max(_CHUNK_ITEMS, tool.batch)))
         elif problem.status == "interrupted":
-            self.run.is_interrupted = True
+            run.is_interrupted = True
         elif problem.item and problem.item.is_death:  # as long as that could not be recorded
             item = problem.item._replace(deaths=problem.item.deaths - 1)
-            self.run.former[self.tool.name, item.name] = "", doing.job.source, item
+            run.former[tool.name, item.name] = "", doing.job.source, item
         self.problem = self.problem or problem
         if self.listed:
-            self.run.tell("progress", self.tool.name, done=sum(self.ended.values()),
-                          total=self.ended_before + self.listed["counts"]["pending"])
+            run.tell("progress", tool.name, done=sum(self.ended.values()),
+                     total=self.ended_before + self.listed["counts"]["pending"])
 
-    def take_death(self, doing, item, how, is_late, slip):
-        """Take it that a job is over with its process, or took too long: `item` was at work."""
-        run, left = self.run, doing.left
+    def hear_died(self, doing, what):
+        """Take it that a job is over with its process, or took too long, and what was at work."""
+        run, left, (item, how, is_late, slip) = self.run, doing.left, what
+        run.end_job(self, doing.job.number)
         at_work = left.pop(item.name, None) if item else None
         if at_work is None or run.is_interrupted:  # or it was killed by us
             forget_slip(slip, is_told=True)
@@ -6552,11 +6596,10 @@ class Work:
         elif at_work is None and len(left) == len(doing.job.items):
             self.problem = self.problem or Try(None, "failed", error=how)
         else:
+            self.left.extend(each._replace(is_seen=None) for each in left.values())
             if at_work:
-                item = at_work._replace(tries=item.tries, deaths=item.deaths)
-                self.add(charge(item, how, not is_late, slip))
-            for each in left.values():
-                run.come_again(self, each._replace(is_seen=None))
+                self.charge(at_work._replace(tries=item.tries, deaths=item.deaths), how,
+                            not is_late, slip)
 
     # --- how an attempt ended ---
 
@@ -6571,7 +6614,7 @@ class Work:
             reason = join_reasons(reason, f"try {self.number} of {tool.retries + 1}")
         if tool.memory_bytes is not None and error.startswith("MemoryError"):
             error += f"; its memory is bounded to {tool.memory_bytes / 2**20:.1f} MB"
-        has_log = self.has_logged or self.in_worker and has_bytes(self.log)
+        has_log = self.has_logged or self.output and has_bytes(self.output)
         return Outcome(ended.status, reason, ended.result, ended.rows, error, ended.traceback,
                        self.number, self.run.clock.monotonic() - self.started_s,
                        self.log if has_log else "",
@@ -6604,10 +6647,14 @@ class Work:
         return {**counts, "pending": counts["pending"] + self.ended_before, **self.ended}
 
 
+_RUNNING = Outcome("running")
+
+
 class Run:
     """One execution of a plan: what starts, and what the end of a tool means for others.
 
-    Constant: the session and what it holds. Changing: `statuses` and `outcomes` of the tools;
+    Constant: the session and what it holds. Changing: `outcomes` of the tools, with a status also
+    before there is one;
     `open`, the Work of those that are at an attempt, and `waiting`, of those that come again;
     `jobs`, what is being done of them, by number; `again`, a heap of (moment, number, Work, its
     attempt, item or None): the only way in which anything comes again, and out of date once that
@@ -6623,7 +6670,7 @@ class Run:
         self.returned = Returned(session)
         self.steps = self.returned.steps
         self.schedule = Schedule(self.plan.steps, session.pipeline, self.plan.jobs)
-        self.statuses, self.outcomes = dict.fromkeys(self.steps, "pending"), {}
+        self.outcomes = dict.fromkeys(self.steps, Outcome("pending", "not started"))
         self.open, self.waiting, self.jobs, self.again = {}, {}, {}, []
         self.numbers = 0  # of jobs, and of what comes again
         self.policy = Policy(session, self.returned.position)
@@ -6698,7 +6745,7 @@ class Run:
             _, _, work, attempt, item = heappop(self.again)
             if item and attempt == work.number:
                 work.later -= 1
-                work.add(item)
+                work.left.append(item)
             elif not item and work.tool.name in self.waiting:
                 self.schedule.add(work.tool.name)
 
@@ -6732,13 +6779,13 @@ class Run:
             work = self.waiting.pop(tool)
         else:
             work = Work(self, callee)
-            self.statuses[tool] = check_move(self.statuses[tool], "running")
+            self.move(tool, _RUNNING)
         self.open[tool] = work
         work.begin(self.workers if needs_worker(options, self.plan.jobs) else self.here,
                    self.clock.monotonic())
         self.history.begin_attempt(tool, work.number, self.clock.wall(), work.performer.reserve())
         work.facts = find_facts(self.session, options, self.sources)
-        self.tell("tool_started", tool, output=work.log if work.in_worker else "")
+        self.tell("tool_started", tool, output=work.output)
         self.publish()
         self.start_job(work, () if work.has_items else (None,))
 
@@ -6761,32 +6808,14 @@ class Run:
         """Take a message of perform(), or of the workers."""
         kind, number, what = message
         doing = self.jobs.get(number)
-        if doing is None:
-            return  # a thread that a tool has left behind tells of itself
-        work, job, _, left = doing
-        if kind == "tries":
-            for ended in what:
-                work.take_try(ended, left)
-        elif kind == "found":
-            work.take_items(what, job)
-        elif kind == "listed":
-            work.take_listing(what, job)
-        elif kind == "event":
-            if what["kind"] == "log":
-                work.note_log(what["text"])
-            self.tell(tool=job.tool, **what)
-            if not work.in_worker:
-                self.publish()
-        elif kind == "asks":
-            self.workers.answer(number, self.returned.answer(job, what))
-        else:
-            del self.jobs[number]
-            self.schedule.release(job.tool)
-            work.jobs -= 1
-            if kind == "ended":
-                work.take_end(doing, what)
-            else:
-                work.take_death(doing, *what)
+        if doing is not None:  # else a thread that a tool has left behind tells of itself
+            getattr(doing.work, "hear_" + kind)(doing, what)
+
+    def end_job(self, work, number):
+        """Note that a job of a tool is over."""
+        del self.jobs[number]
+        self.schedule.release(work.tool.name)
+        work.jobs -= 1
 
     # --- how tools end ---
 
@@ -6796,7 +6825,7 @@ class Run:
         """
         tool, outcome = work.tool.name, work.make_outcome()
         del self.open[tool]
-        output = work.log if work.in_worker else ""
+        output = work.output
         comes_again = outcome.status == "failed" and work.problem is not None \
             and outcome.reason != NOT_AGAIN and work.number <= work.tool.retries \
             and self.policy.stopped_by is None and not self.is_interrupted
@@ -6821,9 +6850,13 @@ class Run:
 
     def note_end(self, tool, outcome, output=""):
         """Note how a tool ended, or that it need not or can not begin."""
-        self.statuses[tool] = check_move(self.statuses[tool], outcome.status)
+        self.move(tool, self.returned.take(tool, outcome))
         self.tell("tool_ended", tool, outcome=outcome, output=output)
-        self.outcomes[tool] = self.returned.take(tool, outcome)
+
+    def move(self, tool, outcome):
+        """Let a tool have another status, and what belongs to that."""
+        check_move(self.outcomes[tool].status, outcome.status)
+        self.outcomes[tool] = outcome
 
     def settle(self, tool, outcome, output=""):
         """Note how a tool ended that was tried, and let those go on that waited for it."""
@@ -6866,11 +6899,9 @@ class Run:
 
     def end(self):
         """Return how the run ended, and tell the listener."""
+        outcomes = self.outcomes
         for tool, work in self.waiting.items():
-            self.outcomes[tool] = Outcome("interrupted", "waited for another try",
-                                          attempts=work.number)
-        outcomes = {tool: self.outcomes.get(tool) or Outcome("pending", "not started")
-                    for tool in self.steps}
+            self.move(tool, Outcome("interrupted", "waited for another try", attempts=work.number))
         success, cached, partial, failed, skipped = (
             [tool for tool, outcome in outcomes.items() if outcome.status == status]
             for status in ("success", "cached", "partial", "failed", "skipped"))
@@ -6915,13 +6946,6 @@ def load_result(success):
     """Return what a tool returned at a success, or what is known of that."""
     import json
     return Packed(None, success.kind) if success.result is None else json.loads(success.result)
-
-
-def make_request(run):
-    """Return what a resume of a run asks for."""
-    words = run["words"]
-    return Request(tuple(run["targets"]), tuple(run["exclude"]), run["start_from"],
-                   None if words is None else tuple(words), run["run_id"], run["item"] or None)
 
 
 def mark_done(pipeline, plan, request, arguments, history, tools, now):
@@ -6991,43 +7015,6 @@ def count_jobs(jobs):
                         "Give how many tools may run side by side; 0 means one for each core.")
     affinity = getattr(os, "sched_getaffinity", None)
     return jobs or (len(affinity(0)) if affinity else os.cpu_count() or 1)
-
-
-def find_request(history, request, arguments, resume):
-    """Return what to run, with which arguments, and what of it is done: for a resume, what the
-    resumed run says. Raise UserError if a resume is asked for together with targets.
-    """
-    if not resume:
-        return request, arguments, {}
-    if request != Request():
-        raise UserError("resume takes its targets and exclusions from the run.",
-                        "Leave out targets, exclude and start_from.")
-    run = history.find_resumable(None if resume is True else resume)
-    return (make_request(run), read_arguments(run) if arguments is None else arguments,
-            history.find_done(run["run_id"]))
-
-
-def read_arguments(run, now=None):
-    """Return the arguments of a run that is recorded.
-
-    `now` is what its words on the command line come to today: the same, but for defaults that
-    have moved since, such as a date. Raise UserError for those that JSON could not say.
-    """
-    import json
-    arguments = dict(run["arguments"]) if now is None else dict(now)
-    today = {} if now is None else json.loads(format_arguments(now))
-    lost = []
-    for name, was in run["arguments"].items():
-        is_taken = name in arguments or name in PERIOD_ARGUMENTS  # these are of a backfill
-        if is_taken and today.get(name) != was:
-            arguments[name] = was
-            lost += [name] * (f'{{"{_NOT_JSON}": ' in json.dumps(was))
-    if lost:
-        raise UserError(f"The arguments of run {run['run_id']} can not be read back: "
-                        f"{', '.join(lost)}.",
-                        "JSON could not say them. Give them again: from Python with arguments=, "
-                        "else run what is left by name, with its flags.")
-    return arguments
 
 
 def make_own_request(targets, exclude, start_from, arguments, home, resume):
