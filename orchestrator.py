@@ -6407,41 +6407,74 @@ _CHUNK_ITEMS = 1000  # but not more of them than this
 _TOLD_ITEMS = 20  # so many failures of a tool's items are told, the others are in the ledger
 
 
-class Work:
-    """A tool that is being done: what is left of it, and what came of the rest.
-
-    `number` is that of its attempt; `outcome`, how the last one ended, if it is between two;
-    `retry`, what of it that was given up is to be tried again. Of an attempt: `started_s`;
-    `performer`, who does it; `log`, the file for what it prints, which is `output` too, if another
-    process does; `has_logged`, whether it used context.log or, in this process, has printed;
-    `lines`, what it logged so in a worker, which joins the log when what it printed has been shown;
-    `facts`, what a success of it would be built on. State: `listed`, what was said of its items,
-    None until that is known; `left`, the next to try; `later`, how many come again at some moment;
-    `size`, how many to do at a time; `jobs`, how many go on; `problem`, the Try that ended the
-    attempt; `done`, the one that did the tool. The rest is what came of items, in former attempts
-    too: `ended`, how many, `ended_before` this attempt; `error` of the first that failed.
+class Tally:
+    """What came of the items of a tool in this run, in all its attempts: how many ended how, the
+    rows of those that passed, the first error, the first names that failed, and how many failures
+    were told. `retry` are those that were given up and are to be tried again: see Job.
     """
+    passed = failed = elsewhere = told = 0
+    rows, error = None, ""
 
-    def __init__(self, run, callee):
+    def __init__(self, retry):
+        self.retry, self.failed_names = retry, []
+
+    def count(self):
+        """Return how many ended."""
+        return self.passed + self.failed + self.elsewhere
+
+    def note_failed(self, name, error):
+        """Add an item that failed."""
+        self.failed += 1
+        self.error = self.error or error
+        self.failed_names += [name] * (self.failed <= 3)
+
+    def sum_up(self, listed):
+        """Return how the items ended of which that was said, as one Try of their tool."""
+        passed, failed, elsewhere = self.passed, self.failed, self.elsewhere
+        tried, count, error = passed + failed, listed["counts"]["listed"], self.error
+        names = ": " + format_names(self.failed_names, failed) if failed > 1 else ""
+        is_idle = not self.count()
+        idle = f"none of {count_items(count)} is pending" if count else "no items"
+        reason = join_reasons(
+            f"{failed:,} of {count_items(tried)} failed{names}" if failed else "",
+            f"{count_items(elsewhere)} done by another run meanwhile" if elsewhere else "",
+            f"{count_items(passed)} done" if passed and not failed else "",
+            idle if is_idle else "", listed["reason"])
+        status = "success" if not failed else "partial" if passed else "failed"
+        if is_idle and listed["is_hopeless"]:
+            status, error = "failed", "all that was tried is given up, and none ever passed"
+        result = {"items": passed, "failed": failed, "rows": self.rows or 0}
+        return Try(None, status, result, self.rows, error, reason=reason)
+
+
+class Work:
+    """An attempt of a tool, with that `number`: what is left of it, and what came of the rest.
+
+    Constant: `performer`, who does it; `log`, the file for what it prints, which is `output` too
+    if another process does; `facts`, what a success would be built on; `ended_before`, how many
+    items ended in former attempts, which the `tally` holds too. State: `has_logged`, whether it
+    used context.log or, in this process, has printed; `lines`, what it logged so in a worker, which
+    joins the log when what it printed has been shown; `listed`, what was said of its items, once
+    that is known; `left`, the next to try; `later`, how many come again at some moment; `size`, how
+    many to do at a time; `jobs`, how many go on; `problem`, the Try that ended the attempt; `done`,
+    the one that did the tool; `outcome` of what will be tried again.
+    """
+    tally = listed = problem = done = outcome = None
+    later = jobs = 0
+    left, facts, has_logged = (), (), False
+
+    def __init__(self, run, callee, performer, former):
         self.run, self.callee, self.tool = run, callee, callee.tool
-        self.has_items = callee.has_items
-        self.number, self.outcome, self.retry = 0, None, run.retries.get(self.tool.name)
-        self.ended = {"passed": 0, "failed": 0, "elsewhere": 0}
-        self.rows, self.error, self.failed_names, self.told = None, "", [], 0
-
-    def begin(self, performer, started_s):
-        """Begin an attempt, in which the items are listed anew."""
-        self.number += 1
-        self.performer, self.started_s = performer, started_s
-        self.log = find_log(self.run.logs, self.tool.name, self.number) if self.run.logs else ""
-        self.output = self.log if isinstance(performer, Workers) else ""
-        self.has_logged, self.lines = False, []
-        self.size, self.left, self.later, self.jobs = self.tool.batch, (), 0, 0
-        if self.has_items:
+        self.performer, self.started_s = performer, run.clock.monotonic()
+        self.number = former.number + 1 if former else 1
+        self.log = find_log(run.logs, self.tool.name, self.number) if run.logs else ""
+        self.output = "" if performer is run.here else self.log
+        self.lines = []
+        if callee.has_items:
             from collections import deque
-            self.left = deque()
-        self.listed = self.problem = self.done = None
-        self.ended_before = sum(self.ended.values())
+            self.tally = former.tally if former else Tally(run.retries.get(self.tool.name))
+            self.left, self.size = deque(), self.tool.batch
+            self.ended_before = self.tally.count()
 
     # --- what is to do ---
 
@@ -6463,8 +6496,8 @@ class Work:
     def hear_tries(self, doing, tries):
         """Take how some tries ended."""
         for ended in tries:
-            if ended.item is not None:
-                del doing.left[ended.item.name]
+            doing.left.pop(ended.item and ended.item.name, None)
+            if ended.item:
                 self.take_item(ended)
             elif ended.status == "success":
                 self.done = ended
@@ -6473,13 +6506,14 @@ class Work:
 
     def take_item(self, ended):
         """Take how an item ended."""
+        tally = self.tally
         forget_slip(ended.item.slip, is_told=True)
         if ended.status == "success":
-            self.ended["passed"] += 1
+            tally.passed += 1
             if ended.rows is not None:
-                self.rows = (self.rows or 0) + ended.rows
+                tally.rows = (tally.rows or 0) + ended.rows
         elif ended.status == "done":
-            self.ended["elsewhere"] += 1
+            tally.elsewhere += 1
         else:
             self.take_failed_item(ended)
 
@@ -6496,25 +6530,24 @@ class Work:
                                        0 if item.is_death else tries)
         else:
             then = "quarantined" if ended.status == "quarantined" else ""
-            self.ended["failed"] += 1
-            self.error = self.error or error
-            self.failed_names += [item.name] * (self.ended["failed"] <= 3)
+            self.tally.note_failed(item.name, error)
         self.tell_failed_item(ended, join_reasons(error, count, then))
 
     def tell_failed_item(self, ended, text):
         """Tell of an item that failed, if not of too many; the log has the traceback of each."""
         traceback = ended.traceback.rstrip()
-        self.told += 1
-        if self.told > _TOLD_ITEMS:
+        self.tally.told += 1
+        told = self.tally.told
+        if told > _TOLD_ITEMS:
             return
-        if self.told == _TOLD_ITEMS:
+        if told == _TOLD_ITEMS:
             text = f"more items fail; --items {self.tool.name} --failed will list them"
-        elif self.told == 1 and traceback:
+        elif told == 1 and traceback:
             text += "\n" + traceback
         self.note_log(text)
         self.run.tell("log", self.tool.name, text=text,
                       level=30 if ended.status == "pending" else 40)
-        if 1 < self.told < _TOLD_ITEMS and traceback:
+        if 1 < told < _TOLD_ITEMS and traceback:
             self.note_log(traceback)
 
     def note_log(self, text):
@@ -6548,7 +6581,7 @@ class Work:
     def hear_listed(self, doing, listed):
         """Take it that all pending items are known, and what was said of them."""
         former, tool = self.run.former, self.tool.name
-        self.listed, self.retry = listed, None  # what was given back is not once more
+        self.listed, self.tally.retry = listed, None  # what was given back is not once more
         self.run.history.note_items(tool, listed["counts"])
         for key in [] if doing.job.only else [key for key in former if key[0] == tool]:
             forget_slip(former.pop(key)[0], is_told=True)  # it is not pending any more
@@ -6570,7 +6603,7 @@ class Work:
         run, tool, count = self.run, self.tool, len(doing.job.items)
         run.end_job(self, doing.job.number)
         if problem is None:
-            if count and self.has_items:  # the next are to take about _CHUNK_S together
+            if count and self.tally:  # the next are to take about _CHUNK_S together
                 took_s = max(run.clock.monotonic() - doing.started_s, 1e-6)
                 self.size = max(1, min(int(_CHUNK_S * count / took_s), 10 * self.size,
                                        max(_CHUNK_ITEMS, tool.batch)))
@@ -6581,7 +6614,7 @@ class Work:
             run.former[tool.name, item.name] = "", doing.job.source, item
         self.problem = self.problem or problem
         if self.listed:
-            run.tell("progress", tool.name, done=sum(self.ended.values()),
+            run.tell("progress", tool.name, done=self.tally.count(),
                      total=self.ended_before + self.listed["counts"]["pending"])
 
     def hear_died(self, doing, what):
@@ -6607,7 +6640,7 @@ class Work:
         """Return how the attempt ended."""
         tool, signal = self.tool, self.run.interrupts.signal
         ended = self.problem or self.done or (
-            self.sum_up() if self.is_over() else
+            self.tally.sum_up(self.listed) if self.is_over() else
             Try(None, "interrupted", reason=format_signal(signal)))
         error, reason = ended.error, ended.reason
         if ended.status == "failed" and 1 < self.number > tool.retries:
@@ -6621,30 +6654,14 @@ class Work:
                        ended.result.kept if isinstance(ended.result, Packed) else None,
                        self.count_items())
 
-    def sum_up(self):
-        """Return how the items ended, as one Try of their tool."""
-        passed, failed, elsewhere = self.ended.values()
-        tried, listed, error = passed + failed, self.listed["counts"]["listed"], self.error
-        names = ": " + format_names(self.failed_names, failed) if failed > 1 else ""
-        is_idle = not tried and not elsewhere
-        idle = f"none of {count_items(listed)} is pending" if listed else "no items"
-        reason = join_reasons(
-            f"{failed:,} of {count_items(tried)} failed{names}" if failed else "",
-            f"{count_items(elsewhere)} done by another run meanwhile" if elsewhere else "",
-            f"{count_items(passed)} done" if passed and not failed else "",
-            idle if is_idle else "", self.listed["reason"])
-        status = "success" if not failed else "partial" if passed else "failed"
-        if is_idle and self.listed["is_hopeless"]:
-            status, error = "failed", "all that was tried is given up, and none ever passed"
-        result = {"items": passed, "failed": failed, "rows": self.rows or 0}
-        return Try(None, status, result, self.rows, error, reason=reason)
-
     def count_items(self):
         """Return the counts of items that history keeps."""
         if not self.listed:
             return None
         counts = self.listed["counts"]
-        return {**counts, "pending": counts["pending"] + self.ended_before, **self.ended}
+        return {**counts, "pending": counts["pending"] + self.ended_before,
+                "passed": self.tally.passed, "failed": self.tally.failed,
+                "elsewhere": self.tally.elsewhere}
 
 
 _RUNNING = Outcome("running")
@@ -6656,9 +6673,9 @@ class Run:
     Constant: the session and what it holds. Changing: `outcomes` of the tools, with a status also
     before there is one;
     `open`, the Work of those that are at an attempt, and `waiting`, of those that come again;
-    `jobs`, what is being done of them, by number; `again`, a heap of (moment, number, Work, its
-    attempt, item or None): the only way in which anything comes again, and out of date once that
-    attempt is over; `former`, the items that were at work when a run was cut off, by tool and item;
+    `jobs`, what is being done of them, by number; `again`, a heap of (moment, number, Work,
+    item or None): the only way in which anything comes again, and out of date once that attempt is
+    over; `former`, the items that were at work when a run was cut off, by tool and item;
         `is_interrupted`; `told`, the events that the listener hears at the next publish().
     """
 
@@ -6734,19 +6751,18 @@ class Run:
         from random import random
         delay_s = retry_delay_s(work.tool, tries, random) if tries else 0.0
         self.numbers += 1
-        heappush(self.again, (self.clock.monotonic() + delay_s, self.numbers, work, work.number,
-                              item))
+        heappush(self.again, (self.clock.monotonic() + delay_s, self.numbers, work, item))
         work.later += item is not None
         return "again" + (f" in {format_duration(delay_s)}" if delay_s else "")
 
     def bring_again(self):
         """Make ready what is due to come again."""
         while self.again and self.again[0][0] <= self.clock.monotonic():
-            _, _, work, attempt, item = heappop(self.again)
-            if item and attempt == work.number:
+            _, _, work, item = heappop(self.again)
+            if item:
                 work.later -= 1
                 work.left.append(item)
-            elif not item and work.tool.name in self.waiting:
+            elif work.tool.name in self.waiting:
                 self.schedule.add(work.tool.name)
 
     def start_ready(self):
@@ -6774,32 +6790,31 @@ class Run:
 
     def begin_attempt(self, tool):
         """Begin an attempt, for which there is room."""
-        options, callee = self.pipeline.tools[tool], self.callees[tool]
-        if tool in self.waiting:
-            work = self.waiting.pop(tool)
-        else:
-            work = Work(self, callee)
+        options, former = self.pipeline.tools[tool], self.waiting.pop(tool, None)
+        if former is None:
             self.move(tool, _RUNNING)
-        self.open[tool] = work
-        work.begin(self.workers if needs_worker(options, self.plan.jobs) else self.here,
-                   self.clock.monotonic())
+        work = self.open[tool] = Work(
+            self, self.callees[tool],
+            self.workers if needs_worker(options, self.plan.jobs) else self.here, former)
         self.history.begin_attempt(tool, work.number, self.clock.wall(), work.performer.reserve())
-        work.facts = find_facts(self.session, options, self.sources)
+        if options.cache_s and self.history.folder:
+            work.facts = find_facts(self.session, options, self.sources)
         self.tell("tool_started", tool, output=work.output)
         self.publish()
-        self.start_job(work, () if work.has_items else (None,))
+        self.start_job(work, () if work.tally else (None,))
 
     def start_job(self, work, items):
         """Have some items tried; without any, have them listed."""
         self.numbers += 1
         work.jobs += 1
-        tool = work.tool
-        job = Job(self.numbers, tool.name, items, not items, work.log, self.ledger_run_id,
-                  work.number,
-                  self.history.find_last_success_at(tool.name) if work.callee.takes("context")
-                  else None,
-                  hash_item_source(tool, self.sources) if work.has_items else "",
-                  self.session.request.item, None if items else work.retry)
+        tool, name = work.tool, work.tool.name
+        last_success_at = self.history.find_last_success_at(name) \
+            if work.callee.takes("context") else None
+        source, retry = "", None
+        if work.tally:
+            source, retry = hash_item_source(tool, self.sources), work.tally.retry
+        job = Job(self.numbers, name, items, not items, work.log, self.ledger_run_id, work.number,
+                  last_success_at, source, self.session.request.item, None if items else retry)
         self.jobs[job.number] = Doing(work, job, self.clock.monotonic(),
                                       {item and item.name: item for item in items})
         work.performer.start(job, tool.timeout_s)
@@ -6924,10 +6939,8 @@ class Run:
 
 def find_facts(session, tool, sources):
     """Return what a success of a tool with `cache` would be built on, before it begins."""
-    history = session.history
-    if not tool.cache_s or not history.folder:
-        return {}
     import json
+    history = session.history
     needed = history.find_needed_works(session.pipeline, tool.name)
     return {"source": json.dumps(describe_source(tool, sources)), "needed": json.dumps(needed),
             "reads": find_reads(tool, history.base, {})}
