@@ -6257,8 +6257,8 @@ def find_retries(session, callees):
     """Return by tool the items to try again that were given up. Raise UserError if items are
     asked for of a tool that has none or is not in the plan.
     """
-    having, steps = [tool for tool, callee in callees.items() if callee.has_items], \
-        session.plan.steps
+    having = [tool for tool, callee in callees.items() if callee.has_items]
+    steps = session.plan.steps
     if session.request.item is not None and (len(steps) > 1 or not having):
         raise UserError("--item is for a single tool with items; the plan has "
                         f"{', '.join(step.tool for step in steps[:5])}.",
@@ -6351,10 +6351,10 @@ class Policy:
     whose failure keeps anything more from starting.
     """
 
-    def __init__(self, session, position):
+    def __init__(self, session):
         self.tools, self.fail_fast = session.pipeline.tools, session.fail_fast
-        self.position = position
-        self.causes, self.first_cause, self.stopped_by = {}, (len(position), ""), None
+        self.position = {step.tool: i for i, step in enumerate(session.plan.steps)}
+        self.causes, self.first_cause, self.stopped_by = {}, (len(self.position), ""), None
 
     def note(self, tool, status):
         """Note how a tool ended."""
@@ -6408,29 +6408,29 @@ _TOLD_ITEMS = 20  # so many failures of a tool's items are told, the others are 
 
 
 class Tally:
-    """What came of the items of a tool in this run, in all its attempts: how many ended how, the
-    rows of those that passed, the first error, the first names that failed, and how many failures
-    were told. `retry` are those that were given up and are to be tried again: see Job.
+    """What came of the items of a tool in this run, in all its attempts: `ended`, how many did; the
+    rows of those that passed; the first error, and the first names that failed; how many failures
+    were `told`. `retry` are those that were given up and are to be tried again: see Job.
     """
-    passed = failed = elsewhere = told = 0
-    rows, error = None, ""
 
     def __init__(self, retry):
-        self.retry, self.failed_names = retry, []
+        self.ended = {"passed": 0, "failed": 0, "elsewhere": 0}
+        self.rows, self.error, self.failed_names, self.told = None, "", [], 0
+        self.retry = retry
 
     def count(self):
         """Return how many ended."""
-        return self.passed + self.failed + self.elsewhere
+        return sum(self.ended.values())
 
     def note_failed(self, name, error):
         """Add an item that failed."""
-        self.failed += 1
+        self.ended["failed"] += 1
         self.error = self.error or error
-        self.failed_names += [name] * (self.failed <= 3)
+        self.failed_names += [name] * (self.ended["failed"] <= 3)
 
     def sum_up(self, listed):
         """Return how the items ended of which that was said, as one Try of their tool."""
-        passed, failed, elsewhere = self.passed, self.failed, self.elsewhere
+        passed, failed, elsewhere = self.ended.values()
         tried, count, error = passed + failed, listed["counts"]["listed"], self.error
         names = ": " + format_names(self.failed_names, failed) if failed > 1 else ""
         is_idle = not self.count()
@@ -6451,7 +6451,8 @@ class Work:
     """An attempt of a tool, with that `number`: what is left of it, and what came of the rest.
 
     Constant: `performer`, who does it; `log`, the file for what it prints, which is `output` too
-    if another process does; `facts`, what a success would be built on; `ended_before`, how many
+    if another process does; `source` and `last_success_at`: see Job; `facts`, what a success would
+    be built on; `ended_before`, how many
     items ended in former attempts, which the `tally` holds too. State: `has_logged`, whether it
     used context.log or, in this process, has printed; `lines`, what it logged so in a worker, which
     joins the log when what it printed has been shown; `listed`, what was said of its items, once
@@ -6462,19 +6463,26 @@ class Work:
     tally = listed = problem = done = outcome = None
     later = jobs = 0
     left, facts, has_logged = (), (), False
+    source, last_success_at = "", None
 
-    def __init__(self, run, callee, performer, former):
-        self.run, self.callee, self.tool = run, callee, callee.tool
-        self.performer, self.started_s = performer, run.clock.monotonic()
+    def __init__(self, run, callee, former):
+        self.run, self.tool = run, callee.tool
         self.number = former.number + 1 if former else 1
+        self.performer = run.workers if needs_worker(self.tool, run.plan.jobs) else run.here
+        self.started_s = run.clock.monotonic()
         self.log = find_log(run.logs, self.tool.name, self.number) if run.logs else ""
-        self.output = "" if performer is run.here else self.log
+        self.output = "" if self.performer is run.here else self.log
         self.lines = []
         if callee.has_items:
             from collections import deque
             self.tally = former.tally if former else Tally(run.retries.get(self.tool.name))
             self.left, self.size = deque(), self.tool.batch
+            self.source = hash_item_source(self.tool, run.sources)
             self.ended_before = self.tally.count()
+        if callee.takes("context"):
+            self.last_success_at = run.history.find_last_success_at(self.tool.name)
+        if self.tool.cache_s and run.history.folder:
+            self.facts = find_facts(run.session, self.tool, run.sources)
 
     # --- what is to do ---
 
@@ -6509,11 +6517,11 @@ class Work:
         tally = self.tally
         forget_slip(ended.item.slip, is_told=True)
         if ended.status == "success":
-            tally.passed += 1
+            tally.ended["passed"] += 1
             if ended.rows is not None:
                 tally.rows = (tally.rows or 0) + ended.rows
         elif ended.status == "done":
-            tally.elsewhere += 1
+            tally.ended["elsewhere"] += 1
         else:
             self.take_failed_item(ended)
 
@@ -6659,9 +6667,7 @@ class Work:
         if not self.listed:
             return None
         counts = self.listed["counts"]
-        return {**counts, "pending": counts["pending"] + self.ended_before,
-                "passed": self.tally.passed, "failed": self.tally.failed,
-                "elsewhere": self.tally.elsewhere}
+        return {**counts, "pending": counts["pending"] + self.ended_before, **self.tally.ended}
 
 
 _RUNNING = Outcome("running")
@@ -6670,13 +6676,12 @@ _RUNNING = Outcome("running")
 class Run:
     """One execution of a plan: what starts, and what the end of a tool means for others.
 
-    Constant: the session and what it holds. Changing: `outcomes` of the tools, with a status also
-    before there is one;
-    `open`, the Work of those that are at an attempt, and `waiting`, of those that come again;
-    `jobs`, what is being done of them, by number; `again`, a heap of (moment, number, Work,
-    item or None): the only way in which anything comes again, and out of date once that attempt is
-    over; `former`, the items that were at work when a run was cut off, by tool and item;
-        `is_interrupted`; `told`, the events that the listener hears at the next publish().
+    Constant: the session and what it holds. Changing: `outcomes` of the tools, with a status before
+    they end, too; `open`, the Work of those that are at an attempt, and `waiting`, of those that
+    come again; `jobs`, what is being done, by number; `again`, a heap of (moment, number, Work,
+    item or None): the only way in which anything comes again, and out of date once the attempt is
+    over; `former`, the items that were at work when a run was cut off: see load_slips();
+    `is_interrupted`; `told`, the events that the listener hears at the next publish().
     """
 
     def __init__(self, session, setting, interrupts, callees, sources, workers):
@@ -6684,13 +6689,12 @@ class Run:
         self.clock, self.pipeline, self.callees = session.clock, session.pipeline, callees
         self.interrupts, self.sources, self.workers = interrupts, sources, workers
         self.retries = find_retries(session, callees)
-        self.returned = Returned(session)
+        self.returned, self.policy = Returned(session), Policy(session)
         self.steps = self.returned.steps
         self.schedule = Schedule(self.plan.steps, session.pipeline, self.plan.jobs)
         self.outcomes = dict.fromkeys(self.steps, Outcome("pending", "not started"))
         self.open, self.waiting, self.jobs, self.again = {}, {}, {}, []
         self.numbers = 0  # of jobs, and of what comes again
-        self.policy = Policy(session, self.returned.position)
         self.is_interrupted, self.told = False, []
         self.started_s = self.clock.monotonic()
         self.run_id = self.history.begin_run(
@@ -6698,9 +6702,8 @@ class Run:
             find_versions(self.pipeline, [callee.tool for callee in callees.values()]),
             self.clock.wall())
         self.ledger_run_id = f"{self.run_id}.{os.urandom(2).hex()}"
-        self.former = load_slips(setting.slips)
-        self.logs = setting.slips and find_logs(os.path.dirname(setting.slips), self.run_id)
-        self.slips = setting.slips
+        self.slips, self.former = setting.slips, load_slips(setting.slips)
+        self.logs = self.slips and find_logs(os.path.dirname(self.slips), self.run_id)
         interrupts.before_exit = lambda: forget_work(self.slips, self.ledger_run_id)
 
     def loop(self, here):
@@ -6790,15 +6793,11 @@ class Run:
 
     def begin_attempt(self, tool):
         """Begin an attempt, for which there is room."""
-        options, former = self.pipeline.tools[tool], self.waiting.pop(tool, None)
+        former = self.waiting.pop(tool, None)
         if former is None:
             self.move(tool, _RUNNING)
-        work = self.open[tool] = Work(
-            self, self.callees[tool],
-            self.workers if needs_worker(options, self.plan.jobs) else self.here, former)
+        work = self.open[tool] = Work(self, self.callees[tool], former)
         self.history.begin_attempt(tool, work.number, self.clock.wall(), work.performer.reserve())
-        if options.cache_s and self.history.folder:
-            work.facts = find_facts(self.session, options, self.sources)
         self.tell("tool_started", tool, output=work.output)
         self.publish()
         self.start_job(work, () if work.tally else (None,))
@@ -6807,17 +6806,12 @@ class Run:
         """Have some items tried; without any, have them listed."""
         self.numbers += 1
         work.jobs += 1
-        tool, name = work.tool, work.tool.name
-        last_success_at = self.history.find_last_success_at(name) \
-            if work.callee.takes("context") else None
-        source, retry = "", None
-        if work.tally:
-            source, retry = hash_item_source(tool, self.sources), work.tally.retry
-        job = Job(self.numbers, name, items, not items, work.log, self.ledger_run_id, work.number,
-                  last_success_at, source, self.session.request.item, None if items else retry)
+        job = Job(self.numbers, work.tool.name, items, not items, work.log, self.ledger_run_id,
+                  work.number, work.last_success_at, work.source, self.session.request.item,
+                  work.tally and work.tally.retry)
         self.jobs[job.number] = Doing(work, job, self.clock.monotonic(),
                                       {item and item.name: item for item in items})
-        work.performer.start(job, tool.timeout_s)
+        work.performer.start(job, work.tool.timeout_s)
 
     def hear(self, message):
         """Take a message of perform(), or of the workers."""
@@ -6840,7 +6834,6 @@ class Run:
         """
         tool, outcome = work.tool.name, work.make_outcome()
         del self.open[tool]
-        output = work.output
         comes_again = outcome.status == "failed" and work.problem is not None \
             and outcome.reason != NOT_AGAIN and work.number <= work.tool.retries \
             and self.policy.stopped_by is None and not self.is_interrupted
@@ -6851,14 +6844,14 @@ class Run:
                 outcome.reason, f"try {work.number} of {work.tool.retries + 1}", again))
         self.history.end_attempt(tool, outcome, add_writes(work, outcome, self.history.base))
         if comes_again:
-            self.tell("tool_retried", tool, outcome=outcome, output=output)
+            self.tell("tool_retried", tool, outcome=outcome, output=work.output)
         else:
-            self.settle(tool, outcome, output)
-        if output:
+            self.settle(tool, outcome, work.output)
+        if work.output:
             self.publish()  # who listens shows the file, before it is cut
             if work.lines:
-                append_log(output, "\n".join(work.lines))
-            tidy_log(output)
+                append_log(work.log, "\n".join(work.lines))
+            tidy_log(work.log)
         while self.policy.stopped_by and self.waiting:  # no tool is tried again
             each = next(iter(self.waiting))
             self.settle(each, self.waiting.pop(each).outcome)
@@ -6879,8 +6872,9 @@ class Run:
         self.policy.note(tool, outcome.status)
         if outcome.status != "interrupted":
             freed = self.schedule.done(tool)
-            ready = self.schedule.take_all() if self.policy.stopped_by else []
-            self.unblock([each for each in ready if each not in self.waiting] + freed)
+            if self.policy.stopped_by:  # then nothing that was ready starts any more
+                freed[:0] = [each for each in self.schedule.take_all() if each not in self.waiting]
+            self.unblock(freed)
 
     def unblock(self, tools):
         """Make tools ready that wait for nothing any more; settle those that are not to run."""
@@ -6914,19 +6908,10 @@ class Run:
 
     def end(self):
         """Return how the run ended, and tell the listener."""
-        outcomes = self.outcomes
         for tool, work in self.waiting.items():
             self.move(tool, Outcome("interrupted", "waited for another try", attempts=work.number))
-        success, cached, partial, failed, skipped = (
-            [tool for tool, outcome in outcomes.items() if outcome.status == status]
-            for status in ("success", "cached", "partial", "failed", "skipped"))
-        result = RunResult(
-            self.run_id, "interrupted" if self.is_interrupted
-            else "failed" if failed or partial else "success",
-            success, cached, partial, failed, skipped,
-            {tool: outcomes[tool].error for tool in [*failed, *partial]},
-            Results(self.returned.results.__getitem__, self.returned.results.keys),
-            self.clock.monotonic() - self.started_s, outcomes, self.interrupts.signal)
+        result = make_result(self.run_id, self.outcomes, self.is_interrupted, self.returned.results,
+                             self.clock.monotonic() - self.started_s, self.interrupts.signal)
         load_slips(self.slips)  # which removes those of idle workers that died
         if self.logs:
             with contextlib.suppress(OSError):
@@ -6935,6 +6920,17 @@ class Run:
         self.tell("run_ended", result=result)
         self.publish()
         return result
+
+
+def make_result(run_id, outcomes, is_interrupted, results, duration_s, signal):
+    """Return how a run ended, by how its tools did."""
+    success, cached, partial, failed, skipped = (
+        [tool for tool, outcome in outcomes.items() if outcome.status == status]
+        for status in ("success", "cached", "partial", "failed", "skipped"))
+    status = "interrupted" if is_interrupted else "failed" if failed or partial else "success"
+    return RunResult(run_id, status, success, cached, partial, failed, skipped,
+                     {tool: outcomes[tool].error for tool in [*failed, *partial]},
+                     Results(results.__getitem__, results.keys), duration_s, outcomes, signal)
 
 
 def find_facts(session, tool, sources):
@@ -7096,20 +7092,20 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     forget_modules()
     pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
     request = make_own_request(targets, exclude, start_from, arguments, home, resume)
-    said = arguments or {}  # those of a run that is resumed are not said anew
-    with contextlib.ExitStack() as stack:
-        history, past = stack.enter_context(contextlib.closing(History())), None
+    said, jobs = arguments or {}, count_jobs(jobs)  # those of a resumed run are not said anew
+    with contextlib.closing(History()) if home is None else hold_history(
+            find_pipeline_folder(home, pipeline.name), find_base(get_connection), wait_s) \
+            as history:
+        past = None
         if home is not None:
-            history = stack.enter_context(hold_history(
-                find_pipeline_folder(home, pipeline.name), find_base(get_connection), wait_s))
             history.close_killed()
             request, arguments, done = find_request(history, request, arguments, resume)
             past = make_past(pipeline, history, arguments or {}, Clock().wall(), done, force,
-                             count_jobs(jobs) > 1)
+                             jobs > 1)
         if item is not None:
             request = request._replace(item=item)
         plan = make_plan(pipeline, request.targets, exclude=request.exclude, past=past,
-                         start_from=request.start_from, jobs=count_jobs(jobs))
+                         start_from=request.start_from, jobs=jobs)
         result = run_plan(Session(
             pipeline, plan, arguments or {}, history, request, fail_fast, verbose,
             grace_s=grace_s, retry_items=make_retries(retry_items), on_event=on_event,
