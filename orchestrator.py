@@ -6452,13 +6452,13 @@ class Work:
 
     Constant: `performer`, who does it; `log`, the file for what it prints, which is `output` too
     if another process does; `source` and `last_success_at`: see Job; `facts`, what a success would
-    be built on; `ended_before`, how many
-    items ended in former attempts, which the `tally` holds too. State: `has_logged`, whether it
-    used context.log or, in this process, has printed; `lines`, what it logged so in a worker, which
-    joins the log when what it printed has been shown; `listed`, what was said of its items, once
-    that is known; `left`, the next to try; `later`, how many come again at some moment; `size`, how
-    many to do at a time; `jobs`, how many go on; `problem`, the Try that ended the attempt; `done`,
-    the one that did the tool; `outcome` of what will be tried again.
+    be built on; `ended_before`, how many items ended in former attempts, which the `tally` of a
+    tool with items holds too. State: `has_logged`, whether it used context.log or, in this process,
+    has printed; `lines`, what it logged so in a worker, which joins the log when what it printed
+    has been shown; `listed`, what was said of its items, once that is known; `left`, the next to
+    try; `later`, how many come again at some moment; `size`, how many to do at a time; `jobs`, how
+    many go on; `problem`, the Try that ended the attempt; `done`, the one that did the tool;
+    `outcome`, if it is over and the tool comes again.
     """
     tally = listed = problem = done = outcome = None
     later = jobs = 0
@@ -6479,10 +6479,11 @@ class Work:
             self.left, self.size = deque(), self.tool.batch
             self.source = hash_item_source(self.tool, run.sources)
             self.ended_before = self.tally.count()
-        if callee.takes("context"):
-            self.last_success_at = run.history.find_last_success_at(self.tool.name)
-        if self.tool.cache_s and run.history.folder:
-            self.facts = find_facts(run.session, self.tool, run.sources)
+        if run.history.folder:  # else there is nothing to know, and nobody to keep it
+            if callee.takes("context"):
+                self.last_success_at = run.history.find_last_success_at(self.tool.name)
+            if self.tool.cache_s:
+                self.facts = find_facts(run.session, self.tool, run.sources)
 
     # --- what is to do ---
 
@@ -6609,7 +6610,6 @@ class Work:
     def hear_ended(self, doing, problem):
         """Take it that a job is over, and what kept it from the rest."""
         run, tool, count = self.run, self.tool, len(doing.job.items)
-        run.end_job(self, doing.job.number)
         if problem is None:
             if count and self.tally:  # the next are to take about _CHUNK_S together
                 took_s = max(run.clock.monotonic() - doing.started_s, 1e-6)
@@ -6628,7 +6628,6 @@ class Work:
     def hear_died(self, doing, what):
         """Take it that a job is over with its process, or took too long, and what was at work."""
         run, left, (item, how, is_late, slip) = self.run, doing.left, what
-        run.end_job(self, doing.job.number)
         at_work = left.pop(item.name, None) if item else None
         if at_work is None or run.is_interrupted:  # or it was killed by us
             forget_slip(slip, is_told=True)
@@ -6694,7 +6693,7 @@ class Run:
         self.schedule = Schedule(self.plan.steps, session.pipeline, self.plan.jobs)
         self.outcomes = dict.fromkeys(self.steps, Outcome("pending", "not started"))
         self.open, self.waiting, self.jobs, self.again = {}, {}, {}, []
-        self.numbers = 0  # of jobs, and of what comes again
+        self.numbers = iter(range(1, sys.maxsize))  # of jobs, and of what comes again
         self.is_interrupted, self.told = False, []
         self.started_s = self.clock.monotonic()
         self.run_id = self.history.begin_run(
@@ -6753,8 +6752,7 @@ class Run:
         """
         from random import random
         delay_s = retry_delay_s(work.tool, tries, random) if tries else 0.0
-        self.numbers += 1
-        heappush(self.again, (self.clock.monotonic() + delay_s, self.numbers, work, item))
+        heappush(self.again, (self.clock.monotonic() + delay_s, next(self.numbers), work, item))
         work.later += item is not None
         return "again" + (f" in {format_duration(delay_s)}" if delay_s else "")
 
@@ -6804,11 +6802,10 @@ class Run:
 
     def start_job(self, work, items):
         """Have some items tried; without any, have them listed."""
-        self.numbers += 1
         work.jobs += 1
-        job = Job(self.numbers, work.tool.name, items, not items, work.log, self.ledger_run_id,
-                  work.number, work.last_success_at, work.source, self.session.request.item,
-                  work.tally and work.tally.retry)
+        job = Job(next(self.numbers), work.tool.name, items, not items, work.log,
+                  self.ledger_run_id, work.number, work.last_success_at, work.source,
+                  self.session.request.item, work.tally and work.tally.retry)
         self.jobs[job.number] = Doing(work, job, self.clock.monotonic(),
                                       {item and item.name: item for item in items})
         work.performer.start(job, work.tool.timeout_s)
@@ -6817,14 +6814,13 @@ class Run:
         """Take a message of perform(), or of the workers."""
         kind, number, what = message
         doing = self.jobs.get(number)
-        if doing is not None:  # else a thread that a tool has left behind tells of itself
-            getattr(doing.work, "hear_" + kind)(doing, what)
-
-    def end_job(self, work, number):
-        """Note that a job of a tool is over."""
-        del self.jobs[number]
-        self.schedule.release(work.tool.name)
-        work.jobs -= 1
+        if doing is None:
+            return  # a thread that a tool has left behind tells of itself
+        if kind in ("ended", "died"):
+            del self.jobs[number]
+            self.schedule.release(doing.job.tool)
+            doing.work.jobs -= 1
+        getattr(doing.work, "hear_" + kind)(doing, what)
 
     # --- how tools end ---
 
@@ -7026,16 +7022,6 @@ def count_jobs(jobs):
     return jobs or (len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
-def make_own_request(targets, exclude, start_from, arguments, home, resume):
-    """Return what run_pipeline() was asked for. Raise UserError for what it can not be asked."""
-    request = Request(tuple(read_targets("targets", targets)),
-                      tuple(read_targets("exclude", exclude)), start_from)
-    check_arguments({} if arguments is None else arguments)
-    if home is None and resume:
-        raise UserError("resume needs a history.", "Say where it is: home=.")
-    return request
-
-
 def check_keywords(name, item, home, resume, grace_s, wait_s, on_event):
     """Raise UserError for a keyword of run_pipeline() that would fail late, or be passed over."""
     def is_text(value):
@@ -7091,7 +7077,11 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     check_keywords(name, item, home, resume, grace_s, wait_s, on_event)
     forget_modules()
     pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
-    request = make_own_request(targets, exclude, start_from, arguments, home, resume)
+    request = Request(tuple(read_targets("targets", targets)),
+                      tuple(read_targets("exclude", exclude)), start_from)
+    check_arguments({} if arguments is None else arguments)
+    if home is None and resume:
+        raise UserError("resume needs a history.", "Say where it is: home=.")
     said, jobs = arguments or {}, count_jobs(jobs)  # those of a resumed run are not said anew
     with contextlib.closing(History()) if home is None else hold_history(
             find_pipeline_folder(home, pipeline.name), find_base(get_connection), wait_s) \
