@@ -6838,7 +6838,7 @@ class Run:
             again = self.come_again(work, None, work.number)
             outcome = outcome._replace(reason=join_reasons(
                 outcome.reason, f"try {work.number} of {work.tool.retries + 1}", again))
-        self.history.end_attempt(tool, outcome, add_writes(work, outcome, self.history.base))
+        self.history.end_attempt(tool, outcome, format_facts(work, outcome, self.history.base))
         if comes_again:
             self.tell("tool_retried", tool, outcome=outcome, output=work.output)
         else:
@@ -6930,21 +6930,24 @@ def make_result(run_id, outcomes, is_interrupted, results, duration_s, signal):
 
 
 def find_facts(session, tool, sources):
-    """Return what a success of a tool with `cache` would be built on, before it begins."""
-    import json
+    """Return what a success of a tool with `cache` would be built on, before it begins, by the
+    columns of `attempts`.
+    """
     history = session.history
-    needed = history.find_needed_works(session.pipeline, tool.name)
-    return {"source": json.dumps(describe_source(tool, sources)), "needed": json.dumps(needed),
-            "reads": find_reads(tool, history.base, {})}
+    return {"source": describe_source(tool, sources),
+            "needed": history.find_needed_works(session.pipeline, tool.name),
+            "inputs": {"reads": find_reads(tool, history.base, {})}}
 
 
-def add_writes(work, outcome, base):
-    """Return what a success was built on, with the files that it wrote; of what failed nothing."""
+def format_facts(work, outcome, base):
+    """Return what a success was built on, as JSON, with the files that it wrote; of what failed,
+    nothing.
+    """
     if not work.facts or outcome.status != "success":
         return {}
     import json
-    inputs = {"reads": work.facts.pop("reads"), "writes": find_writes(work.tool, base)}
-    return {**work.facts, "inputs": json.dumps(inputs)}
+    work.facts["inputs"]["writes"] = find_writes(work.tool, base)
+    return {column: json.dumps(fact) for column, fact in work.facts.items()}
 
 
 def load_result(success):
