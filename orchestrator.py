@@ -84,7 +84,7 @@ import os
 import re
 import sys
 import time
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import (
     Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple,
     Union,
@@ -271,6 +271,7 @@ class Item(NamedTuple):
     `is_seen` whether there is such a row, None if that is to be looked up once more. `charge` is
     how a try ended that its process did not survive, and that is to be recorded before another;
     the counts hold it already, and `is_death` tells which: it may have been too slow, instead.
+    `slip` is the file that tells of it until then.
     """
     name: str
     version: str = ""
@@ -279,6 +280,7 @@ class Item(NamedTuple):
     deaths: int = 0
     charge: str = ""
     is_death: bool = False
+    slip: str = ""
 
 
 class Try(NamedTuple):
@@ -2257,6 +2259,113 @@ def clean(text):
     'ared\\nb'
     """
     return re.sub(_ESCAPES, "", text.replace("\r\n", "\n"))
+
+
+class Clock(NamedTuple):
+    """The time, as a run sees it; tests hold it still."""
+    wall: Callable[[], float] = time.time
+    monotonic: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+@contextlib.contextmanager
+def hold_history(folder, base, wait_s=0.0, clock=Clock()):
+    """Hold the history of a pipeline, which nobody else writes to meanwhile.
+
+    Raise Locked if another run holds it and is not over within `wait_s` seconds.
+    """
+    make_folder(folder)
+    lock, history = Lock(folder), History(folder, base)
+    started_s = clock.monotonic()
+    holder = lock.take()
+    while holder:
+        patience_s = WORKERS_END_S if holder == "worker" else LOOK_S
+        if clock.monotonic() - started_s >= max(wait_s, patience_s):
+            raise make_locked(history, holder)
+        clock.sleep(0.05)
+        holder = lock.take()
+    try:
+        yield history
+    finally:
+        history.close()
+        lock.release()
+
+
+def make_locked(history, holder):
+    """Return the sentence for a pipeline of which another run is not over."""
+    fix = "Wait for its end with --wait; --status shows what it does."
+    try:
+        run, attempts = find_running(history)
+    finally:
+        history.close()
+    if run is None:
+        return Locked("Another run of this pipeline is just beginning or ending.", fix)
+    tools = ", ".join(attempt["tool"] for attempt in attempts) or "nothing yet"
+    if holder == "worker":
+        return Locked(f"Run {run['run_id']} was killed, and a worker of it has not ended: {tools}.",
+                      fix)
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run["started_at"]))
+    return Locked(f"Run {run['run_id']} of this pipeline is not over: process {run['pid']}, "
+                  f"since {since}, now at {tools}.", fix)
+
+
+def find_running(history):
+    """Return the run that is not recorded as ended, and the attempts in it that run."""
+    run = history.find_running()
+    attempts = history.load_attempts(run["run_id"]) if run else []
+    return run, [attempt for attempt in attempts if attempt["status"] == "running"]
+
+
+def is_held(folder):
+    """Return whether a run holds the lock of a pipeline, or a worker of one that was killed."""
+    lock = Lock(folder)
+    holder = lock.take()
+    lock.release()
+    return bool(holder)
+
+
+def make_request(run):
+    """Return what a resume of a run asks for."""
+    words = run["words"]
+    return Request(tuple(run["targets"]), tuple(run["exclude"]), run["start_from"],
+                   None if words is None else tuple(words), run["run_id"], run["item"] or None)
+
+
+def find_request(history, request, arguments, resume):
+    """Return what to run, with which arguments, and what of it is done: for a resume, what the
+    resumed run says. Raise UserError if a resume is asked for together with targets.
+    """
+    if not resume:
+        return request, arguments, {}
+    if request != Request():
+        raise UserError("resume takes its targets and exclusions from the run.",
+                        "Leave out targets, exclude and start_from.")
+    run = history.find_resumable(None if resume is True else resume)
+    return (make_request(run), read_arguments(run) if arguments is None else arguments,
+            history.find_done(run["run_id"]))
+
+
+def read_arguments(run, now=None):
+    """Return the arguments of a run that is recorded.
+
+    `now` is what its words on the command line come to today: the same, but for defaults that
+    have moved since, such as a date. Raise UserError for those that JSON could not say.
+    """
+    import json
+    arguments = dict(run["arguments"]) if now is None else dict(now)
+    today = {} if now is None else json.loads(format_arguments(now))
+    lost = []
+    for name, was in run["arguments"].items():
+        is_taken = name in arguments or name in PERIOD_ARGUMENTS  # these are of a backfill
+        if is_taken and today.get(name) != was:
+            arguments[name] = was
+            lost += [name] * (f'{{"{_NOT_JSON}": ' in json.dumps(was))
+    if lost:
+        raise UserError(f"The arguments of run {run['run_id']} can not be read back: "
+                        f"{', '.join(lost)}.",
+                        "JSON could not say them. Give them again: from Python with arguments=, "
+                        "else run what is left by name, with its flags.")
+    return arguments
 
 
 # === 5 CONNECTION ===============================================================================
@@ -5396,7 +5505,7 @@ def die_with_orchestrator(life):
             life.recv_bytes()
         if hasattr(os, "killpg"):
             os.killpg(os.getpid(), _signal.SIGKILL)
-        os._exit(EXIT_BUG)
+        os._exit(EXIT_FAILED)
 
     if not sys.platform.startswith("linux"):
         threading.Thread(target=watch, daemon=True).start()
@@ -5501,51 +5610,62 @@ GRACE_S = 10.0  # between asking a process group to end and killing it
 _BEAT_S = 0.1  # the longest that the loop waits before it looks at signals and the clock
 
 
-class Clock(NamedTuple):
-    """The time, as a run sees it; tests hold it still."""
-    wall: Callable[[], float] = time.time
-    monotonic: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
-
-
-def run_plan(pipeline, plan, arguments, *, history=History(), request=Request(), fail_fast=False,
-             verbose=False, keep_results=True, grace_s=GRACE_S, retry_items=(), on_event=None,
-             clock=Clock(), find_said=dict):
-    """Carry out a plan and return how it ended.
+class Session(NamedTuple):
+    """What a run is to do, and how; of it only what is in the Setting reaches who does jobs.
 
     retry_items: by tool, the items that are to be tried again though they were given up; all of
     them where there are no names, and of all tools if it is None. find_said: see
-    check_are_taken(). Raise UserError, before anything has run, if a module can not be imported or
-    called, or an argument reaches no tool; and if the history can not be written.
+    check_are_taken(). grace_s: see run_pipeline().
     """
+    pipeline: Pipeline
+    plan: Plan
+    arguments: Mapping[str, Any]
+    history: History
+    request: Request = Request()
+    fail_fast: bool = False
+    verbose: bool = False
+    keep_results: bool = True
+    grace_s: float = GRACE_S
+    retry_items: Optional[Mapping[str, Tuple[str, ...]]] = {}
+    on_event: Optional[Callable[[Event], None]] = None
+    clock: Clock = Clock()
+    find_said: Callable[[], Mapping[str, str]] = dict
+
+
+def run_plan(session):
+    """Carry out the plan of a session and return how it ended.
+
+    Raise UserError, before anything has run, if a module can not be imported or called, or an
+    argument reaches no tool; and if the history can not be written.
+    """
+    pipeline, plan, history = session.pipeline, session.plan, session.history
     tools = [pipeline.tools[step.tool] for step in plan.steps if not step.success]
     check_get_connection(pipeline.get_connection)
     check_modules(pipeline, tools)
-    wants_workers = any(needs_worker(tool, plan.jobs) for tool in tools)
-    workers = None
+    wants_workers, workers = any(needs_worker(tool, plan.jobs) for tool in tools), None
     with contextlib.ExitStack() as stack:
-        folder = history.folder or (stack.enter_context(make_temporary_folder())
-                                    if wants_workers else "")
-        setting = Setting(pipeline, dict(arguments), verbose, history.folder,
+        folder = history.folder
+        if wants_workers and not folder:
+            import shutil
+            import tempfile
+            folder = tempfile.mkdtemp(prefix="orchestrator-")
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        setting = Setting(pipeline, dict(session.arguments), session.verbose, history.folder,
                           folder and os.path.join(folder, "slips"))
         if wants_workers:
-            workers = Workers(setting, clock, grace_s)
-            stack.push(lambda kind, *_: workers.close(0.0 if kind else grace_s))
+            workers = Workers(setting, session.clock, session.grace_s)
+            stack.push(lambda kind, *_: workers.close(0.0 if kind else session.grace_s))
         interrupts = stack.enter_context(Interrupts())
-        callees = load_all(tools, arguments, interrupts)
-        check_are_taken(arguments, callees, pipeline.tools, find_said)
-        session = Session(plan, setting, history, interrupts, callees, on_event, clock,
-                          fail_fast, keep_results, request.item,
-                          find_retries(callees, plan, request.item, retry_items))
-        run = Run(session, workers)
-        run.begin(request, find_versions(pipeline, tools), folder)
+        callees = load_all(tools, setting.arguments, interrupts)
+        check_are_taken(setting.arguments, callees, pipeline.tools, session.find_said)
+        run = Run(session, setting, interrupts, callees, workers)
         with Capture(bool(history.folder)) as capture:
-            kept = Kept(setting, interrupts, run.find_result)
+            kept = Kept(setting, interrupts, run.returned.find)
             kept.callees = callees
             with contextlib.closing(kept):
                 run.loop(Here(setting, kept, capture, run.hear))
         if capture.error:
-            run.tell_now("log", text=capture.error, level=OUTPUT_LOST)
+            run.tell("log", text=capture.error, level=OUTPUT_LOST)
         return run.end()
 
 
@@ -5561,35 +5681,24 @@ def load_all(tools, arguments, interrupts):
     return callees
 
 
-@contextlib.contextmanager
-def make_temporary_folder():
-    """Give a folder that is there for as long as it is used."""
-    import shutil
-    import tempfile
-    folder = tempfile.mkdtemp(prefix="orchestrator-")
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def find_retries(callees, plan, only_item, retry_items):
+def find_retries(session, callees):
     """Return by tool the items to try again that were given up. Raise UserError if items are
     asked for of a tool that has none or is not in the plan.
     """
     having = [tool for tool, callee in callees.items() if callee.has_items]
-    if only_item is not None and (len(plan.steps) > 1 or not having):
+    steps = session.plan.steps
+    if session.request.item is not None and (len(steps) > 1 or not having):
         raise UserError("--item is for a single tool with items; the plan has "
-                        f"{', '.join(step.tool for step in plan.steps[:5])}.",
+                        f"{', '.join(step.tool for step in steps[:5])}.",
                         "Name one" + (": " + having[0] if having else "") + ".")
-    if retry_items is None:
+    if session.retry_items is None:
         return dict.fromkeys(having, ())
-    for tool in retry_items:
+    for tool in session.retry_items:
         if tool not in having:
             raise UserError(f"--retry-items: {tool!r} is no tool with items in this plan.",
                             format_nearest(tool, having) if having else
                             "Name such a tool as a target, too.")
-    return dict(retry_items)
+    return session.retry_items
 
 
 def needs_worker(tool, jobs):
@@ -5599,25 +5708,123 @@ def needs_worker(tool, jobs):
     return jobs > 1 or tool.isolate or tool.timeout_s is not None or tool.memory_bytes is not None
 
 
-class Session(NamedTuple):
-    """What a run has beside the Setting that it shares with workers. `retries`: by tool, the
-    items to try again that were given up. `only`: the one item to do.
+class Returned:
+    """What tools returned, for those that wait for them.
+
+    State: `results`, by tool; where they are not kept to the end, `users`, how many tools still
+    wait for each, of the tools that each of them `sees`. Of those that wait for all before them,
+    the last one counts, since it is settled after the others.
     """
-    plan: Plan
-    setting: Setting
-    history: Any
-    interrupts: Interrupts
-    callees: Mapping[str, Callee]
-    on_event: Optional[Callable[[Event], None]]
-    clock: Clock
-    fail_fast: bool
-    keep_results: bool
-    only: Optional[str]
-    retries: Dict[str, Tuple[str, ...]]
+
+    def __init__(self, session):
+        from collections import Counter
+        self.history, self.keeps_all = session.history, session.keep_results
+        self.steps = {step.tool: step for step in session.plan.steps}
+        self.position = {tool: i for i, tool in enumerate(self.steps)}
+        self.results = {}
+        self.sees = {tool: step.edges for tool, step in self.steps.items()}
+        for tool in [tool for tool in self.steps if self.steps[tool].needs == ALL_BEFORE][-1:]:
+            self.sees[tool] = tuple(self.steps)[:self.position[tool]]
+        self.users = Counter(each for seen in self.sees.values() for each in seen)
+
+    def look(self, tool, name):
+        """Return in a tuple the result of a tool that another may see: of one that it waits for;
+        of one that is not in the plan, the last. It is empty if there is none. For None, return
+        the names of all.
+        """
+        needs = self.steps[tool].needs
+        if name is None:
+            names = self.results if needs == ALL_BEFORE else needs
+            return ([each for each in names if self.look(tool, each)],)
+        if name not in needs if needs != ALL_BEFORE \
+                else self.position.get(name, len(self.steps)) >= self.position[tool]:
+            return ()
+        if name in self.results:
+            return (self.results[name],)
+        success = name not in self.steps and self.history.find_success(name)
+        return (load_result(success),) if success else ()
+
+    def find(self, job, name):
+        """Return a result for the tool of a job, or for None the names of all. Raise KeyError if
+        there is none.
+        """
+        for result in self.look(job.tool, name):
+            return result
+        raise KeyError(name)
+
+    def answer(self, tool, name):
+        """Return the same for a worker: in a tuple, which is empty if there is none."""
+        found = self.look(tool, name)
+        return found if name is None else tuple(map(pack_result, found))
+
+    def take(self, tool, outcome):
+        """Take it that a tool has ended; return the outcome, as far as it is kept to the end."""
+        if outcome.status in ("success", "partial", "cached"):
+            self.results[tool] = outcome.result
+        if self.keeps_all:
+            return outcome
+        for each in self.sees[tool]:
+            self.users[each] -= 1
+        for each in (tool, *self.sees[tool]):
+            if not self.users[each]:
+                self.results.pop(each, None)
+        return outcome._replace(result=None)
+
+
+class Policy:
+    """What a failure means for tools that have not begun.
+
+    State: `causes`, for each tool that those who need it can not have, the tool that failed first;
+    `first_cause`, the position of the first of these and what failed there; `stopped_by`, the tool
+    whose failure keeps anything more from starting.
+    """
+
+    def __init__(self, session):
+        self.tools, self.fail_fast = session.pipeline.tools, session.fail_fast
+        self.position = {step.tool: i for i, step in enumerate(session.plan.steps)}
+        self.causes, self.first_cause, self.stopped_by = {}, (len(self.position), ""), None
+
+    def note(self, tool, status):
+        """Note how a tool ended."""
+        if status in ("failed", "partial"):
+            policy = "stop" if self.fail_fast else self.tools[tool].on_failure
+            if policy != "continue" and status == "failed":
+                self.note_cause(tool, tool)
+            if policy == "stop" and self.stopped_by is None:
+                self.stopped_by = tool
+
+    def note_cause(self, tool, root):
+        """Note that those who need a tool can not have it, because `root` failed."""
+        self.causes[tool] = root
+        self.first_cause = min(self.first_cause, (self.position[tool], root))
+
+    def find_hindrance(self, step):
+        """Return why a tool must be skipped, or None. Notes the cause for those that need it."""
+        if self.tools[step.tool].when == "always":
+            return None
+        if step.needs == ALL_BEFORE:
+            position, first = self.first_cause
+            root = first if position < self.position[step.tool] else None
+        else:
+            root = next((self.causes[need] for need in step.needs if need in self.causes), None)
+        if root is not None:
+            self.note_cause(step.tool, root)
+            return f"needs {root}, which failed"
+        if self.stopped_by is not None:
+            return f"not started, because {self.stopped_by} failed" + (
+                " and --fail-fast was given" if self.fail_fast else ' and says "stop"')
+        return None
+
+
+def forget_work(folder, run_id):
+    """Let no item be charged with the end of this process, which is somebody's wish."""
+    for slip, _, _ in load_slips(folder, run_id).values():
+        forget_slip(slip, is_told=True)
 
 
 class Doing(NamedTuple):
     """A job that goes on. `left` are those of its items, by name, that have not ended."""
+    work: "Work"
     job: Job
     started_s: float
     left: Dict[Optional[str], Optional[Item]]
@@ -5628,197 +5835,308 @@ _CHUNK_ITEMS = 1000  # but not more of them than this
 _TOLD_ITEMS = 20  # so many failures of a tool's items are told, the others are in the ledger
 
 
-class Work:
-    """A tool that is being done: what is left of it, and what came of the rest.
-
-    Of an attempt, which is its `number`: `started_s`; `performer`, who does it, and whether that
-    is `in_worker`; `log`, the file for what it prints; `has_logged`, whether it used context.log
-    or, in this process, has printed;
-    `lines`, what it logged so in a worker, which joins the log when what it printed has been
-    shown; `facts`, what a success of it would be built on; `last_success_at`. State: `listed`, what
-    was said of its items, None until that is known; `left`, the next to try, with None for the
-    tool itself where it has no items; `late`, those that come again after them; `later`, how many
-    will at some moment; `size`, how many to do at a time; `jobs`, how many go on; `problem`, the
-    Try that ended the attempt; `done`, the one that did the tool. The rest is what came of items,
-    in a former attempt too.
+class Tally:
+    """What came of the items of a tool in this run, in all its attempts: `ended`, how many did; the
+    rows of those that passed; the first error, and the first names that failed; how many failures
+    were `told`. `retry` are those that were given up and are to be tried again: see Job.
     """
 
-    def __init__(self, tool, has_items):
-        self.tool, self.has_items = tool, has_items
-        self.number, self.source = 0, ""
-        self.passed = self.failed = self.elsewhere = self.told = 0
-        self.rows = None
-        self.error = ""  # of the first that failed
-        self.failed_names = []
+    def __init__(self, retry):
+        self.ended = {"passed": 0, "failed": 0, "elsewhere": 0}
+        self.rows, self.error, self.failed_names, self.told = None, "", [], 0
+        self.retry = retry
 
-    def begin(self, started_s, performer, log):
-        """Begin an attempt, in which the items are listed anew."""
-        from collections import deque
-        self.number += 1
-        self.started_s, self.performer, self.log = started_s, performer, log
-        self.in_worker = isinstance(performer, Workers)
-        self.has_logged, self.lines = False, []
-        self.facts = {}
-        self.last_success_at = None
-        self.size = self.tool.batch
-        self.listed = None if self.has_items else {}
-        self.left = deque(() if self.has_items else (None,))
-        self.late = deque()
-        self.later = self.jobs = 0
-        self.problem = None
-        self.done = None
-        self.ended_before = self.count_ended()
+    def count(self):
+        """Return how many ended."""
+        return sum(self.ended.values())
 
-    def has_some(self):
-        """Return whether there is something to try at once."""
-        return self.problem is None and bool(self.left or self.late)
+    def note_failed(self, name, error):
+        """Add an item that failed."""
+        self.ended["failed"] += 1
+        self.error = self.error or error
+        self.failed_names += [name] * (self.ended["failed"] <= 3)
+
+    def sum_up(self, listed):
+        """Return how the items ended of which that was said, as one Try of their tool."""
+        passed, failed, elsewhere = self.ended.values()
+        tried, count, error = passed + failed, listed["counts"]["listed"], self.error
+        names = ": " + format_names(self.failed_names, failed) if failed > 1 else ""
+        is_idle = not self.count()
+        idle = f"none of {count_items(count)} is pending" if count else "no items"
+        reason = join_reasons(
+            f"{failed:,} of {count_items(tried)} failed{names}" if failed else "",
+            f"{count_items(elsewhere)} done by another run meanwhile" if elsewhere else "",
+            f"{count_items(passed)} done" if passed and not failed else "",
+            idle if is_idle else "", listed["reason"])
+        status = "success" if not failed else "partial" if passed else "failed"
+        if is_idle and listed["is_hopeless"]:
+            status, error = "failed", "all that was tried is given up, and none ever passed"
+        result = {"items": passed, "failed": failed, "rows": self.rows or 0}
+        return Try(None, status, result, self.rows, error, reason=reason)
+
+
+class Work:
+    """An attempt of a tool, with that `number`: what is left of it, and what came of the rest.
+
+    Constant: `performer`, who does it; `log`, the file for what it prints, which is `output` too
+    if another process does; `source` and `last_success_at`: see Job; `facts`, what a success would
+    be built on; `ended_before`, how many items ended in former attempts, which the `tally` of a
+    tool with items holds too. State: `has_logged`, whether it used context.log or, in this process,
+    has printed; `lines`, what it logged so in a worker, which joins the log when what it printed
+    has been shown; `listed`, what was said of its items, once that is known; `left`, the next to
+    try; `later`, how many come again at some moment; `size`, how many to do at a time; `jobs`, how
+    many go on; `problem`, the Try that ended the attempt; `done`, the one that did the tool;
+    `outcome`, if it is over and the tool comes again.
+    """
+    tally = listed = problem = done = outcome = None
+    later = jobs = 0
+    left, facts, has_logged = (), (), False
+    source, last_success_at = "", None
+
+    def __init__(self, run, callee, former):
+        self.run, self.tool = run, callee.tool
+        self.number = former.number + 1 if former else 1
+        self.performer = run.workers if needs_worker(self.tool, run.plan.jobs) else run.here
+        self.started_s = run.clock.monotonic()
+        self.log = find_log(run.logs, self.tool.name, self.number) if run.logs else ""
+        self.output = "" if self.performer is run.here else self.log
+        self.lines = []
+        if callee.has_items:
+            from collections import deque
+            self.tally = former.tally if former else Tally(run.retries.get(self.tool.name))
+            self.left, self.size = deque(), self.tool.batch
+            self.source = hash_item_source(self.tool)
+            self.ended_before = self.tally.count()
+        if run.history.folder:  # else there is nothing to know, and nobody to keep it
+            if callee.takes("context"):
+                self.last_success_at = run.history.find_last_success_at(self.tool.name)
+            if self.tool.cache_s:
+                self.facts = find_facts(run.session, self.tool)
+
+    # --- what is to do ---
 
     def is_over(self):
         """Return whether nothing is left to do."""
-        return not self.jobs and (self.problem is not None or self.listed is not None
-                                  and not (self.left or self.late or self.later))
+        return not self.jobs and bool(self.problem or self.done or self.listed
+                                      and not (self.left or self.later))
 
     def take(self, jobs):
         """Return the next to try together: not so many that other workers had none."""
         size, batch = self.size, self.tool.batch
-        source = self.left or self.late
         if jobs > 1:
-            size = min(size, -(-len(source) // (2 * jobs)))
+            size = min(size, -(-len(self.left) // (2 * jobs)))
         size = -(-size // batch) * batch
-        return tuple(source.popleft() for _ in range(min(size, len(source))))
+        return tuple(self.left.popleft() for _ in range(min(size, len(self.left))))
 
-    def note_speed(self, count, took_s):
-        """Let the next items take about _CHUNK_S together, after `count` took some seconds."""
-        if count:
-            fitting = int(_CHUNK_S * count / max(took_s, 1e-6))
-            self.size = max(1, min(fitting, 10 * self.size, max(_CHUNK_ITEMS, self.tool.batch)))
+    # --- what is heard of a job, by the kind of the message: see perform() ---
 
-    def note(self, ended):
-        """Add how an item ended, if it did."""
+    def hear_tries(self, doing, tries):
+        """Take how some tries ended."""
+        for ended in tries:
+            doing.left.pop(ended.item and ended.item.name, None)
+            if ended.item:
+                self.take_item(ended)
+            elif ended.status == "success":
+                self.done = ended
+            else:
+                self.problem = ended
+
+    def take_item(self, ended):
+        """Take how an item ended."""
+        tally = self.tally
+        forget_slip(ended.item.slip, is_told=True)
         if ended.status == "success":
-            self.passed += 1
+            tally.ended["passed"] += 1
             if ended.rows is not None:
-                self.rows = (self.rows or 0) + ended.rows
+                tally.rows = (tally.rows or 0) + ended.rows
         elif ended.status == "done":
-            self.elsewhere += 1
-        elif ended.status != "pending":
-            self.failed += 1
-            name = format_name(ended.item.name)
-            self.error = self.error or f"{name}: {ended.error}"
-            self.failed_names += [ended.item.name] * (self.failed <= 3)
+            tally.ended["elsewhere"] += 1
+        else:
+            self.take_failed_item(ended)
 
-    def count_ended(self):
-        """Return how many ended in this run."""
-        return self.passed + self.failed + self.elsewhere
+    def take_failed_item(self, ended):
+        """Take how an item ended that did not pass: it comes again, or has failed."""
+        item, retries, tries = ended.item, self.tool.retries, count_tries(ended.item)
+        error = f"{format_name(item.name)}: {ended.error}"
+        count = f"try {tries} of {retries + 1}" if retries else ""
+        if item.is_death:
+            what = "connection" if ended.error.startswith(_GONE) else "process"
+            count = f"it took its {what} down {item.deaths} of {DEATHS_ALLOWED} times"
+        if ended.status == "pending":
+            then = self.run.come_again(self, item._replace(is_death=False, slip=""),
+                                       0 if item.is_death else tries)
+        else:
+            then = "quarantined" if ended.status == "quarantined" else ""
+            self.tally.note_failed(item.name, error)
+        self.tell_failed_item(ended, join_reasons(error, count, then))
 
-    def count(self):
-        """Return the counts that history keeps."""
+    def tell_failed_item(self, ended, text):
+        """Tell of an item that failed, if not of too many; the log has the traceback of each."""
+        traceback = ended.traceback.rstrip()
+        self.tally.told += 1
+        told = self.tally.told
+        if told > _TOLD_ITEMS:
+            return
+        if told == _TOLD_ITEMS:
+            text = f"more items fail; --items {self.tool.name} --failed will list them"
+        elif told == 1 and traceback:
+            text += "\n" + traceback
+        self.note_log(text)
+        self.run.tell("log", self.tool.name, text=text,
+                      level=30 if ended.status == "pending" else 40)
+        if 1 < told < _TOLD_ITEMS and traceback:
+            self.note_log(traceback)
+
+    def note_log(self, text):
+        """Add a text to the log, if there is one to keep."""
+        if self.run.history.folder:
+            self.has_logged = True
+            if self.output:
+                self.lines.append(text)
+            else:
+                append_line(self.log, text)
+
+    def hear_found(self, doing, items):
+        """Take items that are pending. Those that were at work when a former run was cut off are
+        charged with that, unless the tool's source was changed since: that mended it, perhaps.
+        """
+        for item in items:
+            slip, source, at_work = self.run.former.pop((self.tool.name, item.name), ("", "", None))
+            if source == doing.job.source and at_work.version == item.version \
+                    and count_tries(at_work) == count_tries(item):
+                self.charge(item, "its process ended while it was at work", True, slip)
+            else:
+                forget_slip(slip, is_told=True)
+                self.left.append(item)
+
+    def charge(self, item, how, is_death, slip):
+        """Have it recorded that an item did not survive, or was too slow, before another try."""
+        self.left.appendleft(item._replace(
+            charge=how, is_death=is_death, slip=slip, is_seen=None,
+            tries=item.tries + (not is_death), deaths=item.deaths + is_death))
+
+    def hear_listed(self, doing, listed):
+        """Take it that all pending items are known, and what was said of them."""
+        former, tool = self.run.former, self.tool.name
+        self.listed, self.tally.retry = listed, None  # what was given back is not once more
+        self.run.history.note_items(tool, listed["counts"])
+        for key in [] if doing.job.only else [key for key in former if key[0] == tool]:
+            forget_slip(former.pop(key)[0], is_told=True)  # it is not pending any more
+
+    def hear_event(self, _doing, event):
+        """Have told what the tool says of itself."""
+        if event["kind"] == "log":
+            self.note_log(event["text"])
+        self.run.tell(tool=self.tool.name, **event)
+        if not self.output:
+            self.run.publish()
+
+    def hear_asks(self, doing, name):
+        """Answer a worker that asks for a result."""
+        self.performer.answer(doing.job.number, self.run.returned.answer(self.tool.name, name))
+
+    def hear_ended(self, doing, problem):
+        """Take it that a job is over, and what kept it from the rest."""
+        run, tool, count = self.run, self.tool, len(doing.job.items)
+        if problem is None:
+            if count and self.tally:  # the next are to take about _CHUNK_S together
+                took_s = max(run.clock.monotonic() - doing.started_s, 1e-6)
+                self.size = max(1, min(int(_CHUNK_S * count / took_s), 10 * self.size,
+                                       max(_CHUNK_ITEMS, tool.batch)))
+        elif problem.status == "interrupted":
+            run.is_interrupted = True
+        elif problem.item and problem.item.is_death:  # as long as that could not be recorded
+            item = problem.item._replace(deaths=problem.item.deaths - 1)
+            run.former[tool.name, item.name] = "", doing.job.source, item
+        self.problem = self.problem or problem
+        if self.listed:
+            run.tell("progress", tool.name, done=self.tally.count(),
+                     total=self.ended_before + self.listed["counts"]["pending"])
+
+    def hear_died(self, doing, what):
+        """Take it that a job is over with its process, or took too long, and what was at work."""
+        run, left, (item, how, is_late, slip) = self.run, doing.left, what
+        at_work = left.pop(item.name, None) if item else None
+        if at_work is None or run.is_interrupted:  # or it was killed by us
+            forget_slip(slip, is_told=True)
+        if run.is_interrupted:
+            self.problem = Try(None, "interrupted", reason=format_signal(run.interrupts.signal))
+        elif at_work is None and len(left) == len(doing.job.items):
+            self.problem = self.problem or Try(None, "failed", error=how)
+        else:
+            self.left.extend(each._replace(is_seen=None) for each in left.values())
+            if at_work:
+                self.charge(at_work._replace(tries=item.tries, deaths=item.deaths), how,
+                            not is_late, slip)
+
+    # --- how an attempt ended ---
+
+    def make_outcome(self):
+        """Return how the attempt ended."""
+        tool, signal = self.tool, self.run.interrupts.signal
+        ended = self.problem or self.done or (
+            self.tally.sum_up(self.listed) if self.is_over() else
+            Try(None, "interrupted", reason=format_signal(signal)))
+        error, reason = ended.error, ended.reason
+        if ended.status == "failed" and 1 < self.number > tool.retries:
+            reason = join_reasons(reason, f"try {self.number} of {tool.retries + 1}")
+        if tool.memory_bytes is not None and error.startswith("MemoryError"):
+            error += f"; its memory is bounded to {tool.memory_bytes / 2**20:.1f} MB"
+        has_log = self.has_logged or self.output and has_bytes(self.output)
+        return Outcome(ended.status, reason, ended.result, ended.rows, error, ended.traceback,
+                       self.number, self.run.clock.monotonic() - self.started_s,
+                       self.log if has_log else "",
+                       ended.result.kept if isinstance(ended.result, Packed) else None,
+                       self.count_items())
+
+    def count_items(self):
+        """Return the counts of items that history keeps."""
         if not self.listed:
             return None
         counts = self.listed["counts"]
-        return {**counts, "pending": counts["pending"] + self.ended_before,
-                "passed": self.passed, "failed": self.failed, "elsewhere": self.elsewhere}
+        return {**counts, "pending": counts["pending"] + self.ended_before, **self.tally.ended}
 
-    def make_outcome(self, signal):
-        """Return how the attempt ended."""
-        problem = self.problem
-        if problem:
-            return Outcome(problem.status, problem.reason, error=problem.error,
-                           traceback=problem.traceback, items=self.count())
-        if not self.is_over():
-            return Outcome("interrupted", format_signal(signal), items=self.count())
-        if self.has_items:
-            return self._make_outcome_of_items()
-        result = self.done.result
-        return Outcome("success", result=result, rows=self.done.rows,
-                       kept=result.kept if isinstance(result, Packed) else None)
 
-    def _make_outcome_of_items(self):
-        tried, listed = self.passed + self.failed, self.listed["counts"]["listed"]
-        names = ": " + format_names(self.failed_names, self.failed) if self.failed > 1 else ""
-        reasons = [f"{self.failed:,} of {count_items(tried)} failed{names}"] * bool(self.failed)
-        if self.elsewhere:
-            reasons.append(f"{count_items(self.elsewhere)} done by another run meanwhile")
-        if self.passed and not self.failed:
-            reasons.append(f"{count_items(self.passed)} done")
-        is_idle = not tried and not self.elsewhere
-        if is_idle:
-            reasons.append(f"none of {count_items(listed)} is pending" if listed else "no items")
-        status = "success" if not self.failed else "partial" if self.passed else "failed"
-        if is_idle and self.listed["is_hopeless"]:
-            status, self.error = "failed", "all that was tried is given up, and none ever passed"
-        reason = join_reasons(*reasons, self.listed["reason"])
-        result = {"items": self.passed, "failed": self.failed, "rows": self.rows or 0}
-        return Outcome(status, reason, result, self.rows, self.error, items=self.count())
+_RUNNING = Outcome("running")
 
 
 class Run:
-    """One execution of a plan.
+    """One execution of a plan: what starts, and what the end of a tool means for others.
 
-    Constant: the session and what it holds. Changing, and only by this class: `statuses` and
-    `outcomes` of the tools; `results` of those that succeeded; `causes`, for each tool that those
-    who need it can not have, the tool that failed first; `first_cause`, the position of the first
-    of these and what failed there; `works`, what was begun, by tool, and `open`, those of them
-    that are at an attempt; `jobs`, what is being done of them, by number; `again`, a heap of
-    (moment, number, tool, item or None): the only way in which anything comes again; `tried`, how
-    the tools failed that do; `slips`, the files that tell of deaths that are not recorded yet, and
-    `former`, the deaths in runs that were cut off, by tool and item; `stopped_by`, the tool whose
-    failure keeps anything more from starting; `is_interrupted`; `told`, the events that the
-    listener hears at the next publish().
+    Constant: the session and what it holds. Changing: `outcomes` of the tools, with a status before
+    they end, too; `open`, the Work of those that are at an attempt, and `waiting`, of those that
+    come again; `jobs`, what is being done, by number; `again`, a heap of (moment, number, Work,
+    item or None): the only way in which anything comes again, and out of date once the attempt is
+    over; `former`, the items that were at work when a run was cut off: see load_slips();
+    `is_interrupted`; `told`, the events that the listener hears at the next publish().
     """
 
-    def __init__(self, session, workers):
+    def __init__(self, session, setting, interrupts, callees, workers):
         self.session, self.plan, self.history = session, session.plan, session.history
-        self.tools, self.clock = session.setting.pipeline.tools, session.clock
-        self.interrupts, self.on_event = session.interrupts, session.on_event
-        self.workers = workers
-        self.here = None  # who does what needs no worker
-        steps = self.plan.steps
-        self.steps = {step.tool: step for step in steps}
-        self.schedule = Schedule(steps, session.setting.pipeline, self.plan.jobs)
-        self.run_id = self.ledger_run_id = ""
+        self.clock, self.pipeline, self.callees = session.clock, session.pipeline, callees
+        self.interrupts, self.workers = interrupts, workers
+        self.retries = find_retries(session, callees)
+        self.returned, self.policy = Returned(session), Policy(session)
+        self.steps = self.returned.steps
+        self.schedule = Schedule(self.plan.steps, session.pipeline, self.plan.jobs)
+        self.outcomes = dict.fromkeys(self.steps, Outcome("pending", "not started"))
+        self.open, self.waiting, self.jobs, self.again = {}, {}, {}, []
+        self.numbers = iter(range(1, sys.maxsize))  # of jobs, and of what comes again
+        self.is_interrupted, self.told = False, []
         self.started_s = self.clock.monotonic()
-        self.statuses = dict.fromkeys(self.steps, "pending")
-        self.outcomes = {}
-        self.results = {}
-        self.causes = {}
-        self.first_cause = (len(steps), "")
-        self.works = {}
-        self.open = {}
-        self.jobs = {}
-        self.again = []
-        self.tried = {}
-        self.slips = {}
-        self.former = {}
-        self.numbers = 0  # of jobs, and of what comes again
-        self.stopped_by = None
-        self.is_interrupted = False
-        # how many still wait for a result: those with an edge to it and, of those that wait for
-        # all before them, the last one, since it is settled after the others
-        self.last_in_line = max((i for i, step in enumerate(steps)
-                                 if step.needs == ALL_BEFORE), default=-1)
-        self.users = {tool: len(self.schedule.after[tool]) + (i < self.last_in_line)
-                      for i, tool in enumerate(self.steps)}
-        self.logs = ""  # the folder for what tools print
-        self.told = []
-        self.interrupts.before_exit = self.forget_work
-
-    def begin(self, request, versions, folder):
-        """Record that the run begins. `folder` is for logs where no history is kept."""
-        self.run_id = self.history.begin_run(self.plan, request, self.session.setting.arguments,
-                                             versions, self.clock.wall())
+        self.run_id = self.history.begin_run(
+            self.plan, session.request, setting.arguments,
+            find_versions(self.pipeline, [callee.tool for callee in callees.values()]),
+            self.clock.wall())
         self.ledger_run_id = f"{self.run_id}.{os.urandom(2).hex()}"
-        self.former = load_slips(self.session.setting.slips)
-        self.logs = folder
-        if self.history.folder:
-            self.logs = find_logs(folder, self.run_id)
-            try:
-                os.makedirs(self.logs, 0o700, exist_ok=True)
-            except OSError as error:
-                raise refused(self.logs, error) from error
+        self.slips, self.former = setting.slips, load_slips(setting.slips)
+        self.logs = self.slips and find_logs(os.path.dirname(self.slips), self.run_id)
+        interrupts.before_exit = lambda: forget_work(self.slips, self.ledger_run_id)
 
     def loop(self, here):
-        """Start what is ready and settle what has ended, until nothing is left to do."""
+        """Start what is ready and settle what has ended, until nothing is left to do. `here` does
+        what needs no worker.
+        """
         self.here = here
         self.tell("run_started", plan=self.plan)
         self.unblock(self.schedule.begin())
@@ -5827,18 +6145,20 @@ class Run:
                 self.is_interrupted = True  # nothing more starts, what runs ends within the grace
                 if self.workers:
                     self.workers.interrupt()
-            self.end_attempts()
+            for work in [*self.open.values()]:
+                if work.is_over() or self.is_interrupted and not work.jobs:
+                    self.end_attempt(work)
             self.bring_again()
             self.start_ready()
             self.publish()
-            if not self.open and (self.is_interrupted or not self.again):
+            if not self.open and (self.is_interrupted or not self.waiting):
                 return
             self.wait()
 
     def wait(self):
         """Hear what is said, until something is due."""
         if self.here.job:
-            work = self.works[self.here.job.tool]
+            work = self.open[self.here.job.tool]
             work.has_logged = self.here.wait() or work.has_logged
             return
         due_s = self.again[0][0] - self.clock.monotonic() if self.again else _BEAT_S
@@ -5854,27 +6174,25 @@ class Run:
 
     # --- what starts ---
 
-    def come_again(self, tool, item, delay_s):
-        """Have a tool, or an item of it, tried again after some seconds."""
-        self.numbers += 1
-        heappush(self.again, (self.clock.monotonic() + delay_s, self.numbers, tool, item))
-        if item:
-            self.works[tool].later += 1
+    def come_again(self, work, item=None, tries=0):
+        """Have a tool, or an item of it, tried again after so many tries that failed, or at once
+        after none; return in words when that is.
+        """
+        from random import random
+        delay_s = retry_delay_s(work.tool, tries, random) if tries else 0.0
+        heappush(self.again, (self.clock.monotonic() + delay_s, next(self.numbers), work, item))
+        work.later += item is not None
+        return "again" + (f" in {format_duration(delay_s)}" if delay_s else "")
 
     def bring_again(self):
         """Make ready what is due to come again."""
-        now_s = self.clock.monotonic()
-        while self.again and self.again[0][0] <= now_s:
-            _, _, tool, item = heappop(self.again)
+        while self.again and self.again[0][0] <= self.clock.monotonic():
+            _, _, work, item = heappop(self.again)
             if item:
-                self.works[tool].later -= 1
-                self.works[tool].late.append(item)
-            else:
-                self.schedule.add(tool)
-
-    def has_room(self):
-        """Return whether one more job may start."""
-        return len(self.jobs) < self.plan.jobs and not self.is_interrupted
+                work.later -= 1
+                work.left.append(item)
+            elif work.tool.name in self.waiting:
+                self.schedule.add(work.tool.name)
 
     def start_ready(self):
         """Start what is ready and has room: items of tools that have begun and wait for a worker,
@@ -5888,49 +6206,37 @@ class Run:
             self.begin_attempt(tool)
         self.start_items(is_first=False)
 
+    def has_room(self):
+        """Return whether one more job may start."""
+        return len(self.jobs) < self.plan.jobs and not self.is_interrupted
+
     def start_items(self, is_first):
-        """Have more items done where there is room, by tools of which none are being done if
-        `is_first`.
-        """
+        """Have more items done where there is room; if `is_first`, of tools of which none are."""
         for tool, work in self.open.items():
-            while self.has_room() and work.has_some() and not (is_first and work.jobs) \
-                    and self.schedule.take(tool):
-                self.start_job(tool, work, work.take(self.plan.jobs))
+            while work.left and not work.problem and self.has_room() \
+                    and not (is_first and work.jobs) and self.schedule.take(tool):
+                self.start_job(work, work.take(self.plan.jobs))
 
     def begin_attempt(self, tool):
         """Begin an attempt, for which there is room."""
-        options, callee, now_s = self.tools[tool], self.session.callees[tool], \
-            self.clock.monotonic()
-        self.tried.pop(tool, None)
-        if tool not in self.works:
-            self.works[tool] = Work(options, callee.has_items)
-            self.statuses[tool] = check_move(self.statuses[tool], "running")
-        work = self.open[tool] = self.works[tool]
-        performer = self.workers if needs_worker(options, self.plan.jobs) else self.here
-        work.begin(now_s, performer,
-                   find_log(self.logs, tool, work.number + 1) if self.logs else "")
-        self.history.begin_attempt(tool, work.number, self.clock.wall(), performer.reserve())
-        work.facts = self.find_facts(tool)
-        if work.has_items:
-            work.source = hash_item_source(options)
-        if callee.takes("context"):
-            work.last_success_at = self.history.find_last_success_at(tool)
-        self.tell_now("tool_started", tool, output=work.log if work.in_worker else "")
-        self.start_job(tool, work, () if work.has_items else (work.left.popleft(),))
+        former = self.waiting.pop(tool, None)
+        if former is None:
+            self.move(tool, _RUNNING)
+        work = self.open[tool] = Work(self, self.callees[tool], former)
+        self.history.begin_attempt(tool, work.number, self.clock.wall(), work.performer.reserve())
+        self.tell("tool_started", tool, output=work.output)
+        self.publish()
+        self.start_job(work, () if work.tally else (None,))
 
-    def start_job(self, tool, work, items):
+    def start_job(self, work, items):
         """Have some items tried; without any, have them listed."""
-        self.numbers += 1
         work.jobs += 1
-        is_listing = not items
-        job = Job(self.numbers, tool, items, is_listing, work.log, self.ledger_run_id, work.number,
-                  work.last_success_at, work.source, self.session.only,
-                  self.session.retries.get(tool) if is_listing else None)
-        self.jobs[job.number] = Doing(job, self.clock.monotonic(),
+        job = Job(next(self.numbers), work.tool.name, items, not items, work.log,
+                  self.ledger_run_id, work.number, work.last_success_at, work.source,
+                  self.session.request.item, work.tally and work.tally.retry)
+        self.jobs[job.number] = Doing(work, job, self.clock.monotonic(),
                                       {item and item.name: item for item in items})
-        work.performer.start(job, self.tools[tool].timeout_s)
-
-    # --- what is heard ---
+        work.performer.start(job, work.tool.timeout_s)
 
     def hear(self, message):
         """Take a message of perform(), or of the workers."""
@@ -5938,477 +6244,145 @@ class Run:
         doing = self.jobs.get(number)
         if doing is None:
             return  # a thread that a tool has left behind tells of itself
-        tool = doing.job.tool
-        if kind == "tries":
-            for ended in what:
-                self.take_try(tool, doing, ended)
-        elif kind == "found":
-            self.take_items(doing.job, what)
-        elif kind == "listed":
-            self.works[tool].listed = what
-            self.session.retries.pop(tool, None)  # what was given back is not once more
-            self.history.note_items(tool, what["counts"])
-            self.forget_former(doing.job)
-        elif kind == "event":
-            self.tell(tool=tool, **what)
-            if self.works[tool].performer is self.here:
-                self.publish()
-        elif kind == "asks":
-            self.workers.answer(number, self.find_answer(doing.job, what))
-        elif kind == "ended":
-            self.job_ended(doing, what)
-        else:
-            self.job_died(doing, *what)
-
-    def take_try(self, tool, doing, ended):
-        """Take how a try ended."""
-        work, item = self.works[tool], ended.item
-        doing.left.pop(item and item.name, None)
-        if item is None and ended.status == "success":
-            work.done = ended
-        elif item is None:
-            work.problem = ended
-        else:
-            if self.slips:
-                forget_slip(self.slips.pop((tool, item.name), ""), is_told=True)
-            work.note(ended)
-            if ended.status not in ("success", "done"):
-                self.take_failed_item(tool, work, ended)
-
-    def take_items(self, job, items):
-        """Take items that are pending. Those that were at work when a former run was cut off are
-        charged with that, unless the tool's source was changed since: that mended it, perhaps.
-        """
-        work = self.works[job.tool]
-        for item in items:
-            slip, source, at_work = self.former.pop((job.tool, item.name), ("", "", None))
-            if source == job.source and at_work.version == item.version \
-                    and count_tries(at_work) == count_tries(item):
-                self.charge(job.tool, item, "its process ended while it was at work", True, slip)
-            else:
-                forget_slip(slip, is_told=True)
-                work.left.append(item)
-
-    def charge(self, tool, item, how, is_death, slip):
-        """Have it recorded that an item did not survive, or was too slow, before it comes again."""
-        self.works[tool].left.appendleft(item._replace(
-            charge=how, is_death=is_death, is_seen=None,
-            tries=item.tries + (not is_death), deaths=item.deaths + is_death))
-        self.slips[tool, item.name] = slip
-
-    def forget_former(self, job):
-        """Forget the deaths of items of a tool that are not pending any more."""
-        if job.only is None:
-            for key in [key for key in self.former if key[0] == job.tool]:
-                forget_slip(self.former.pop(key)[0], is_told=True)
-
-    def forget_work(self):
-        """Let no item be charged with the end of this process, which is somebody's wish. Runs in
-        the handler of a signal.
-        """
-        for slip in load_slips(self.session.setting.slips, self.ledger_run_id).values():
-            forget_slip(slip[0], is_told=True)
-
-    def end_job(self, doing):
-        """Note that a job is over; return the work that it was a part of."""
-        tool = doing.job.tool
-        work = self.works[tool]
-        del self.jobs[doing.job.number]
-        self.schedule.release(tool)
-        work.jobs -= 1
-        return work
-
-    def job_ended(self, doing, problem):
-        """Take it that a job is over, and what kept it from the rest."""
-        work = self.end_job(doing)
-        if problem is None:
-            if work.has_items:
-                work.note_speed(len(doing.job.items), self.clock.monotonic() - doing.started_s)
-        elif problem.status == "interrupted":
-            self.is_interrupted = True
-        elif problem.item and problem.item.is_death:  # as long as that could not be recorded
-            item = problem.item._replace(deaths=problem.item.deaths - 1)
-            self.former[doing.job.tool, item.name] = "", doing.job.source, item
-        work.problem = work.problem or problem
-        if work.listed:
-            self.tell("progress", doing.job.tool, done=work.count_ended(),
-                      total=work.ended_before + work.listed["counts"]["pending"])
-
-    def job_died(self, doing, item, how, is_late, slip):
-        """Take it that a job is over with its process, or took too long: `item` was at work."""
-        work, tool, left = self.end_job(doing), doing.job.tool, doing.left
-        at_work = left.pop(item.name, None) if item else None
-        if at_work is None or self.is_interrupted:  # or it was killed by us
-            forget_slip(slip, is_told=True)
-        if self.is_interrupted:
-            work.problem = Try(None, "interrupted", reason=format_signal(self.interrupts.signal))
-        elif at_work is None and len(left) == len(doing.job.items):
-            work.problem = work.problem or Try(None, "failed", error=how)
-        else:
-            if at_work:
-                self.charge(tool, at_work._replace(tries=item.tries, deaths=item.deaths), how,
-                            not is_late, slip)
-            for each in left.values():
-                self.come_again(tool, each._replace(is_seen=None), 0.0)
-
-    def take_failed_item(self, tool, work, ended):
-        """Take how an item ended that did not pass: it comes again, or has failed."""
-        item, retries = ended.item, self.tools[tool].retries
-        text = f"{format_name(item.name)}: {ended.error}"
-        if item.is_death:
-            what = "connection" if ended.error.startswith(_GONE) else "process"
-            text += f"; it took its {what} down {item.deaths} of {DEATHS_ALLOWED} times"
-        elif retries:
-            text += f"; try {count_tries(item)} of {retries + 1}"
-        if ended.status == "pending":
-            from random import random
-            delay_s = 0.0 if item.is_death else retry_delay_s(self.tools[tool], count_tries(item),
-                                                              random)
-            self.come_again(tool, item._replace(is_death=False), delay_s)
-            text += "; again" + (f" in {format_duration(delay_s)}" if delay_s else "")
-        text += "; quarantined" * (ended.status == "quarantined")
-        self.tell_failed_item(tool, work, ended, text)
-
-    def tell_failed_item(self, tool, work, ended, text):
-        """Tell of an item that failed, if not of too many; the log has the traceback of each."""
-        traceback = ended.traceback.rstrip()
-        work.told += 1
-        if work.told == _TOLD_ITEMS:
-            text = f"more items fail; --items {tool} --failed will list them"
-        if work.told == 1 and traceback:
-            text += "\n" + traceback
-        if work.told <= _TOLD_ITEMS:
-            self.tell("log", tool, text=text, level=30 if ended.status == "pending" else 40)
-        if 1 < work.told < _TOLD_ITEMS and traceback:
-            self.note_log(tool, traceback)
-
-    # --- results ---
-
-    def find_result(self, job, name):
-        """Return the result of a tool that the one of a job may see: of those that it waits for;
-        of one that is not in the plan, its last. Raise KeyError if there is none. For None, return
-        the names of all.
-        """
-        tool, needs = job.tool, self.steps[job.tool].needs
-        position = self.schedule.position
-        if name is None:
-            if needs == ALL_BEFORE:
-                return [each for each in self.results if position[each] < position[tool]]
-            return [each for each in needs if each in self.results
-                    or each not in self.steps and self.history.find_success(each)]
-        if name in self.results and (position[name] < position[tool] if needs == ALL_BEFORE
-                                     else name in needs):
-            return self.results[name]
-        success = needs != ALL_BEFORE and name in needs and name not in self.steps \
-            and self.history.find_success(name)
-        if not success:
-            raise KeyError(name)
-        return load_result(success)
-
-    def find_answer(self, job, name):
-        """Return what a worker gets that asks for a result, or for the names of all: as a tuple,
-        which is empty if there is none.
-        """
-        try:
-            found = self.find_result(job, name)
-        except KeyError:
-            return ()
-        return (found if name is None else pack_result(found),)
-
-    def find_facts(self, tool):
-        """Return what a success of a tool with `cache` would be built on, before it begins."""
-        options, history = self.tools[tool], self.history
-        if not options.cache_s or not history.folder:
-            return {}
-        import json
-        needed = history.find_needed_works(self.session.setting.pipeline, tool)
-        return {"source": json.dumps(describe_source(options, hash_imported(options.module))),
-                "needed": json.dumps(needed),
-                "reads": find_reads(options, history.base, {})}
-
-    def drop_results(self, tool):
-        """Let go of the results that only this tool still waited for."""
-        if self.session.keep_results:
-            return
-        needs, position = self.steps[tool].edges, self.schedule.position[tool]
-        if position == self.last_in_line:
-            needs += tuple(self.steps)[:position]
-        for each in needs:
-            self.users[each] -= 1
-        for each in (tool, *needs):
-            if not self.users[each]:
-                self.results.pop(each, None)
+        if kind in ("ended", "died"):
+            del self.jobs[number]
+            self.schedule.release(doing.job.tool)
+            doing.work.jobs -= 1
+        getattr(doing.work, "hear_" + kind)(doing, what)
 
     # --- how tools end ---
 
-    def end_attempts(self):
-        """Settle the tools of which nothing is left to do, or let them come again."""
-        for tool, work in [*self.open.items()]:
-            if work.is_over() or self.is_interrupted and not work.jobs:
-                self.end_attempt(tool, work)
-
-    def end_attempt(self, tool, work):
+    def end_attempt(self, work):
         """Take how an attempt ended: settle the tool, or let it come again unless that says
         nothing new.
         """
-        outcome = work.make_outcome(self.interrupts.signal)
-        if work.later:
-            self.again = [each for each in self.again if each[2] != tool]
-            heapify(self.again)
-        options, tries = self.tools[tool], work.number
-        is_final = work.problem is None or outcome.status != "failed" \
-            or outcome.reason == NOT_AGAIN or tries > options.retries \
-            or self.stopped_by is not None or self.is_interrupted
-        outcome = self.describe(outcome, work)
-        if not is_final:
-            from random import random
-            delay_s = retry_delay_s(options, tries, random)
-            self.come_again(tool, None, delay_s)
-            self.tried[tool] = outcome
-            again = "again" + (f" in {format_duration(delay_s)}" if delay_s else "")
-            outcome = add_reason(outcome, f"try {tries} of {options.retries + 1}; {again}")
+        tool, outcome = work.tool.name, work.make_outcome()
         del self.open[tool]
-        self.record(tool, outcome, work.facts)
-        output = work.log if work.in_worker else ""
-        if is_final:
-            self.settle(tool, outcome, output)
+        comes_again = outcome.status == "failed" and work.problem is not None \
+            and outcome.reason != NOT_AGAIN and work.number <= work.tool.retries \
+            and self.policy.stopped_by is None and not self.is_interrupted
+        if comes_again:
+            work.outcome, self.waiting[tool] = outcome, work
+            again = self.come_again(work, None, work.number)
+            outcome = outcome._replace(reason=join_reasons(
+                outcome.reason, f"try {work.number} of {work.tool.retries + 1}", again))
+        self.history.end_attempt(tool, outcome, format_facts(work, outcome, self.history.base))
+        if comes_again:
+            self.tell("tool_retried", tool, outcome=outcome, output=work.output)
         else:
-            self.tell("tool_retried", tool, outcome=outcome, output=output)
-        if output:
+            self.settle(tool, outcome, work.output)
+        if work.output:
             self.publish()  # who listens shows the file, before it is cut
             if work.lines:
-                append_line(output, "\n".join(work.lines))
-            tidy_log(output)
-        if self.stopped_by:  # no tool is tried again
-            self.again = [each for each in self.again if each[3]]
-            heapify(self.again)
-            while self.tried:
-                each = next(iter(self.tried))
-                self.settle(each, self.tried.pop(each))
-
-    def describe(self, outcome, work):
-        """Return an outcome with what only the run knows of it: which try, how long, the log."""
-        options, tries, error = work.tool, work.number, outcome.error
-        if outcome.status == "failed" and 1 < tries > options.retries:
-            outcome = add_reason(outcome, f"try {tries} of {options.retries + 1}")
-        if options.memory_bytes is not None and error.startswith("MemoryError"):
-            error += f"; its memory is bounded to {options.memory_bytes / 2**20:.1f} MB"
-        has_log = work.has_logged or work.in_worker and has_bytes(work.log)
-        return outcome._replace(attempts=tries, error=error, log=work.log if has_log else "",
-                                duration_s=self.clock.monotonic() - work.started_s)
-
-    def record(self, tool, outcome, facts):
-        """Record how an attempt ended."""
-        if facts and outcome.status == "success":
-            import json
-            writes = find_writes(self.tools[tool], self.history.base)
-            facts["inputs"] = json.dumps({"reads": facts.pop("reads"), "writes": writes})
-        self.history.end_attempt(tool, outcome, facts if outcome.status == "success" else {})
+                append_line(work.log, "\n".join(work.lines))
+            tidy_log(work.log)
+        while self.policy.stopped_by and self.waiting:  # no tool is tried again
+            each = next(iter(self.waiting))
+            self.settle(each, self.waiting.pop(each).outcome)
 
     def note_end(self, tool, outcome, output=""):
         """Note how a tool ended, or that it need not or can not begin."""
-        self.statuses[tool] = check_move(self.statuses[tool], outcome.status)
-        self.outcomes[tool] = outcome
-        if outcome.status in ("success", "partial", "cached"):
-            self.results[tool] = outcome.result
+        self.move(tool, self.returned.take(tool, outcome))
         self.tell("tool_ended", tool, outcome=outcome, output=output)
-        self.drop_results(tool)
+
+    def move(self, tool, outcome):
+        """Let a tool have another status, and what belongs to that."""
+        check_move(self.outcomes[tool].status, outcome.status)
+        self.outcomes[tool] = outcome
 
     def settle(self, tool, outcome, output=""):
         """Note how a tool ended that was tried, and let those go on that waited for it."""
         self.note_end(tool, outcome, output)
-        del self.works[tool]
-        if outcome.status in ("failed", "partial"):
-            policy = "stop" if self.session.fail_fast else self.tools[tool].on_failure
-            if policy != "continue" and outcome.status == "failed":
-                self.note_cause(tool, tool)
-            if policy == "stop" and self.stopped_by is None:
-                self.stopped_by = tool
+        self.policy.note(tool, outcome.status)
         if outcome.status != "interrupted":
             freed = self.schedule.done(tool)
-            ready = self.schedule.take_all() if self.stopped_by else []
-            self.unblock([each for each in ready if each not in self.tried] + freed)
+            if self.policy.stopped_by:  # then nothing that was ready starts any more
+                freed[:0] = [each for each in self.schedule.take_all() if each not in self.waiting]
+            self.unblock(freed)
 
     def unblock(self, tools):
         """Make tools ready that wait for nothing any more; settle those that are not to run."""
-        left = list(tools)
-        while left:
-            tool = left.pop(0)
+        for tool in tools:  # which grows
             step = self.steps[tool]
+            reason = None if step.success else self.policy.find_hindrance(step)
             if step.success:
-                outcome = make_cached(step)
-            else:
-                reason = self.find_hindrance(tool)
-                if reason is None:
-                    self.schedule.add(tool)
-                    continue
+                outcome = Outcome("cached", step.reason, load_result(step.success),
+                                  step.success.rows)
+            elif reason:
                 outcome = Outcome("skipped", reason)
                 self.history.note(tool, 0, outcome.status, self.clock.wall(),
                                   reason=outcome.reason)
+            else:
+                self.schedule.add(tool)
+                continue
             self.note_end(tool, outcome)
-            left += self.schedule.done(tool)
-
-    def find_hindrance(self, tool):
-        """Return why a tool must be skipped, or None. Notes the cause for those that need it."""
-        step = self.steps[tool]
-        if self.tools[tool].when == "always" or tool in self.works:
-            return None
-        if step.needs == ALL_BEFORE:
-            position, first = self.first_cause
-            root = first if position < self.schedule.position[tool] else None
-        else:
-            root = next((self.causes[need] for need in step.needs if need in self.causes), None)
-        if root is not None:
-            self.note_cause(tool, root)
-            return f"needs {root}, which failed"
-        if self.stopped_by is not None:
-            return f"not started, because {self.stopped_by} failed" + (
-                " and --fail-fast was given" if self.session.fail_fast else ' and says "stop"')
-        return None
-
-    def note_cause(self, tool, root):
-        """Note that those who need a tool can not have it, because `root` failed."""
-        self.causes[tool] = root
-        self.first_cause = min(self.first_cause, (self.schedule.position[tool], root))
+            tools += self.schedule.done(tool)
 
     # --- what is told ---
 
     def tell(self, kind, tool="", **what):
-        """Have the listener told at the next publish(); what a tool logs, its log too."""
-        if kind == "log":
-            self.note_log(tool, what["text"])
-        if self.on_event:
+        """Have the listener told at the next publish()."""
+        if self.session.on_event:
             self.told.append(Event(kind, self.clock.wall(), self.run_id, tool, **what))
-
-    def note_log(self, tool, text):
-        """Add a text to the log of a tool that runs, if there are logs."""
-        if tool not in self.open or not self.history.folder:
-            return
-        work = self.open[tool]
-        work.has_logged = True
-        if work.in_worker:
-            work.lines.append(text)
-        else:
-            append_line(work.log, text)
-
-    def tell_now(self, kind, tool="", **what):
-        """Have the listener told at once."""
-        self.tell(kind, tool, **what)
-        self.publish()
 
     def publish(self):
         """Make durable what was recorded, and only then tell the listener of it."""
         self.history.commit()
         while self.told:
-            self.on_event(self.told.pop(0))
+            self.session.on_event(self.told.pop(0))
 
     def end(self):
         """Return how the run ended, and tell the listener."""
-        for tool, status in self.statuses.items():
-            if status == "running":  # it waited for another try
-                self.statuses[tool] = "interrupted"
-                self.outcomes[tool] = Outcome("interrupted", "waited for another try",
-                                              attempts=self.works[tool].number)
-        having = {status: [] for status in MOVES}
-        for tool, status in self.statuses.items():
-            having[status].append(tool)
-        failed, partial = having["failed"], having["partial"]
-        status = "interrupted" if self.is_interrupted \
-            else "failed" if failed or partial else "success"
-        outcomes = {tool: self.outcomes.get(tool) or Outcome("pending", "not started")
-                    for tool in self.statuses}
-        result = RunResult(self.run_id, status, having["success"], having["cached"], partial,
-                           failed, having["skipped"],
-                           {tool: outcomes[tool].error for tool in [*failed, *partial]},
-                           Results(self.results.__getitem__, self.results.keys),
-                           self.clock.monotonic() - self.started_s,
-                           outcomes, self.interrupts.signal)
-        load_slips(self.session.setting.slips)  # which removes those of idle workers that died
-        if self.history.folder:
+        for tool, work in self.waiting.items():
+            self.move(tool, Outcome("interrupted", "waited for another try", attempts=work.number))
+        result = make_result(self.run_id, self.outcomes, self.is_interrupted, self.returned.results,
+                             self.clock.monotonic() - self.started_s, self.interrupts.signal)
+        load_slips(self.slips)  # which removes those of idle workers that died
+        if self.logs:
             with contextlib.suppress(OSError):
                 os.rmdir(self.logs)  # if nobody has printed anything
-        self.history.end_run(status, result.duration_s)
-        self.tell_now("run_ended", result=result)
+        self.history.end_run(result.status, result.duration_s)
+        self.tell("run_ended", result=result)
+        self.publish()
         return result
 
 
-def add_reason(outcome, reason):
-    """Return an outcome with one more reason."""
-    return outcome._replace(reason=join_reasons(outcome.reason, reason))
+def make_result(run_id, outcomes, is_interrupted, results, duration_s, signal):
+    """Return how a run ended, by how its tools did."""
+    success, cached, partial, failed, skipped = (
+        [tool for tool, outcome in outcomes.items() if outcome.status == status]
+        for status in ("success", "cached", "partial", "failed", "skipped"))
+    status = "interrupted" if is_interrupted else "failed" if failed or partial else "success"
+    return RunResult(run_id, status, success, cached, partial, failed, skipped,
+                     {tool: outcomes[tool].error for tool in [*failed, *partial]},
+                     Results(results.__getitem__, results.keys), duration_s, outcomes, signal)
+
+
+def find_facts(session, tool):
+    """Return what a success of a tool with `cache` would be built on, before it begins, by the
+    columns of `attempts`.
+    """
+    history = session.history
+    return {"source": describe_source(tool, hash_imported(tool.module)),
+            "needed": history.find_needed_works(session.pipeline, tool.name),
+            "inputs": {"reads": find_reads(tool, history.base, {})}}
+
+
+def format_facts(work, outcome, base):
+    """Return what a success was built on, as JSON, with the files that it wrote; of what failed,
+    nothing.
+    """
+    if not work.facts or outcome.status != "success":
+        return {}
+    import json
+    work.facts["inputs"]["writes"] = find_writes(work.tool, base)
+    return {column: json.dumps(fact) for column, fact in work.facts.items()}
 
 
 def load_result(success):
     """Return what a tool returned at a success, or what is known of that."""
     import json
     return Packed(None, success.kind) if success.result is None else json.loads(success.result)
-
-
-def make_cached(step):
-    """Return the outcome of a tool whose last success still stands."""
-    return Outcome("cached", step.reason, load_result(step.success), step.success.rows)
-
-
-@contextlib.contextmanager
-def hold_history(folder, base, wait_s=0.0, clock=Clock()):
-    """Hold the history of a pipeline, which nobody else writes to meanwhile.
-
-    Raise Locked if another run holds it and is not over within `wait_s` seconds.
-    """
-    make_folder(folder)
-    lock, history = Lock(folder), History(folder, base)
-    started_s = clock.monotonic()
-    holder = lock.take()
-    while holder:
-        patience_s = WORKERS_END_S if holder == "worker" else LOOK_S
-        if clock.monotonic() - started_s >= max(wait_s, patience_s):
-            raise make_locked(history, holder)
-        clock.sleep(0.05)
-        holder = lock.take()
-    try:
-        yield history
-    finally:
-        history.close()
-        lock.release()
-
-
-def make_locked(history, holder):
-    """Return the sentence for a pipeline of which another run is not over."""
-    fix = "Wait for its end with --wait; --status shows what it does."
-    try:
-        run, attempts = find_running(history)
-    finally:
-        history.close()
-    if run is None:
-        return Locked("Another run of this pipeline is just beginning or ending.", fix)
-    tools = ", ".join(attempt["tool"] for attempt in attempts) or "nothing yet"
-    if holder == "worker":
-        return Locked(f"Run {run['run_id']} was killed, and a worker of it has not ended: {tools}.",
-                      fix)
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run["started_at"]))
-    return Locked(f"Run {run['run_id']} of this pipeline is not over: process {run['pid']}, "
-                  f"since {since}, now at {tools}.", fix)
-
-
-def find_running(history):
-    """Return the run that is not recorded as ended, and the attempts in it that run."""
-    run = history.find_running()
-    attempts = history.load_attempts(run["run_id"]) if run else []
-    return run, [attempt for attempt in attempts if attempt["status"] == "running"]
-
-
-def is_held(folder):
-    """Return whether a run holds the lock of a pipeline, or a worker of one that was killed."""
-    lock = Lock(folder)
-    holder = lock.take()
-    lock.release()
-    return bool(holder)
-
-
-def make_request(run):
-    """Return what a resume of a run asks for."""
-    words = run["words"]
-    return Request(tuple(run["targets"]), tuple(run["exclude"]), run["start_from"],
-                   None if words is None else tuple(words), run["run_id"], run["item"] or None)
 
 
 def mark_done(pipeline, plan, request, arguments, history, tools, now):
@@ -6419,28 +6393,28 @@ def mark_done(pipeline, plan, request, arguments, history, tools, now):
 
     Raise UserError for a tool that is not in the plan, or that needs one that is not done.
     """
-    marked = dict.fromkeys(tools)
-    open_tools = [step.tool for step in plan.steps if not step.success and step.tool not in marked]
-    steps = {step.tool: step for step in plan.steps}
-    for tool in marked:
+    steps, left = [step.tool for step in plan.steps], []
+    for tool in tools:
         if tool not in steps:
             raise UserError(f"{tool!r} is not in run {request.resumes}.",
                             format_nearest(tool, steps))
-        before = list(steps)[:list(steps).index(tool)]
-        needs = before if steps[tool].needs == ALL_BEFORE else steps[tool].needs
-        left = [need for need in needs if need in open_tools]
-        if left:
-            raise UserError(f"{tool} needs {left[0]}, which is not done.",
-                            f"Mark {left[0]} as done too, if it is.")
+    for step in plan.steps:
+        if step.tool not in tools:
+            left += [step.tool] * (step.success is None)
+            continue
+        for each in left:
+            if step.needs == ALL_BEFORE or each in step.needs:
+                raise UserError(f"{step.tool} needs {each}, which is not done.",
+                                f"Mark {each} as done too, if it is.")
     history.begin_run(plan, request, arguments,
                       find_versions(pipeline, [pipeline.tools[tool] for tool in steps]), now)
-    for tool in marked:
+    for tool in dict.fromkeys(tools):
         started_at = history.find_started_at(tool, request.resumes)
         known_at = history.find_last_success_at(tool) or started_at  # of a run since, by itself
         history.begin_attempt(tool, 1, max(started_at, known_at), os.getpid())
         history.end_attempt(tool, Outcome("success", "marked as done by hand", duration_s=None), {})
-    history.end_run("failed" if open_tools else "success", 0.0)
-    return open_tools
+    history.end_run("failed" if left else "success", 0.0)
+    return left
 
 
 def make_past(pipeline, history, arguments, now, done, is_forced, wants_durations=True):
@@ -6479,53 +6453,6 @@ def count_jobs(jobs):
                         "Give how many tools may run side by side; 0 means one for each core.")
     affinity = getattr(os, "sched_getaffinity", None)
     return jobs or (len(affinity(0)) if affinity else os.cpu_count() or 1)
-
-
-def find_request(history, request, arguments, resume):
-    """Return what to run, with which arguments, and what of it is done: for a resume, what the
-    resumed run says. Raise UserError if a resume is asked for together with targets.
-    """
-    if not resume:
-        return request, arguments, {}
-    if request != Request():
-        raise UserError("resume takes its targets and exclusions from the run.",
-                        "Leave out targets, exclude and start_from.")
-    run = history.find_resumable(None if resume is True else resume)
-    return (make_request(run), read_arguments(run) if arguments is None else arguments,
-            history.find_done(run["run_id"]))
-
-
-def read_arguments(run, now=None):
-    """Return the arguments of a run that is recorded.
-
-    `now` is what its words on the command line come to today: the same, but for defaults that
-    have moved since, such as a date. Raise UserError for those that JSON could not say.
-    """
-    import json
-    arguments = dict(run["arguments"]) if now is None else dict(now)
-    today = {} if now is None else json.loads(format_arguments(now))
-    lost = []
-    for name, was in run["arguments"].items():
-        is_taken = name in arguments or name in PERIOD_ARGUMENTS  # these are of a backfill
-        if is_taken and today.get(name) != was:
-            arguments[name] = was
-            lost += [name] * (f'{{"{_NOT_JSON}": ' in json.dumps(was))
-    if lost:
-        raise UserError(f"The arguments of run {run['run_id']} can not be read back: "
-                        f"{', '.join(lost)}.",
-                        "JSON could not say them. Give them again: from Python with arguments=, "
-                        "else run what is left by name, with its flags.")
-    return arguments
-
-
-def make_own_request(targets, exclude, start_from, arguments, home, resume):
-    """Return what run_pipeline() was asked for. Raise UserError for what it can not be asked."""
-    request = Request(tuple(read_targets("targets", targets)),
-                      tuple(read_targets("exclude", exclude)), start_from)
-    check_arguments(arguments)
-    if home is None and resume:
-        raise UserError("resume needs a history.", "Say where it is: home=.")
-    return request
 
 
 def check_keywords(name, item, home, resume, grace_s, wait_s, on_event):
@@ -6583,25 +6510,29 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     check_keywords(name, item, home, resume, grace_s, wait_s, on_event)
     forget_modules()
     pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
-    request = make_own_request(targets, exclude, start_from, arguments, home, resume)
-    said = arguments or {}  # those of a run that is resumed are not said anew
-    with contextlib.ExitStack() as stack:
-        history, past = stack.enter_context(contextlib.closing(History())), None
+    request = Request(tuple(read_targets("targets", targets)),
+                      tuple(read_targets("exclude", exclude)), start_from)
+    check_arguments(arguments)
+    if home is None and resume:
+        raise UserError("resume needs a history.", "Say where it is: home=.")
+    said, jobs = arguments or {}, count_jobs(jobs)  # those of a resumed run are not said anew
+    with contextlib.closing(History()) if home is None else hold_history(
+            find_pipeline_folder(home, pipeline.name), find_base(get_connection), wait_s) \
+            as history:
+        past = None
         if home is not None:
-            history = stack.enter_context(hold_history(
-                find_pipeline_folder(home, pipeline.name), find_base(get_connection), wait_s))
             history.close_killed()
             request, arguments, done = find_request(history, request, arguments, resume)
             past = make_past(pipeline, history, arguments or {}, Clock().wall(), done, force,
-                             count_jobs(jobs) > 1)
+                             jobs > 1)
         if item is not None:
             request = request._replace(item=item)
         plan = make_plan(pipeline, request.targets, exclude=request.exclude, past=past,
-                         start_from=request.start_from, jobs=count_jobs(jobs))
-        result = run_plan(pipeline, plan, arguments or {}, history=history, request=request,
-                          fail_fast=fail_fast, verbose=verbose, grace_s=grace_s,
-                          retry_items=make_retries(retry_items), on_event=on_event,
-                          find_said=lambda: dict.fromkeys(said, "arguments"))
+                         start_from=request.start_from, jobs=jobs)
+        result = run_plan(Session(
+            pipeline, plan, arguments or {}, history, request, fail_fast, verbose,
+            grace_s=grace_s, retry_items=make_retries(retry_items), on_event=on_event,
+            find_said=lambda: dict.fromkeys(said, "arguments")))
     pass_on_signal(result)
     return result
 
@@ -7737,11 +7668,10 @@ def carry_out(call, history, resumes=None):
     screen = Screen(sys.stderr, options.quiet, options.verbose,
                     "; --logs shows all of it" * bool(history.folder))
     gc.freeze()  # what is here will stay: no collection during the run need walk it
-    result = run_plan(call.pipeline, plan, arguments, history=history, request=request,
-                      fail_fast=options.fail_fast, verbose=options.verbose, keep_results=False,
-                      retry_items=None if options.reprocess
-                      else read_retries(options.retry_items),
-                      on_event=screen.on_event, find_said=call.find_said)
+    result = run_plan(Session(
+        call.pipeline, plan, arguments, history, request, options.fail_fast, options.verbose,
+        keep_results=False, on_event=screen.on_event, find_said=call.find_said,
+        retry_items=None if options.reprocess else read_retries(options.retry_items)))
     if not options.quiet or result.status != "success":
         tell_tails(result, screen.style)
         next_command = "" if options.backfill else make_next_command(result, call)

@@ -15,9 +15,9 @@ from conftest import SQLITE, TOP, wait_until
 
 import orchestrator
 from orchestrator import (
-    APPLICATION_ID, SCHEMA, SCHEMA_VERSION, VERSION, Clock, Request, UserError, find_git_commit,
-    find_pipeline_folder, hold_history, load_pipeline, make_file_name, make_past, make_plan,
-    run_pipeline, run_plan,
+    APPLICATION_ID, SCHEMA, SCHEMA_VERSION, VERSION, Clock, Request, Session, UserError,
+    find_git_commit, find_pipeline_folder, hold_history, load_pipeline, make_file_name, make_past,
+    make_plan, run_pipeline, run_plan,
 )
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="modes and signals of POSIX")
@@ -801,8 +801,9 @@ class Past:
     def run(self):
         with hold_history(self.folder, self.base) as history:
             plan = self.plan(history)
-            return run_plan(self.pipeline, plan, {}, history=history, request=Request(),
-                            clock=Clock(wall=lambda: self.now, monotonic=self.tick))
+            return run_plan(Session(
+                self.pipeline, plan, {}, history,
+                clock=Clock(wall=lambda: self.now, monotonic=self.tick)))
 
     def steps(self):
         with hold_history(self.folder, self.base) as history:
@@ -885,8 +886,8 @@ def test_a_run_takes_no_negative_time_although_the_wall_clock_is_set_back(past):
     line = past({"t": "m"}, m="def run(): return 1")
     times = iter([1e9, 1e9 - 50, *[1e9 - 100] * 20])
     with hold_history(line.folder, line.base) as history:
-        result = run_plan(line.pipeline, line.plan(history), {}, history=history,
-                          clock=Clock(wall=lambda: next(times)))
+        result = run_plan(Session(line.pipeline, line.plan(history), {}, history,
+                                  clock=Clock(wall=lambda: next(times))))
     assert result.duration_s >= 0 and result.outcomes["t"].duration_s >= 0
     assert ask(line.folder, "SELECT min(duration_s) AS d FROM attempts")[0]["d"] >= 0
 

@@ -7,7 +7,9 @@ import signal
 import pytest
 from conftest import summary
 
-from orchestrator import Clock, UserError, load_pipeline, make_plan, run_pipeline, run_plan
+from orchestrator import (
+    Clock, History, Session, UserError, load_pipeline, make_plan, run_pipeline, run_plan,
+)
 
 
 @pytest.fixture
@@ -407,10 +409,10 @@ def retry(modules):
     def call(text, jobs, options, on_sleep=lambda: None, arguments=None, **more):
         pipeline = load_pipeline(rows(text, **options), limits=more.pop("limits", None))
         clock, told = StillClock(on_sleep), []
-        result = run_plan(
-            pipeline, make_plan(pipeline, jobs=jobs), arguments or {}, clock=clock.clock,
-            on_event=lambda event: told.append((clock.now_s - 1000.0, event.kind, event.tool)),
-            **more)
+        result = run_plan(Session(
+            pipeline, make_plan(pipeline, jobs=jobs), arguments or {}, History(),
+            clock=clock.clock, on_event=lambda event: told.append(
+                (clock.now_s - 1000.0, event.kind, event.tool)), **more))
         return result, told, clock
 
     return call

@@ -13,7 +13,8 @@ import pytest
 from conftest import ENVIRONMENT, SQLITE, TOP, Sandbox, press_ctrl_c_again, summary, wait_until
 
 from orchestrator import (
-    Interrupts, Results, UserError, load_pipeline, make_plan, run_pipeline, run_plan,
+    History, Interrupts, Results, Session, UserError, load_pipeline, make_plan, run_pipeline,
+    run_plan,
 )
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups of POSIX")
@@ -229,11 +230,18 @@ def test_a_result_is_let_go_when_the_last_that_may_read_it_is_done(modules, jobs
     tools = {"a": [], "b": ["a"], "c": None, "d": None, "e": ["b"], "f": []}
     pipeline = load_pipeline({tool: {"module": "m", **({} if needs is None else {"needs": needs})}
                               for tool, needs in tools.items()})
-    result = run_plan(pipeline, make_plan(pipeline, jobs=jobs), {}, keep_results=False)
-    returned = {tool: outcome.result for tool, outcome in result.outcomes.items()}
+    returned = {}
+
+    def note(event):
+        if event.kind == "tool_ended":
+            returned[event.tool] = event.outcome.result
+
+    result = run_plan(Session(pipeline, make_plan(pipeline, jobs=jobs), {}, History(),
+                              keep_results=False, on_event=note))
     seen = Results(returned.__getitem__, returned.keys)
     assert (seen["c"], seen["d"], seen["e"]) == (["a", "b"], ["a", "b", "c"], ["b"])
     assert result.results == {}
+    assert {outcome.result for outcome in result.outcomes.values()} == {None}
 
 
 def test_each_worker_opens_its_own_connection_and_nothing_opened_here_crosses(modules):

@@ -73,7 +73,8 @@ def bench_loop(rounds=7):
             pipeline = orchestrator.load_pipeline({f"t{i}": "noop" for i in range(TOOLS)})
             plan = orchestrator.make_plan(pipeline)
             started_s = time.perf_counter()
-            result = orchestrator.run_plan(pipeline, plan, {})
+            result = orchestrator.run_plan(orchestrator.Session(
+                pipeline, plan, {}, orchestrator.History()))
             took_s = time.perf_counter() - started_s
             assert len(result.succeeded) == TOOLS
             started_s = time.perf_counter()
