@@ -2934,8 +2934,8 @@ class Ledger:
     def _bind(self, sql):
         """Return a statement of ours as the driver takes it, with the full name of the table."""
         if sql not in self._sql:
-            bound = sql.replace("orchestrator_items", self.schema + "orchestrator_items")
-            self._sql[sql] = bound if self.style == "qmark" else bound.replace("?", "%s")
+            bound = sql if self.style == "qmark" else sql.replace("?", "%s")
+            self._sql[sql] = bound.replace("orchestrator_items", self.schema + "orchestrator_items")
         return self._sql[sql]
 
     def read(self, sql, values=()):
@@ -7885,8 +7885,10 @@ def make_next_command(result, call):
             words += ["--retry-items", tool, *(names if are_those else ())]
     if not left:
         return ""
-    if options.no_history:  # of several --from the last one counts
-        return format_command(call, *call.argv, *words, "--from", next(iter(left)))
+    if options.no_history:
+        argv = [word for last, word in zip(["", *call.argv], call.argv)
+                if not word.startswith("--from=") and "--from" not in (last, word)]
+        return format_command(call, *argv, *words, "--from", next(iter(left)))
     words += ["--jobs", str(options.jobs)] if options.jobs != 1 else []
     return format_command(call, "--resume", *["--force"] * options.force, *words)
 
