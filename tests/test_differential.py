@@ -669,6 +669,10 @@ AGREED = [(re.compile(pattern), other) for pattern, other in (
     (r"What C code and child processes of a tool print is kept only.*\n?", ""),
     # the log of a tool with items that passed is named, too
     (r"\n *log of \w+: .*", ""),
+    # the last lines of a tool's log are those of its end, and only of one that failed in the end
+    (r"\n*Last lines of .*(?:\n .*)*", ""),
+    (r"(During handling of the above exception, another exception occurred"
+     r"|The above exception was the direct cause of the following exception):", "CHAINED:"),
 )]
 
 
