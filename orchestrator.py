@@ -50,7 +50,7 @@ def add_arguments(parser):
     parser.add_argument("--source", metavar="PLACE", help="folder or http(s) URL of the raw files")
 
 
-# === ENGINE 1.0.0 === everything from this line on is replaced when you upgrade ==================
+# === ENGINE 2.0.0 === everything from this line on is replaced when you upgrade ==================
 #
 # MIT License, see LICENSE. To upgrade, put a newer file's engine under your own tables.
 #
@@ -95,7 +95,7 @@ if sys.version_info < (3, 9):  # so all of this file is written in what 3.6 can 
                      % sys.version_info[:3])
     sys.exit(2)
 
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 _ENGINE_FILE = _YOURS["__file__"]
 _ENGINE_LINE = sys._getframe().f_lineno  # frames of this file below it are the engine's own
 
