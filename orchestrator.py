@@ -5373,7 +5373,7 @@ def check_can_travel(setting):
     main_file = getattr(sys.modules["__main__"], "__file__", None)
     try:
         pickle.dumps(get_connection)
-        if get_connection.__module__ == "__main__" and not main_file:
+        if getattr(get_connection, "__module__", "") == "__main__" and not main_file:
             raise pickle.PicklingError("a worker has no such main program")
     except Exception as error:
         raise UserError("get_connection can not be sent to a worker process: it is a lambda, or "
