@@ -4872,6 +4872,25 @@ def leave_out_engine(frames):
     return left
 
 
+def leave_out_callers(path):
+    """Cut from what faulthandler wrote at the end of a log, innermost frames first, the engine's
+    frames and those that called it.
+    """
+    with open(path, "r+b") as log:
+        start = max(0, log.seek(0, os.SEEK_END) - TRACEBACK_CAP)
+        log.seek(start)
+        lines, kept, is_engine = log.readlines(), [], False
+        for line in lines:
+            frame = re.match(r'  File "(.*)", line (\d+) in ', os.fsdecode(line))
+            is_engine = bool(frame) and (is_engine or is_engine_frame(frame[1], int(frame[2])))
+            if not is_engine:
+                kept.append(line)
+        if len(kept) < len(lines):
+            log.seek(start)
+            log.write(b"".join(kept))
+            log.truncate()
+
+
 TRACEBACK_CAP = 2**16  # letters; a longer one keeps its beginning and its end
 
 
@@ -6266,6 +6285,8 @@ class Run:
             again = self.come_again(work, None, work.number)
             outcome = outcome._replace(reason=join_reasons(
                 outcome.reason, f"try {work.number} of {work.tool.retries + 1}", again))
+        if outcome.log and work.tool.timeout_s is not None and work.output:
+            leave_out_callers(work.output)
         self.history.end_attempt(tool, outcome, format_facts(work, outcome, self.history.base))
         if comes_again:
             self.tell("tool_retried", tool, outcome=outcome, output=work.output)

@@ -708,6 +708,7 @@ def test_where_a_tool_hung_at_its_timeout_is_in_its_log_for_all_threads(sandbox,
     assert ended.code == 1 and "timed out after 0.50 s" in ended.err
     log = sandbox.run("--logs", "t").out
     assert where in log and "in beside" in log and "in run" in log, log
+    assert "orchestrator.py" not in log and "multiprocessing" not in log  # of nobody's concern
 
 
 def test_an_items_time_counts_from_when_it_is_begun_and_where_it_hung_is_told(sandbox):
