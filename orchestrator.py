@@ -2797,6 +2797,7 @@ _PAGE = 400  # items that are looked up or read at a time; SQLite takes 999 para
 _GIVEN_UP = ("failed", "quarantined")
 NAME_LENGTH = 500  # letters; an index of PostgreSQL takes 2,700 bytes
 _LOCKED_STATES = ("40001", "40P01", "55P03")  # SQLSTATE: serialization, deadlock, lock not there
+_MADE_STATES = ("42P06", "42P07", "42710", "42723")  # schema, table, type or other, function
 _LOCKED_NUMBERS = (1020, 1205, 1213)  # the same of MySQL and MariaDB
 _PLACE_ERRNOS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE,
                  getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota of that name
@@ -2827,8 +2828,21 @@ def is_locked(error):
     """Return whether an error only says that another was at the same rows at that moment."""
     return any(
         state in _LOCKED_STATES or number in _LOCKED_NUMBERS
-        or re.search(r"database (table |schema )?is locked", text)
+        or re.search(r"database (table |schema )?is locked", text) or _is_race(state, text)
         for state, number, text in find_database_errors(error))
+
+
+def _is_race(state, text):
+    """Return whether PostgreSQL tells that two made the same table, or changed one, at once."""
+    return state == "23505" and re.search(r"\bpg_\w+_index\b", text) \
+        or state == "XX000" and "concurrently" in text
+
+
+def is_made_already(error):
+    """Return whether a table was there when it was to be made, which another may have done just
+    then: CREATE TABLE IF NOT EXISTS looks, and makes it a little later.
+    """
+    return any(state in _MADE_STATES for state, *_ in find_database_errors(error))
 
 
 def is_of_place(error):
@@ -3296,6 +3310,7 @@ class Parameters(NamedTuple):
 
 
 ANYTHING = Parameters(takes_all=True)  # what is taken where that can not be told
+HOOKS = ("check", "items", "setup")  # what a tool's module may have beside the tool's function
 
 
 class Definition(NamedTuple):
@@ -3328,12 +3343,14 @@ class Callee(NamedTuple):
     check_takes: Parameters
     items: Optional[Callable[..., Any]]
     items_takes: Parameters
+    setup: Optional[Callable[..., Any]]
+    setup_takes: Parameters
     is_main: bool  # whether what run() returns is an exit code
 
     @property
     def all_takes(self):
         """What each of its functions takes."""
-        return self.run_takes, self.check_takes, self.items_takes
+        return self.run_takes, self.check_takes, self.items_takes, self.setup_takes
 
     def takes(self, name):
         """Return whether a function of the tool gets an argument."""
@@ -3457,11 +3474,11 @@ def read_summary(node):
 
 
 def read_functions(tool):
-    """Return the Definitions of a tool's functions, by name, as its module reads: its own, check()
-    and items(). What a star import may define is one of its own.
+    """Return the Definitions of a tool's functions, by name, as its module reads: its own, and
+    those of HOOKS. What a star import may define is one of its own.
     """
     found = read_module(tool.module).definitions or {}
-    functions = {name: found[name] for name in (tool.function, "check", "items") if name in found}
+    functions = {name: found[name] for name in (tool.function, *HOOKS) if name in found}
     if "*" in found:
         functions.setdefault(tool.function, found["*"])
     return functions
@@ -3623,6 +3640,9 @@ def find_mistakes(tool, path, functions, available):
     items = functions.get("items")
     has_own_items = tool.function != "items" and items is not None and not items.kind
     for name, found in functions.items():
+        if name == "setup" != tool.function and found.kind:
+            yield found.line, UserError(f"{where}: setup of {tool.module} is {found.kind}, not a "
+                                        "function.", "Write `def setup(conn):`, or rename it.")
         for problem, fix in () if found.kind else find_misfits(
                 tool, name, found.takes, has_own_items, available):
             yield found.line, UserError(f"{where}: {problem}", fix)
@@ -3639,13 +3659,15 @@ def find_misfits(tool, name, takes, has_own_items, available):
     if takes.positional_only:
         yield (f"{where} takes {takes.positional_only[0]!r} by position only.",
                "Take the `/` out of its parameters: arguments are passed by name.")
-    has_items = name != "items" and (has_own_items or tool.each is not None)
+    comes_before = {"items": "what tells which there are", "setup": "called before there is any"}
+    before = comes_before.get(name) if name != tool.function else None
+    has_items = not before and (has_own_items or tool.each is not None)
     known = {*available, "item"} if has_items else available
     missing = [each for each in takes.required if each not in known]
     if not missing:
         return
-    if "item" in missing and name == "items":
-        yield (f"{where} asks for 'item', but it is what tells which there are.",
+    if "item" in missing and before:
+        yield (f"{where} asks for 'item', but it is {before}.",
                "Take that out of its parameters.")
     if "item" in missing:
         yield (f"{where} asks for 'item', which nothing gives.",
@@ -3701,7 +3723,7 @@ def load_callee(tool, available, interrupts):
     """Return one tool, imported. Raise UserError if that can not be done."""
     interrupts.own_argv(tool)
     module = import_module(tool)
-    given = {name: getattr(module, name) for name in (tool.function, "check", "items")
+    given = {name: getattr(module, name) for name in (tool.function, *HOOKS)
              if hasattr(module, name)}
     found = {name: Definition(takes=find_parameters(value)) if callable(value)
              else Definition(kind=format_type(value)) for name, value in given.items()}
@@ -3711,8 +3733,8 @@ def load_callee(tool, available, interrupts):
                  if callable(value)}
     run, takes = functions.pop(tool.function)
     nothing = None, Parameters()
-    return Callee(tool, run, takes, *functions.get("check", nothing),
-                  *functions.get("items", nothing),
+    return Callee(tool, run, takes, *itertools.chain(*(functions.get(name, nothing)
+                                                       for name in HOOKS)),
                   "main" in (tool.function, getattr(run, "__name__", "")))
 
 
@@ -4349,6 +4371,8 @@ class Doer:
         """Do the job; return what kept it from the rest, as perform() tells it."""
         try:
             self.callee = self.kept.load(self.tool)
+            if self.callee.setup is not None and (self.job.is_listing or not self.has_items):
+                self.insist(self._set_up)
             self.do_all()
         except BaseException as error:
             if self.unsent is not None:
@@ -4400,13 +4424,29 @@ class Doer:
             return Try(None, "failed", error=error.problem, reason=NOT_AGAIN)
         return self.make_failure(error)
 
+    def _set_up(self, number):
+        """Call setup(), in a transaction of its own."""
+        callee, has_conn = self.callee, self.callee.setup_takes.takes("conn")
+        if has_conn:
+            self.begin(number > 1)
+        self.give()
+        self.step = "in setup(): "
+        self.interrupts.own_argv(self.tool)
+        with until_exit():
+            self.interrupts.call(call_function, "setup", callee.setup,
+                                 choose_arguments(callee.setup_takes, self.given))
+        if has_conn:
+            self.database.commit()
+        self.given, self.step = {}, ""
+
     # --- its transactions ---
 
     def insist(self, step, *args):
-        """Return what a step returns that begins and ends a transaction. Where there are items it
-        is taken again, and told how often it was, while others are in the way.
+        """Return what a step returns that begins and ends a transaction. Where there are items, and
+        in setup(), it is taken again, and told how often it was, while others are in the way.
         """
         began_s, number = time.monotonic(), 0
+        comes_again = self.has_items or step == self._set_up
         while True:
             try:
                 if self.has_items and self.ledger is None:
@@ -4415,8 +4455,9 @@ class Doer:
             except BaseException as error:
                 self._undo(error)
                 number += 1
-                is_taken = isinstance(error, Taken) and number < _TAKEN_TRIES
-                if not self.has_items or not is_taken and (
+                is_taken = isinstance(error, Taken) and number < _TAKEN_TRIES \
+                    or number == 1 and is_made_already(error)
+                if not comes_again or not is_taken and (
                         not is_locked(error) or time.monotonic() - began_s > LOCKED_S):
                     raise
             if not is_taken:
@@ -4528,7 +4569,8 @@ class Trier(Doer):
         could not be undone together, only the first is tried.
         """
         self.at_work = None
-        uses_database = self.has_items or self.callee.takes("conn")
+        uses_database = self.has_items or self.callee.run_takes.takes("conn") \
+            or self.callee.check_takes.takes("conn")
         if uses_database:  # else it may go on beside one that holds the database
             # One that begins with a look at a row could not wait for the lock later.
             self.begin(number > 1 or self.has_items and group[0].is_seen is None)

@@ -207,6 +207,99 @@ def test_what_can_not_be_listed_fails_the_tool_and_nothing_is_done(world, body, 
     assert world.ledger() == {}
 
 
+# --- setup() ---
+
+SETUP = """
+    {is_async}def setup(conn, context, **kwargs):
+        assert "item" not in kwargs and context.item is None
+        conn.execute("INSERT INTO done VALUES ('setup', ?, 0, 0)", (context.tool,))
+        {then}
+    def items(conn):
+        assert conn.execute("SELECT count(*) FROM done WHERE tool = 'setup'").fetchone() == (1,)
+        conn.rollback()
+        return ["a", "b", "c"]
+    def run(conn, item):
+        conn.execute("INSERT INTO done VALUES ('t', ?, 0, 0)", (item,))
+"""
+
+
+@pytest.mark.parametrize("is_async", ["", "async "])
+@both
+def test_setup_is_called_once_before_items_and_committed_by_itself(world, is_async, jobs):
+    world.tool("t", SETUP.format(is_async=is_async, then=""))
+    assert world.run(jobs=jobs).succeeded == ["t"]
+    assert world.done("setup") == ["t"] and sorted(world.done()) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("then, problem", [
+    ("raise KeyError('k')", "in setup(): KeyError: 'k'"),
+    ("raise SystemExit(3)", "in setup(): sys.exit(3)"),
+    ("return False", "in setup(): setup() returned False"),
+])
+@both
+def test_a_setup_that_fails_fails_the_tool_and_is_undone(world, then, problem, jobs):
+    world.tool("t", SETUP.format(is_async="", then=then))
+    result = world.run(jobs=jobs)
+    assert result.failed == ["t"] and problem in result.errors["t"]
+    assert world.query("SELECT * FROM done") == [] and world.ledger() == {}
+
+
+def test_a_setup_that_exits_with_0_has_done_its_work(world):
+    world.tool("t", SETUP.format(is_async="", then="raise SystemExit"))
+    assert world.run().succeeded == ["t"]
+    assert world.done("setup") == ["t"]
+
+
+@both
+def test_setup_of_a_tool_without_items_stays_when_its_run_fails(world, jobs):
+    world.tool("t", """
+        def setup(conn):
+            conn.execute("INSERT INTO done VALUES ('t', 'setup', 0, 0)")
+        def run(conn):
+            conn.execute("INSERT INTO done VALUES ('t', 'run', 0, 0)")
+            raise ValueError
+    """)
+    tools = {"t": {"module": "t", "retries": 1, "retry_delay": 0}}
+    assert world.run(jobs=jobs, tools=tools).failed == ["t"]
+    assert world.done() == ["setup", "setup"]  # once in each attempt
+
+
+def test_setup_waits_for_who_else_writes_though_its_tool_has_no_items(world):
+    world.mode = {"timeout": 0}
+    world.tool("t", """
+        import sqlite3
+        others = []
+        def setup(conn):
+            if not others:
+                others.append(sqlite3.connect(conn.execute("PRAGMA database_list").fetchone()[2]))
+                others[0].execute("BEGIN IMMEDIATE")
+                try:
+                    conn.execute("INSERT INTO done VALUES ('t', 'setup', 0, 0)")
+                finally:
+                    others[0].close()
+            conn.execute("INSERT INTO done VALUES ('t', 'setup', 0, 0)")
+        def run(conn):
+            pass
+    """)
+    assert world.run().succeeded == ["t"]
+    assert world.done() == ["setup"]
+
+
+@pytest.mark.parametrize("source, problem", [
+    ("def setup(conn, item): pass", "setup() of t asks for 'item', but it is called before"),
+    ("def setup(conn, nosuch): pass", "setup() of t asks for 'nosuch', which nothing gives"),
+    ("setup = 'CREATE TABLE t (x)'", "setup of t is a str, not a function"),
+])
+@pytest.mark.parametrize("items", ["def items(): return ['a']\ndef run(item): pass",
+                                   "def run(conn): pass"])
+def test_a_setup_that_can_not_be_called_is_refused_before_anything_runs(world, source, problem,
+                                                                        items):
+    world.tool("t", f"{source}\n{items}")
+    with pytest.raises(UserError) as caught:
+        world.run()
+    assert problem in str(caught.value)
+
+
 def test_no_items_by_sys_exit_is_no_failure(world):
     world.tool("t", "import sys\ndef items(): sys.exit()\ndef run(item): raise ValueError")
     result = world.run()

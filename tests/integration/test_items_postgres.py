@@ -3,6 +3,7 @@ import contextlib
 import os
 import random
 import signal
+import textwrap
 
 import pytest
 from conftest import wait_until
@@ -286,6 +287,57 @@ def test_a_server_that_goes_away_again_and_again_costs_no_item(
 
 
 # --- others at the same rows ---------------------------------------------------------------------
+
+RACE = """
+    from meeting import say, wait_for
+    from pathlib import Path
+    import time
+
+    def make(conn, is_first):
+        if not is_first:
+            wait_for("made")
+        do(conn, "CREATE TABLE IF NOT EXISTS made (item TEXT)")
+        if is_first and not Path(__file__).with_name("said-made").exists():
+            say("made")
+            end = time.monotonic() + 20
+            while do(conn, "SELECT count(*) FROM pg_locks WHERE NOT granted") == [(0,)]:
+                assert time.monotonic() < end
+"""
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "alchemy"])
+def test_a_table_that_two_items_make_at_once_costs_none_of_them(quick, cluster, driver):
+    store = make_postgres(driver, cluster)
+    pipeline = Pipeline(quick, store)
+    quick.tool("meeting", MEET)
+    pipeline.tool("if item in 'ac': make(conn, item == 'a')\nnote(conn, item)",
+                  "return list('abcd')", RACE)
+    pipeline.run("--jobs", "2")
+    assert sorted(store.work()) == list("abcd")
+    assert store.ledger("item, status, attempts") == [(item, "success", 1) for item in "abcd"]
+
+
+def test_a_table_that_the_setup_of_two_tools_makes_at_once_fails_neither(quick, psycopg_store):
+    quick.tool("meeting", MEET).tool("work", psycopg_store.do_source)
+    tools = {name: {"module": name, "needs": []} for name in "ab"}
+    quick.pipeline(f"TOOL_MAP = {tools!r}\n{psycopg_store.source}")
+    for name in tools:
+        quick.tool(name, "from work import do, note\n" + textwrap.dedent(RACE) + f"""
+def setup(conn): make(conn, {name == "a"})
+def run(conn): note(conn, {name!r})
+""")
+    ended = quick.run("--jobs", "2")
+    assert ended.code == 0, ended
+    assert sorted(psycopg_store.work()) == ["a", "b"]
+    assert psycopg_store.query("SELECT * FROM made") == []
+
+
+def test_a_table_that_is_there_fails_who_makes_it_again(quick, psycopg_store):
+    pipeline = Pipeline(quick, psycopg_store)
+    pipeline.tool("note(conn, item)\ndo(conn, 'CREATE TABLE made (item TEXT)')")
+    assert '"made" already exists' in pipeline.run(code=1).err
+    assert psycopg_store.work() == ["a"]
+
 
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
 @pytest.mark.parametrize("batch", [1, 5])
