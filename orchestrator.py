@@ -2422,12 +2422,13 @@ class Database:
     `autocommit`, the mode in which it came, to which it is put back after each attempt; `is_ours`,
     whether the transaction is the engine's, and `has_begun`, whether begin() had the driver begin
     it; `schema`, where a ledger in it is, and `has_set`, whether get_connection() has left a
-    transaction open, so that a rollback may change what is the default.
+    transaction open, so that a rollback may change what is the default; `ahead`, what sees the
+    first statement of an item, None where nothing does.
     """
 
     def __init__(self, get_connection, is_cancelled=lambda: False):
         self.get_connection, self.is_cancelled = get_connection, is_cancelled
-        self.conn = self.raw = self.autocommit = self.schema = None
+        self.conn = self.raw = self.autocommit = self.schema = self.ahead = None
         self.is_open = self.is_fit = self.is_ours = self.has_begun = False
         self.is_alchemy = self.is_sqlite = self.has_set = False
 
@@ -2443,6 +2444,7 @@ class Database:
             raw = find_raw(conn)
             self.conn, self.raw, self.is_open, self.schema = conn, raw, True, None
             self.is_alchemy, self.is_sqlite = is_alchemy(conn), is_sqlite(raw)
+            self.ahead = make_ahead(raw)
             self.is_fit = is_sqlite(conn)
             self.autocommit = getattr(raw, "autocommit", None)
             if self.is_sqlite and hasattr(raw, "set_progress_handler"):
@@ -2504,6 +2506,8 @@ class Database:
         Return whether the transaction of begin() had ended before, as far as the driver tells.
         """
         had_ended = False
+        if self.ahead:
+            self.ahead.end()
         try:
             had_ended = self._end("rollback")
             is_broken = getattr(self.conn, "closed", False) \
@@ -2516,7 +2520,7 @@ class Database:
 
     def close(self):
         """Close the connection if it is open; the next use opens another. Never raises."""
-        conn, self.conn, self.raw = self.conn, None, None
+        conn, self.conn, self.raw, self.ahead = self.conn, None, None, None
         self.is_open = self.is_fit = False
         try:
             call_if_there(conn, "close")
@@ -2554,6 +2558,83 @@ class Database:
         if isinstance(self.autocommit, bool) and raw.autocommit is not self.autocommit:
             raw.autocommit = self.autocommit
         return had_ended
+
+
+class Ahead:
+    """Has a function called right before the first statement that a tool sends over a connection of
+    psycopg 2 or 3, so that until then no transaction is open on the server, which may end one that
+    is idle.
+
+    `is_blind`: it does not see what cursors of another class send, which psycopg2 lets a tool make.
+    State: `call`, the function, while it waits; `kinds`, the classes of cursors that tell of their
+    first statement, by those that they are made of; `methods`, those of a connection of psycopg 3
+    that tell of it, through which all goes, whatever the cursor.
+    """
+
+    def __init__(self, raw, is_blind):
+        self.raw, self.is_blind, self.call, self.kinds, self.methods = raw, is_blind, None, {}, {}
+        if not is_blind:
+            import threading
+            raw.lock = threading.RLock()  # who calls wait() holds it, and so will the function
+            self.methods = {name: self._telling(getattr(raw, name))
+                            for name in ("wait", "pipeline") if hasattr(raw, name)}
+
+    def begin(self, call):
+        """Have a function called once, before the next statement."""
+        raw, self.call = self.raw, call
+        for name, method in self.methods.items():
+            setattr(raw, name, method)
+        if self.is_blind:
+            base = self.base = raw.cursor_factory
+            if base not in self.kinds:
+                self.kinds[base] = self._make_cursor(
+                    base or sys.modules["psycopg2.extensions"].cursor)
+            raw.cursor_factory = self.kinds[base]
+
+    def end(self):
+        """Have it called no more; return whether it was not."""
+        call, self.call = self.call, None
+        for name in self.methods if call else ():
+            delattr(self.raw, name)
+        if call and self.is_blind and self.raw.cursor_factory is self.kinds[self.base]:
+            self.raw.cursor_factory = self.base
+        return call is not None
+
+    def _telling(self, method):
+        """Return a method that tells before it sends something."""
+        def tell_and_send(*args, **kwargs):
+            call = self.call
+            if self.end():
+                call()
+            return method(*args, **kwargs)
+        return tell_and_send
+
+    def _make_cursor(self, base):
+        """Return a class of cursors of psycopg2's that tell before they send something."""
+        return type(base.__name__, (base,), {
+            name: self._telling(getattr(base, name)) for name in
+            ("execute", "executemany", "callproc", "copy_from", "copy_to", "copy_expert")})
+
+
+def make_ahead(raw):
+    """Return what sees the first statement on a connection of a driver, None if nothing does."""
+    is_blind = is_psycopg2(raw)
+    if is_blind and not isinstance(raw.cursor_factory, (type, type(None))):
+        return None
+    can_see = is_blind or is_psycopg3(raw) and hasattr(raw, "wait")
+    return Ahead(raw, is_blind) if can_see else None
+
+
+def is_psycopg2(raw):
+    """Return whether a connection is one of psycopg2's."""
+    module = sys.modules.get("psycopg2.extensions")
+    return module is not None and isinstance(raw, module.connection)
+
+
+def is_psycopg3(raw):
+    """Return whether a connection is one of psycopg's."""
+    module = sys.modules.get("psycopg")
+    return module is not None and isinstance(raw, module.Connection)
 
 
 def check_connection(conn, rules):
@@ -2682,10 +2763,18 @@ def find_driver(conn):
 
 
 def execute(raw, sql, *values):
-    """Execute a statement on a connection of a driver, and return the cursor."""
-    if hasattr(raw, "execute"):  # a cursor of DuckDB's would have a transaction of its own
+    """Execute a statement on a connection of a driver, and return the cursor; of psycopg 2 and 3,
+    one of their own, whatever the connection makes of cursors and rows.
+    """
+    if is_psycopg3(raw):
+        psycopg = sys.modules["psycopg"]
+        cursor = psycopg.Cursor(raw, row_factory=psycopg.rows.tuple_row)
+    elif is_psycopg2(raw):
+        cursor = raw.cursor(cursor_factory=sys.modules["psycopg2.extensions"].cursor)
+    elif hasattr(raw, "execute"):  # a cursor of DuckDB's would have a transaction of its own
         return raw.execute(sql, *values)
-    cursor = raw.cursor()
+    else:
+        cursor = raw.cursor()
     cursor.execute(sql, *values)
     return cursor
 
@@ -2880,6 +2969,12 @@ class Taken(Exception):
     """Somebody else wrote the row of an item after it was looked at."""
 
 
+class Unseen(Taken):
+    """An item has spoken to the database by a way that nobody saw, so that nothing tells whether it
+    ended its transaction.
+    """
+
+
 class EndedEarly(Exception):
     """An item ended its transaction itself, so that it may have been done."""
 
@@ -2910,7 +3005,8 @@ class Ledger:
     Without a database behind `conn` it is in that of the history, in a `folder`, or in memory, and
     what it does is durable at once. It speaks to the driver's own connection, `raw`. State:
     `schema`, what stands before its name; `guard`; `has_savepoints`, whether the database knows
-    them; `transaction`, the number of that of an item, on DuckDB, which does not. What
+    them; `ahead`, what has the savepoint sent with an item's first statement, if anything;
+    `transaction`, the number of that of an item, where no savepoint tells whether it ended. What
     find_pending() has found: `listed`, how many items there are, and `names`, those of all;
     `doubles`, the names that came again; `given_back`, those of items that have their tries again.
     """
@@ -2929,7 +3025,7 @@ class Ledger:
         if self.kind == "sqlite" and hasattr(self.raw, "set_authorizer"):
             self.raw.set_authorizer(self.guard.authorize)
         self.has_savepoints = self.kind != "duckdb"
-        self.transaction = None
+        self.transaction = self.ahead = None
         self.move(schema or find_schema(conn))
 
     def close(self):
@@ -3091,6 +3187,7 @@ class Ledger:
         found = self.read("SELECT passed, version, source, run_id, status, attempts, deaths, "
                           "row_count, error FROM orchestrator_items "
                           "WHERE pipeline = ? AND tool = ? AND item = ?", (*self.key, item.name))
+        self.transaction = None
         if not found:
             return item._replace(is_seen=False), "pending", None, None
         passed, version, source, run_id, status, attempts, deaths, rows, error = found[0]
@@ -3125,29 +3222,63 @@ class Ledger:
         if count_changed(cursor) != 1:
             raise Taken
 
-    def begin_item(self):
-        """Begin the part of a transaction that is an item's; without savepoints, the whole."""
-        if self.has_savepoints:
-            self.do("SAVEPOINT orchestrator_item")
-        else:
+    def begin_item(self, ahead=None):
+        """Begin the part of a transaction that is an item's; without savepoints, the whole. With
+        `ahead` it begins with the first statement of the item.
+        """
+        if ahead and ahead.is_blind:  # PostgreSQL counts those of a connection one by one
+            if self.transaction is None:
+                self.transaction = self._find_transaction()
+                self.raw.commit()
+            if self.transaction is None:
+                ahead = None  # what only speaks like it counts none
+            else:
+                self.transaction += 1
+        elif not self.has_savepoints:
             self.transaction = self._find_transaction()
+        self.ahead = ahead
+        if ahead:
+            ahead.begin(self._save)
+        elif self.has_savepoints:
+            self.transaction = None
+            self._save()
+
+    def _save(self):
+        self.do("SAVEPOINT orchestrator_item")
 
     def leave_item(self):
-        """End the part of a transaction that is an item's; it fails if that is no more."""
-        if self.has_savepoints:
+        """End the part of a transaction that is an item's; it fails if that is no more. Raise
+        Unseen if that can not be known.
+        """
+        if self._is_saved():
             self.do("RELEASE SAVEPOINT orchestrator_item")
-        elif self._find_transaction() != self.transaction:
-            raise RuntimeError("the transaction is another")
+        else:
+            self._check_transaction()
 
     def undo_item(self):
-        """Undo the part of a transaction that is an item's; it fails if that is no more."""
-        if self.has_savepoints:
+        """Undo the part of a transaction that is an item's, as leave_item() ends it."""
+        if self._is_saved():
             self.do("ROLLBACK TO SAVEPOINT orchestrator_item")
-        elif not is_aborted(self.raw):  # only what is still open can be aborted
-            self.leave_item()
+        elif self.has_savepoints or not is_aborted(self.raw):  # only what is open can be aborted
+            self._check_transaction()
+
+    def _is_saved(self):
+        """Return whether a savepoint was made for the item."""
+        ahead, self.ahead = self.ahead, None
+        if not ahead or not ahead.end():
+            return self.has_savepoints
+        if self.raw.closed:
+            raise RuntimeError("the connection is closed")
+        if is_in_transaction(self.raw):
+            raise Unseen
+        return False
+
+    def _check_transaction(self):
+        if self.transaction is not None and self._find_transaction() != self.transaction:
+            raise RuntimeError("the transaction is another")
 
     def _find_transaction(self):
-        return self.read("SELECT txid_current()")[0]
+        return self.read(_TRANSACTION[self.kind])[0][0]
 
     # --- what views ask ---
 
@@ -3175,6 +3306,11 @@ _INSERT = """
                                     source, run_id, ended_at, duration_s, row_count, error)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
+_TRANSACTION = {
+    "duckdb": "SELECT txid_current()",
+    "postgresql": "SELECT max(split_part(virtualtransaction, '/', 2)::bigint) FROM pg_locks "
+                  "WHERE pid = pg_backend_pid()",
+}
 _GIVE_BACK = """
     UPDATE orchestrator_items SET status = 'pending', attempts = 0, deaths = 0
     WHERE pipeline = ? AND tool = ? AND item = ?
@@ -4473,6 +4609,8 @@ class Doer:
         database = self.database
         self.was_closed = was_closed(database.conn)
         self.had_ended = database.is_open and database.rollback()
+        if isinstance(error, Unseen):
+            database.ahead = None  # from now on its savepoint is sent first
         if self.ledger and not database.is_open:
             self.ledger.close()
             self.ledger = None  # the next one is over the next connection
@@ -4579,7 +4717,9 @@ class Trier(Doer):
             self.chosen = choose_arguments(self.callee.run_takes, self.given)
         if not (self.is_watched and self.ledger.has_savepoints):
             group = group[:1]
-        tries = [self._try_item(item, number) if item else self._try_tool() for item in group]
+        ahead = self.database.ahead if len(group) == 1 else None
+        tries = [self._try_item(item, number, ahead) if item else self._try_tool()
+                 for item in group]
         if uses_database:
             self.step = "at the commit: "
             self.database.commit()
@@ -4590,8 +4730,10 @@ class Trier(Doer):
         result = self.interrupts.call(self._call)
         return Try(None, "success", self.kept.pack(result), count_rows(result))
 
-    def _try_item(self, item, number):
-        """Return how the try of an item ended, which did not fail, with its row written."""
+    def _try_item(self, item, number, ahead):
+        """Return how the try of an item ended, which did not fail, with its row written. With
+        `ahead` it is in no transaction until it speaks to the database.
+        """
         ledger, self.at_work, self.step = self.ledger, None, ""
         if item.charge:
             return self._record(item)
@@ -4599,9 +4741,12 @@ class Trier(Doer):
             item, status, rows, error = ledger.look(item)
             if status != "pending":
                 return Try(item, status, rows=rows, error=error or "")
+            if ahead:
+                self.database.commit()
+                self.begin()
         self.kept.note(self.job, item)
         if self.is_watched and not self.is_sqlite:
-            ledger.begin_item()  # a connection that was lost before is no item's fault
+            ledger.begin_item(ahead)  # if that speaks, a connection lost before is no item's fault
         self.at_work, self.started_s = item, time.monotonic()
         context = self.given["context"]
         context.item, context.version, context.attempt = item.name, item.version, item.tries + 1
@@ -4672,6 +4817,8 @@ class Trier(Doer):
         """
         try:
             end()
+        except Taken:
+            raise
         except Exception as problem:
             # A deadlock undoes all of the transaction on MySQL, and its savepoints.
             if not is_locked(error) or self.ledger.kind not in ("mysql", "mariadb"):

@@ -200,6 +200,130 @@ def test_a_server_that_is_gone_for_good_fails_the_tool_and_the_next_start_counts
     assert store.ledger("item, status, attempts, deaths")[1] == ("b", "quarantined", 0, 3)
 
 
+# --- an item that has not spoken yet is in no transaction ---------------------------------------
+
+STATE = '''
+    from pathlib import Path
+    import psycopg
+
+    def watch(conn, *states):
+        """Assert that the server sees the connection in one of some states."""
+        raw = conn.connection.dbapi_connection if hasattr(conn, "exec_driver_sql") else conn
+        with psycopg.connect({dsn!r}) as other:
+            found = other.execute("SELECT state, query FROM pg_stat_activity WHERE pid = %s",
+                                  (raw.info.backend_pid,)).fetchone()
+        assert found[0] in states, found
+
+    def is_first(name):
+        path = Path(__file__).with_name(name)
+        is_there = path.exists()
+        path.touch()
+        return not is_there
+'''
+
+
+@pytest.fixture(params=["psycopg", "psycopg2", "alchemy"])
+def watched(request, quick, cluster):
+    pytest.importorskip("psycopg")
+    store = make_postgres(request.param, cluster)
+
+    def write(run, **options):
+        pipeline = Pipeline(quick, store, **options)
+        return pipeline.tool(run, top=STATE.format(dsn=cluster.dsn))
+    write.store, write.driver = store, request.param
+    return write
+
+
+@pytest.mark.parametrize("words", [(), ("--jobs", "2")])
+def test_an_item_is_in_no_transaction_before_its_first_statement(watched, words):
+    watched('''
+        watch(conn, "idle")
+        note(conn, item)
+        watch(conn, "idle in transaction")
+        if item == "c" and is_first("c"):
+            raise KeyError(item)
+        if item == "d" and is_first("d"):
+            do(conn, "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
+    ''', retries=1, retry_delay=0).run(*words)
+    assert sorted(watched.store.work()) == list("abcde")
+    assert watched.store.ledger("item, status, attempts") == [
+        (item, "success", 1 + (item == "c")) for item in "abcde"]
+
+
+def test_an_item_that_says_nothing_is_done_and_so_is_one_that_fails_so(watched):
+    watched('''
+        watch(conn, "idle")
+        if item == "b":
+            raise KeyError(item)
+        if item == "d":
+            note(conn, item)
+    ''').run(code=1)
+    assert watched.store.ledger() == [
+        (item, "failed" if item == "b" else "success") for item in "abcde"]
+    assert watched.store.work() == ["d"]
+
+
+COMMITS = {
+    "psycopg": ["with conn.transaction(): note(conn, 'more')\n    conn.commit()",
+                "psycopg.ClientCursor(conn).execute(MORE)\n    conn.commit()",
+                "note(conn, 'more')\n    conn.commit()"],
+    "psycopg2": ["conn.cursor(cursor_factory=RealDictCursor).execute(MORE)\n    conn.commit()",
+                 "with conn: conn.cursor(cursor_factory=RealDictCursor).execute(MORE)",
+                 "conn.cursor(cursor_factory=RealDictCursor).execute(MORE)\n"
+                 "    conn.commit()\n    raise KeyError",
+                 "conn.commit(); note(conn, 'more')\n    conn.commit()"],
+}
+
+
+@pytest.mark.parametrize("driver, end", [(d, end) for d, ends in COMMITS.items() for end in ends])
+@pytest.mark.parametrize("place", "ac")
+def test_an_item_that_commits_by_any_way_is_found_out(quick, cluster, driver, end, place):
+    store = make_postgres(driver, cluster)
+    pipeline = Pipeline(quick, store)
+    pipeline.tool(f"if item == {place!r}:\n    {end}\nelif item != 'b': note(conn, item)",
+                  top="import psycopg\nfrom psycopg2.extras import RealDictCursor\n"
+                      "MORE = \"INSERT INTO work (item) VALUES ('more')\"")
+    pipeline.run(code=1)
+    assert store.ledger() == [(item, "quarantined" if item == place else "success")
+                              for item in "abcde"]
+    assert store.work().count("more") == 1
+
+
+@pytest.mark.parametrize("driver, first", [
+    ("psycopg", "psycopg.ClientCursor(conn).execute(MORE)"),
+    ("psycopg", "conn.cursor(name='c').execute('SELECT 1')"),
+    ("psycopg", "conn.cursor(row_factory=psycopg.rows.dict_row).execute(MORE)"),
+    ("psycopg", "list(conn.cursor().stream('SELECT 1'))"),
+    ("psycopg", "with conn.cursor().copy('COPY work (item) FROM STDIN') as c: c.write_row([item])"),
+    ("psycopg", "with conn.transaction(): conn.execute(MORE)"),
+    ("psycopg", "with conn.pipeline(): conn.execute(MORE)"),
+    ("psycopg", "conn.pgconn.exec_(b'BEGIN')"),
+    ("psycopg2", "conn.cursor(cursor_factory=RealDictCursor).execute(MORE)"),
+    ("psycopg2", "conn.cursor(name='c').execute('SELECT 1')"),
+    ("psycopg2", "execute_values(conn.cursor(), 'INSERT INTO work (item) VALUES %s', [('m',)])"),
+    ("psycopg2", "conn.cursor().copy_from(StringIO('m'), 'work', columns=['item'])"),
+    ("psycopg2", "conn.lobject().close()"),
+    ("psycopg2", "kept.append(conn.cursor()) if not kept else kept[0].execute(MORE)"),
+    ("psycopg2", "conn.cursor_factory = RealDictCursor; note(conn, 'm')"),
+])
+def test_whatever_an_item_speaks_by_its_work_is_undone_if_it_fails_and_done_once(
+        quick, cluster, driver, first):
+    store = make_postgres(driver, cluster)
+    pipeline = Pipeline(quick, store)
+    pipeline.tool(f"{first}\nnote(conn, item)\nif item == 'c' and context.attempt == 1: 1 / 0",
+                  top="import psycopg\nfrom psycopg2.extras import RealDictCursor, execute_values\n"
+                      "from io import StringIO\nkept = []\n"
+                      "MORE = \"INSERT INTO work (item) VALUES ('more')\"")
+    ended = pipeline.run(code=1)
+    assert "ZeroDivisionError" in ended.err
+    pipeline.run()
+    count = 2 if "COPY work" in first else 1
+    assert [store.work().count(item) for item in "abcde"] == [count] * 5
+    assert store.ledger("item, status, attempts, deaths") == [
+        (item, "success", 1 + (item == "c"), 0) for item in "abcde"]
+    assert sorted(set(store.work()) - set("abcde")) in ([], ["more"], ["m"])
+
+
 # --- faults of the place -------------------------------------------------------------------------
 
 PLACES = {
