@@ -2386,11 +2386,29 @@ _NOT_OVER = ("commit() has left the transaction open, so that its work would be 
 
 _HINTS = (  # what drivers say of mistakes that the way a tool is called leads to: the way out
     (r"(inside|within) a transaction",
-     'a transaction is open already: "commits": True in TOOL_MAP leaves transactions to the tool'),
+     'a transaction is open already: "commits": True in TOOL_MAP leaves transactions to the tool, '
+     "which has psycopg begin none by conn.autocommit = True"),
     (r"a closed (database|connection)|connection (is|already) closed",
      "leave the connection open: the engine closes it"),
     (r"database is locked",
      'another writes: isolation_level="IMMEDIATE" and timeout=60 in get_connection() wait for it'),
+    (r"too many (clients|connections)|connection slots|max_user_connections",
+     'the server gives no more connections: a smaller --jobs takes fewer, and so do "uses" of '
+     "tools with LIMITS above the mark"),
+    (r"could not set lock on file|used by another process",
+     "one process at a time may have it open: run without --jobs, timeout, memory and isolate"),
+    (r"permission denied for (schema|database) (\S+)",
+     r"GRANT CREATE ON \1 \2 to the role that connects, and USAGE of a schema"),
+    (r"permission denied to create temporary tables in (database \S+)",
+     r"GRANT TEMPORARY ON \1 to the role that connects"),
+    (r"permission denied for (table|relation|sequence) (\S+)",
+     r"GRANT SELECT, INSERT, UPDATE, DELETE ON \2 to the role that connects"),
+    (r"no schema has been selected",
+     "have get_connection() SET search_path to a schema of which the role that connects has USAGE "
+     "and CREATE: GRANT gives it"),
+    (r"(\w+) command denied to user (\S+) for table \S*?(\w+)\W*$", r"GRANT \1 ON \3 TO \2"),
+    (r"\bpg_\w+_index\b|tuple concurrently",
+     "two made or changed the same at once: in setup(conn) of a tool that is done again"),
 )
 _DRIVERS = {"psycopg": "postgresql", "psycopg2": "postgresql", "pg8000": "postgresql",
             "pymysql": "mysql", "MySQLdb": "mysql", "mysql": "mysql", "mariadb": "mysql",
@@ -2841,7 +2859,8 @@ def find_hint(error):
     """Return the way out of an error of a database driver, where one is known, else ""."""
     if not is_kind(error, "DatabaseError", "InterfaceError", "ResourceClosedError"):
         return ""  # others have connections, too
-    return next((hint for text, hint in _HINTS if re.search(text, str(error), re.I)), "")
+    found = ((re.search(text, str(error), re.I), hint) for text, hint in _HINTS)
+    return next((match.expand(hint) for match, hint in found if match), "")
 
 
 def call_if_there(thing, method):
@@ -4467,7 +4486,8 @@ def perform(job, setting, send, kept):
     ("listed", number, {...})          how many there are, and what to say of those left out
     ("tries", number, [Try, ...])      how some tries ended, as soon as that is durable
     ("event", number, {...})           what the tool tells of itself: the fields of an Event
-    ("ended", number, problem)         a Try that tells what kept it from the rest, or None
+    ("ended", number, problem)         a Try that tells what kept it from the rest, or None;
+                                       pending, if it has had no connection for its items
 
     This is the one way to do work, whatever the process. What `send` raises is no tool's fault.
     """
@@ -4476,6 +4496,7 @@ def perform(job, setting, send, kept):
 
 
 _IN_LEDGER = "in the ledger: "
+_CONNECTING = "in get_connection(): "
 _GONE = "the connection is gone: "
 LOCKED_S = 60.0  # how long an item comes again because others are at the same rows
 _TAKEN_TRIES = 20  # and how often because somebody else wrote its row
@@ -4558,7 +4579,11 @@ class Doer:
             return Try(self.at_work, "interrupted", reason=format_signal(signal))
         if isinstance(error, UserError):
             return Try(None, "failed", error=error.problem, reason=NOT_AGAIN)
-        return self.make_failure(error)
+        problem = self.make_failure(error)
+        has_none = self.step == _CONNECTING and not (self.database.is_open or self.at_work)
+        if has_none and self.has_items and not self.job.is_listing:
+            return problem._replace(status="pending")
+        return problem
 
     def _set_up(self, number):
         """Call setup(), in a transaction of its own."""
@@ -4621,7 +4646,7 @@ class Doer:
         """Begin a transaction; `is_urgent` waits at once for who else writes."""
         database = self.database
         if not database.is_fit:
-            self.step = "in get_connection(): "
+            self.step = _CONNECTING
             self.interrupts.call(database.open, self.tool.commits)
         self.step = ""
         if not self.tool.commits:
@@ -4857,8 +4882,8 @@ class Trier(Doer):
         is_lost = fault == "lost"
         if is_lost and isinstance(error, EndedEarly):
             error = error.__cause__  # it did not end it: that was lost with the connection
-        text = (_GONE if is_lost else step) + join_reasons(format_one_line(error),
-                                                           explain_exit(error))
+        text = (_GONE if is_lost else step) + join_reasons(
+            format_one_line(error), "" if is_lost else find_hint(error), explain_exit(error))
         item = item._replace(charge=text, tries=item.tries + (not is_lost),
                              deaths=item.deaths + is_lost, is_death=is_lost)
         self.fault, self.took_s = fault, time.monotonic() - self.started_s
@@ -5613,7 +5638,8 @@ class Server:
                     break
                 children = count_children()
                 problem = self.do(kept)
-                is_leaving = self.interrupts.signal is not None or count_children() != children
+                is_leaving = self.interrupts.signal is not None or count_children() != children \
+                    or problem is not None and problem.status == "pending"  # others can do more
                 if is_leaving:
                     kept.close()
                 number, self.job = self.job.number, None
@@ -6070,7 +6096,8 @@ class Work:
     Constant: `performer`, who does it; `log`, the file for what it prints, which is `output` too
     if another process does; `source` and `last_success_at`: see Job; `facts`, what a success would
     be built on; `ended_before`, how many items ended in former attempts, which the `tally` of a
-    tool with items holds too. State: `has_logged`, whether it used context.log or, in this process,
+    tool with items holds too. State: `width`, how many jobs may go on at a time, fewer for each
+    that got no connection; `has_logged`, whether it used context.log or, in this process,
     has printed; `lines`, what it logged so in a worker, which joins the log when what it printed
     has been shown; `listed`, what was said of its items, once that is known; `left`, the next to
     try; `later`, how many come again at some moment; `size`, how many to do at a time; `jobs`, how
@@ -6093,7 +6120,7 @@ class Work:
         if callee.has_items:
             from collections import deque
             self.tally = former.tally if former else Tally(run.retries.get(self.tool.name))
-            self.left, self.size = deque(), self.tool.batch
+            self.left, self.size, self.width = deque(), self.tool.batch, run.plan.jobs
             self.source = hash_item_source(self.tool)
             self.ended_before = self.tally.count()
         if run.history.folder:  # else there is nothing to know, and nobody to keep it
@@ -6232,6 +6259,8 @@ class Work:
                 took_s = max(run.clock.monotonic() - doing.started_s, 1e-6)
                 self.size = max(1, min(int(_CHUNK_S * count / took_s), 10 * self.size,
                                        max(_CHUNK_ITEMS, tool.batch)))
+        elif problem.status == "pending":
+            problem = self.take_no_connection(doing, problem)
         elif problem.status == "interrupted":
             run.is_interrupted = True
         elif problem.item and problem.item.is_death:  # as long as that could not be recorded
@@ -6241,6 +6270,21 @@ class Work:
         if self.listed:
             run.tell("progress", tool.name, done=self.tally.count(),
                      total=self.ended_before + self.listed["counts"]["pending"])
+
+    def take_no_connection(self, doing, problem):
+        """Take it that a worker got no connection for its items, with which the others go on; if
+        there is none left, return that as what ends the attempt.
+        """
+        self.width -= 1
+        if not self.width:
+            return problem._replace(status="failed")
+        self.left.extend(doing.left.values())
+        if self.width == self.run.plan.jobs - 1:
+            text = join_reasons("a worker has no connection, so that others do its items: "
+                                + problem.error, problem.reason)
+            self.note_log(text)
+            self.run.tell("log", self.tool.name, text=text, level=30)
+        return None
 
     def hear_died(self, doing, what):
         """Take it that a job is over with its process, or took too long, and what was at work."""
@@ -6403,7 +6447,8 @@ class Run:
         """Have more items done where there is room; if `is_first`, of tools of which none are."""
         for tool, work in self.open.items():
             while work.left and not work.problem and self.has_room() \
-                    and not (is_first and work.jobs) and self.schedule.take(tool):
+                    and work.jobs < work.width and not (is_first and work.jobs) \
+                    and self.schedule.take(tool):
                 self.start_job(work, work.take(self.plan.jobs))
 
     def begin_attempt(self, tool):

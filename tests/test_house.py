@@ -259,7 +259,8 @@ def test_an_effect_stays_in_its_room(names, rooms):
     (("multiprocessing", "socket", "select", "resource"), {"WORKERS"}),
     (("fcntl",), {"HISTORY", "WORKERS"}),
     (("msvcrt",), {"HISTORY"}),
-    (("signal", "threading"), {"CALLING", "WORKERS", "RUNNING"}),
+    (("signal",), {"CALLING", "WORKERS", "RUNNING"}),
+    (("threading",), {"CONNECTION", "CALLING", "WORKERS", "RUNNING"}),  # a lock for psycopg
     (("random", "tempfile"), {"CALLING", "RUNNING"}),
     (("shutil",), {"HISTORY", "RUNNING"}),
     (("urllib", "http", "smtplib", "concurrent"), set()),

@@ -1,5 +1,6 @@
 """Items on PostgreSQL: two coordinators, kills, lost backends, serialization failures."""
 import contextlib
+import json
 import os
 import random
 import signal
@@ -322,6 +323,99 @@ def test_whatever_an_item_speaks_by_its_work_is_undone_if_it_fails_and_done_once
     assert store.ledger("item, status, attempts, deaths") == [
         (item, "success", 1 + (item == "c"), 0) for item in "abcde"]
     assert sorted(set(store.work()) - set("abcde")) in ([], ["more"], ["m"])
+
+
+# --- connections and what they make of rows -------------------------------------------------------
+
+KINDS = {
+    "dict_row": ("psycopg", "row_factory=psycopg.rows.dict_row"),
+    "namedtuple_row": ("psycopg", "row_factory=psycopg.rows.namedtuple_row"),
+    "scalar_row": ("psycopg", "row_factory=psycopg.rows.scalar_row"),
+    "class_row": ("psycopg", "row_factory=psycopg.rows.class_row(Exception)"),
+    "ClientCursor": ("psycopg", "cursor_factory=psycopg.ClientCursor"),
+    "RawCursor": ("psycopg", "cursor_factory=psycopg.RawCursor"),
+    "NamedTupleCursor": ("psycopg2", "cursor_factory=extras.NamedTupleCursor"),
+    "DictCursor": ("psycopg2", "cursor_factory=extras.DictCursor"),
+    "RealDictCursor": ("psycopg2", "cursor_factory=extras.RealDictCursor"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ledger_is_read_whatever_a_connection_makes_of_rows(quick, cluster, kind):
+    driver, factory = KINDS[kind]
+    pytest.importorskip(driver)
+    store = make_postgres("psycopg", cluster)
+    quick.pipeline(f"""
+        NAME = "p"
+        TOOL_MAP = {{"tool": {{"module": "tool", "retries": 1, "retry_delay": 0}}}}
+        def get_connection():
+            import {driver}
+            from psycopg2 import extras
+            return {driver}.connect({cluster.dsn!r}, {factory})
+    """).tool("tool", """
+        def items(conn):
+            return "SELECT x::text, x FROM generate_series(1, 5) x"
+        def run(conn, item, context):
+            assert item != "3" or context.attempt == 2
+            conn.cursor().execute(f"INSERT INTO work (item) VALUES ('{item}')")
+    """)
+    for _ in range(2):
+        ended = quick.run()
+        assert ended.code == 0, ended
+    assert sorted(store.work()) == list("12345")
+    assert "success" in quick.run("--items", "tool").out
+    assert json.loads(quick.run("--status", "--json").out)["tools"][0]["items"]["success"] == 5
+
+
+def make_role(cluster, name, more):
+    """Return the source of a get_connection() of a role that may not do everything."""
+    store = make_postgres("psycopg", cluster)
+    store.query(f"DO $$ BEGIN CREATE ROLE {name} LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; "
+                "END $$")
+    store.query(f"GRANT USAGE ON SCHEMA public TO {name}")
+    store.query("REVOKE TEMPORARY ON DATABASE postgres FROM public")
+    store.query(f"ALTER ROLE {name} CONNECTION LIMIT -1")
+    store.query(more)
+    dsn = cluster.dsn.replace("user=postgres", f"user={name}")
+    return store, Store("postgresql", f"import psycopg\nreturn psycopg.connect({dsn!r})")
+
+
+def test_a_role_with_fewer_connections_than_jobs_has_its_items_done(quick, cluster):
+    owner, store = make_role(cluster, "few", "GRANT ALL ON SCHEMA public TO few")
+    owner.query("GRANT ALL ON work, work_seq_seq TO few")
+    owner.query("ALTER ROLE few CONNECTION LIMIT 1")
+    pipeline = Pipeline(quick, store).tool("note(conn, item)")
+    ended = pipeline.run("--jobs", "3")
+    assert "others do its items: in get_connection(): OperationalError: " in ended.err
+    assert "a smaller --jobs" in ended.err
+    assert sorted(owner.work()) == list("abcde")
+
+
+def test_a_role_that_may_not_make_the_ledger_is_told_what_to_grant(quick, cluster):
+    owner, store = make_role(cluster, "weak", "REVOKE CREATE ON SCHEMA public FROM weak, public")
+    ended = Pipeline(quick, store).tool("pass").run(code=1)
+    assert "permission denied for schema public" in ended.err
+    assert "GRANT CREATE ON schema public" in ended.err
+
+
+def test_a_role_that_may_not_make_what_is_temporary_is_told_what_to_grant(quick, cluster):
+    owner, store = make_role(cluster, "weak", "GRANT ALL ON SCHEMA public TO weak")
+    ended = Pipeline(quick, store).tool("do(conn, 'CREATE TEMP TABLE x (y int)')").run(code=1)
+    assert 'GRANT TEMPORARY ON database "postgres"' in ended.err
+    ended = Pipeline(quick, store).tool("do(conn, 'SELECT * FROM work')").run(code=1)
+    assert "GRANT SELECT, INSERT, UPDATE, DELETE ON work" in ended.err
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_vacuum_is_told_the_way_out_with_and_without_commits(quick, cluster, driver):
+    store = make_postgres(driver, cluster)
+    pipeline = Pipeline(quick, store)
+    for options in ({}, {"commits": True}):
+        pipeline.write(**options)
+        ended = pipeline.tool("do(conn, 'VACUUM work')").run(code=1)
+        assert '"commits": True' in ended.err and "conn.autocommit = True" in ended.err
+    pipeline.tool("conn.autocommit = True\ndo(conn, 'VACUUM work')").run()
+    assert store.ledger() == [(item, "success") for item in "abcde"]
 
 
 # --- faults of the place -------------------------------------------------------------------------
