@@ -3027,7 +3027,8 @@ class Ledger:
     them; `ahead`, what has the savepoint sent with an item's first statement, if anything;
     `transaction`, the number of that of an item, where no savepoint tells whether it ended. What
     find_pending() has found: `listed`, how many items there are, and `names`, those of all;
-    `doubles`, the names that came again; `given_back`, those of items that have their tries again.
+    `doubles`, the names that came again; `unfit`, those that can not be kept, each with what is
+    wrong; `given_back`, those of items that have their tries again.
     """
 
     def __init__(self, conn, folder, pipeline, tool, run_id, source, schema=None):
@@ -3117,11 +3118,17 @@ class Ledger:
         names, or all for (). Raise TypeError or ValueError for what is no item.
         """
         self.listed, self.names, self.doubles, self.given_back = 0, set(), [], set()
+        self.unfit = []
         pairs = self._list_pairs(found, each)
-        for page in iter(lambda: [*itertools.islice(pairs, _PAGE)], []):
-            for pair in page:
-                check_item(*pair)
-            self.listed += len(page)
+        for listed in iter(lambda: [*itertools.islice(pairs, _PAGE)], []):
+            self.listed += len(listed)
+            page = []
+            for pair in listed:
+                problem = find_unfit(*pair)
+                if problem:
+                    self.unfit.append((pair[0], problem))
+                else:
+                    page.append(pair)
             done = {*self._look_up(page, "item, passed")}
             left = []
             for name, version in page:
@@ -3364,7 +3371,9 @@ def read_item(number, found):
     name, version = (
         value if isinstance(value, str) else "" if value is None and i else
         os.fsdecode(value) if hasattr(value, "__fspath__") else
-        str(value) if hasattr(value, "isoformat")
+        # What is no text fails this item alone; what could be one is to be given as one.
+        format_value(value) if isinstance(value, bytes) and not format_value(value).isprintable()
+        else str(value) if hasattr(value, "isoformat")
         or is_number(value) and (i or isinstance(value, int)) else None
         for i, value in enumerate(pair))
     if name is None or version is None:
@@ -3379,22 +3388,24 @@ def format_value(value):
         return value
     if value is None:
         return ""
-    return bytes(value).decode() if isinstance(value, (bytes, memoryview)) else str(value)
+    is_bytes = isinstance(value, (bytes, memoryview))
+    return bytes(value).decode(errors="surrogateescape") if is_bytes else str(value)
 
 
-def check_item(name, version):
-    """Raise ValueError if a database could not keep this name or version of an item."""
+def find_unfit(name, version):
+    """Return why a database could not keep this name or version of an item, "" if it can."""
     if name and not version and len(name) <= NAME_LENGTH and name.isascii() and name.isprintable():
-        return  # as most are
-    for text, which in ((name, "the name"), (version, f"as version of {name[:60]!r}")):
+        return ""  # as most are
+    for text, which in ((name, "name"), (version, "version")):
         if len(text) > NAME_LENGTH or "\0" in text or not name:
-            raise ValueError(f"items() gave {which} {text[:60]!r}; a name has 1 to {NAME_LENGTH} "
-                             "letters, a version up to as many, and neither holds NUL")
+            return (f"it can not be kept by its {which}: a name has 1 to {NAME_LENGTH} letters, a "
+                    "version up to as many, and neither holds NUL")
         try:
             text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"items() gave {text!r}, which is no text that a database keeps: "
-                             "rename the file, or leave it out") from error
+        except UnicodeEncodeError:
+            return (f"its {which} is no text that a database keeps: rename the file, or leave it "
+                    "out")
+    return ""
 
 
 def write_slip(fd, job, item):
@@ -4942,13 +4953,22 @@ class Lister(Doer):
             raise UserError(f"there is no item {job.only!r} among the {listed} that are listed")
         is_hopeless = bool(given_up) and not ledger.has_passed()
         self.database.commit()
+        if others and pending:  # before any of them is done anew
+            self.tell("event", {"kind": "log", "level": 30, "text": (
+                f"the ledger has items of this tool in pipeline {others[0]!r}, none in "
+                f"{self.setting.pipeline.name!r}, so that all are done: NAME says which it is")})
         self.tell("found", [item for item in pending if job.only in (None, item.name)])
+        unfit = [Try(Item(name), "failed", error=problem)
+                 for name, problem in ledger.unfit if job.only is None]
+        if unfit:
+            self.tell("tries", unfit)
         self.tell("listed", {
-            "counts": {"listed": listed, "pending": len(pending), "given_up": len(given_up)},
-            "reason": self._describe_left_out(given_up, others if pending else ()),
+            "counts": {"listed": listed, "pending": len(pending) + len(unfit),
+                       "given_up": len(given_up)},
+            "reason": self._describe_left_out(given_up),
             "is_hopeless": is_hopeless})
 
-    def _describe_left_out(self, given_up, others):
+    def _describe_left_out(self, given_up):
         """Return what to say of items that are there and not to be done."""
         doubles, reasons = self.ledger.doubles, []
         if given_up:
@@ -4958,9 +4978,6 @@ class Lister(Doer):
         if doubles:
             reasons.append("left out, since the name came before: "
                            + format_names(doubles[:3], len(doubles)))
-        if others:
-            reasons.append(f"the ledger has items of this tool in pipeline {others[0]!r}, not in "
-                           f"{self.setting.pipeline.name!r}: its NAME says which it is")
         return "; ".join(reasons)
 
     def _find_items(self, number):
@@ -5049,7 +5066,9 @@ def format_names(names, count):
 
 def format_name(name):
     """Return the name of an item for a line: quoted if it has blanks or what is not printable."""
-    return name if name.isprintable() and not re.search(r"[\s,'\"]", name) else repr(name)
+    name = name if len(name) <= NAME_LENGTH else name[:60] + "..."
+    is_plain = name and name.isprintable() and not re.search(r"[\s,'\"]", name)
+    return name if is_plain else repr(name)
 
 
 def count_rows(result):
@@ -6053,12 +6072,13 @@ _TOLD_ITEMS = 20  # so many failures of a tool's items are told, the others are 
 class Tally:
     """What came of the items of a tool in this run, in all its attempts: `ended`, how many did; the
     rows of those that passed; the first error, and the first names that failed; how many failures
-    were `told`. `retry` are those that were given up and are to be tried again: see Job.
+    were `told`; how many were `unfit` to be kept. `retry` are those that were given up and are to
+    be tried again: see Job.
     """
 
     def __init__(self, retry):
         self.ended = {"passed": 0, "failed": 0, "elsewhere": 0}
-        self.rows, self.error, self.failed_names, self.told = None, "", [], 0
+        self.rows, self.error, self.failed_names, self.told, self.unfit = None, "", [], 0, 0
         self.retry = retry
 
     def count(self):
@@ -6147,7 +6167,9 @@ class Work:
     # --- what is heard of a job, by the kind of the message: see perform() ---
 
     def hear_tries(self, doing, tries):
-        """Take how some tries ended."""
+        """Take how some tries ended; with a list of items, those that can not be kept."""
+        if doing.job.is_listing:  # which a further attempt tells again
+            self.tally.unfit, tries = len(tries), tries[self.tally.unfit:]
         for ended in tries:
             doing.left.pop(ended.item and ended.item.name, None)
             if ended.item:
@@ -6174,7 +6196,7 @@ class Work:
         """Take how an item ended that did not pass: it comes again, or has failed."""
         item, retries, tries = ended.item, self.tool.retries, count_tries(ended.item)
         error = f"{format_name(item.name)}: {ended.error}"
-        count = f"try {tries} of {retries + 1}" if retries else ""
+        count = f"try {tries} of {retries + 1}" if retries and tries else ""
         if item.is_death:
             what = "connection" if ended.error.startswith(_GONE) else "process"
             count = f"it took its {what} down {item.deaths} of {DEATHS_ALLOWED} times"
@@ -6216,6 +6238,7 @@ class Work:
         """Take items that are pending. Those that were at work when a former run was cut off are
         charged with that, unless the tool's source was changed since: that mended it, perhaps.
         """
+        self.run.publish()  # what was told of them, before the first is tried
         for item in items:
             slip, source, at_work = self.run.former.pop((self.tool.name, item.name), ("", "", None))
             if source == doing.job.source and at_work.version == item.version \
