@@ -2906,7 +2906,7 @@ _GIVEN_UP = ("failed", "quarantined")
 NAME_LENGTH = 500  # letters; an index of PostgreSQL takes 2,700 bytes
 _LOCKED_STATES = ("40001", "40P01", "55P03")  # SQLSTATE: serialization, deadlock, lock not there
 _MADE_STATES = ("42P06", "42P07", "42710", "42723")  # schema, table, type or other, function
-_LOCKED_NUMBERS = (1020, 1205, 1213)  # the same of MySQL and MariaDB
+_LOCKED_NUMBERS = (1020, 1205, 1213, 1412)  # the same of MySQL and MariaDB, and DDL meanwhile
 _PLACE_ERRNOS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE,
                  getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota of that name
 # SQLSTATE: no connection; files, disk or connections used up; a server that ends or begins; its

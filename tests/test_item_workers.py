@@ -77,7 +77,7 @@ def get_connection():
     raise sqlite3.OperationalError("sorry, too many clients already")
 """
 COUNTED = """
-    import os
+    import os, time
     def setup(conn):
         conn.execute("CREATE TABLE IF NOT EXISTS done (item, pid)")
     def items():
@@ -99,6 +99,26 @@ def test_items_go_on_with_the_workers_that_have_a_connection(quick, limit):
     assert ended.err.count("others do its items: in get_connection(): OperationalError: sorry, ") \
         == 1
     assert "a smaller --jobs" in ended.err and "LIMITS" in ended.err
+
+
+def test_a_worker_without_a_connection_goes_and_leaves_the_items_to_one_that_has_it(quick):
+    """It was there before the other, and would be asked first again and again."""
+    quick.pipeline(LIMITED.format(limit=1).replace(
+        '{"t": {"module": "t", "retries": 0}}',
+        '{"plain": {"module": "plain", "needs": []}, "t": {"module": "t", "needs": []}}'))
+    quick.tool("t", COUNTED + "        open('done' + item, 'w').close()\n"
+               "        while item == '5' and not os.path.exists('over'):\n"
+               "            time.sleep(0.001)\n")
+    quick.tool("plain", """
+        import os, time
+        def run():
+            while not os.path.exists("done3"): time.sleep(0.001)
+            open("over", "w").close()
+    """)
+    ended = quick.run("--jobs", "2")
+    assert ended.code == 0, ended
+    assert len(quick.query("SELECT DISTINCT item FROM done")) == 40
+    assert len(quick.query("SELECT DISTINCT pid FROM done")) == 1
 
 
 @pytest.mark.parametrize("words", [(), ("--jobs", "2")])
