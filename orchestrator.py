@@ -2386,11 +2386,29 @@ _NOT_OVER = ("commit() has left the transaction open, so that its work would be 
 
 _HINTS = (  # what drivers say of mistakes that the way a tool is called leads to: the way out
     (r"(inside|within) a transaction",
-     'a transaction is open already: "commits": True in TOOL_MAP leaves transactions to the tool'),
+     'a transaction is open already: "commits": True in TOOL_MAP leaves transactions to the tool, '
+     "which has psycopg begin none by conn.autocommit = True"),
     (r"a closed (database|connection)|connection (is|already) closed",
      "leave the connection open: the engine closes it"),
     (r"database is locked",
      'another writes: isolation_level="IMMEDIATE" and timeout=60 in get_connection() wait for it'),
+    (r"too many (clients|connections)|connection slots|max_user_connections",
+     'the server gives no more connections: a smaller --jobs takes fewer, and so do "uses" of '
+     "tools with LIMITS above the mark"),
+    (r"could not set lock on file|used by another process",
+     "one process at a time may have it open: run without --jobs, timeout, memory and isolate"),
+    (r"permission denied for (schema|database) (\S+)",
+     r"GRANT CREATE ON \1 \2 to the role that connects, and USAGE of a schema"),
+    (r"permission denied to create temporary tables in (database \S+)",
+     r"GRANT TEMPORARY ON \1 to the role that connects"),
+    (r"permission denied for (table|relation|sequence) (\S+)",
+     r"GRANT SELECT, INSERT, UPDATE, DELETE ON \2 to the role that connects"),
+    (r"no schema has been selected",
+     "have get_connection() SET search_path to a schema of which the role that connects has USAGE "
+     "and CREATE: GRANT gives it"),
+    (r"(\w+) command denied to user (\S+) for table \S*?(\w+)\W*$", r"GRANT \1 ON \3 TO \2"),
+    (r"\bpg_\w+_index\b|tuple concurrently",
+     "two made or changed the same at once: in setup(conn) of a tool that is done again"),
 )
 _DRIVERS = {"psycopg": "postgresql", "psycopg2": "postgresql", "pg8000": "postgresql",
             "pymysql": "mysql", "MySQLdb": "mysql", "mysql": "mysql", "mariadb": "mysql",
@@ -2422,12 +2440,13 @@ class Database:
     `autocommit`, the mode in which it came, to which it is put back after each attempt; `is_ours`,
     whether the transaction is the engine's, and `has_begun`, whether begin() had the driver begin
     it; `schema`, where a ledger in it is, and `has_set`, whether get_connection() has left a
-    transaction open, so that a rollback may change what is the default.
+    transaction open, so that a rollback may change what is the default; `ahead`, what sees the
+    first statement of an item, None where nothing does.
     """
 
     def __init__(self, get_connection, is_cancelled=lambda: False):
         self.get_connection, self.is_cancelled = get_connection, is_cancelled
-        self.conn = self.raw = self.autocommit = self.schema = None
+        self.conn = self.raw = self.autocommit = self.schema = self.ahead = None
         self.is_open = self.is_fit = self.is_ours = self.has_begun = False
         self.is_alchemy = self.is_sqlite = self.has_set = False
 
@@ -2443,6 +2462,7 @@ class Database:
             raw = find_raw(conn)
             self.conn, self.raw, self.is_open, self.schema = conn, raw, True, None
             self.is_alchemy, self.is_sqlite = is_alchemy(conn), is_sqlite(raw)
+            self.ahead = make_ahead(raw)
             self.is_fit = is_sqlite(conn)
             self.autocommit = getattr(raw, "autocommit", None)
             if self.is_sqlite and hasattr(raw, "set_progress_handler"):
@@ -2504,6 +2524,8 @@ class Database:
         Return whether the transaction of begin() had ended before, as far as the driver tells.
         """
         had_ended = False
+        if self.ahead:
+            self.ahead.end()
         try:
             had_ended = self._end("rollback")
             is_broken = getattr(self.conn, "closed", False) \
@@ -2516,7 +2538,7 @@ class Database:
 
     def close(self):
         """Close the connection if it is open; the next use opens another. Never raises."""
-        conn, self.conn, self.raw = self.conn, None, None
+        conn, self.conn, self.raw, self.ahead = self.conn, None, None, None
         self.is_open = self.is_fit = False
         try:
             call_if_there(conn, "close")
@@ -2554,6 +2576,83 @@ class Database:
         if isinstance(self.autocommit, bool) and raw.autocommit is not self.autocommit:
             raw.autocommit = self.autocommit
         return had_ended
+
+
+class Ahead:
+    """Has a function called right before the first statement that a tool sends over a connection of
+    psycopg 2 or 3, so that until then no transaction is open on the server, which may end one that
+    is idle.
+
+    `is_blind`: it does not see what cursors of another class send, which psycopg2 lets a tool make.
+    State: `call`, the function, while it waits; `kinds`, the classes of cursors that tell of their
+    first statement, by those that they are made of; `methods`, those of a connection of psycopg 3
+    that tell of it, through which all goes, whatever the cursor.
+    """
+
+    def __init__(self, raw, is_blind):
+        self.raw, self.is_blind, self.call, self.kinds, self.methods = raw, is_blind, None, {}, {}
+        if not is_blind:
+            import threading
+            raw.lock = threading.RLock()  # who calls wait() holds it, and so will the function
+            self.methods = {name: self._telling(getattr(raw, name))
+                            for name in ("wait", "pipeline") if hasattr(raw, name)}
+
+    def begin(self, call):
+        """Have a function called once, before the next statement."""
+        raw, self.call = self.raw, call
+        for name, method in self.methods.items():
+            setattr(raw, name, method)
+        if self.is_blind:
+            base = self.base = raw.cursor_factory
+            if base not in self.kinds:
+                self.kinds[base] = self._make_cursor(
+                    base or sys.modules["psycopg2.extensions"].cursor)
+            raw.cursor_factory = self.kinds[base]
+
+    def end(self):
+        """Have it called no more; return whether it was not."""
+        call, self.call = self.call, None
+        for name in self.methods if call else ():
+            delattr(self.raw, name)
+        if call and self.is_blind and self.raw.cursor_factory is self.kinds[self.base]:
+            self.raw.cursor_factory = self.base
+        return call is not None
+
+    def _telling(self, method):
+        """Return a method that tells before it sends something."""
+        def tell_and_send(*args, **kwargs):
+            call = self.call
+            if self.end():
+                call()
+            return method(*args, **kwargs)
+        return tell_and_send
+
+    def _make_cursor(self, base):
+        """Return a class of cursors of psycopg2's that tell before they send something."""
+        return type(base.__name__, (base,), {
+            name: self._telling(getattr(base, name)) for name in
+            ("execute", "executemany", "callproc", "copy_from", "copy_to", "copy_expert")})
+
+
+def make_ahead(raw):
+    """Return what sees the first statement on a connection of a driver, None if nothing does."""
+    is_blind = is_psycopg2(raw)
+    if is_blind and not isinstance(raw.cursor_factory, (type, type(None))):
+        return None
+    can_see = is_blind or is_psycopg3(raw) and hasattr(raw, "wait")
+    return Ahead(raw, is_blind) if can_see else None
+
+
+def is_psycopg2(raw):
+    """Return whether a connection is one of psycopg2's."""
+    module = sys.modules.get("psycopg2.extensions")
+    return module is not None and isinstance(raw, module.connection)
+
+
+def is_psycopg3(raw):
+    """Return whether a connection is one of psycopg's."""
+    module = sys.modules.get("psycopg")
+    return module is not None and isinstance(raw, module.Connection)
 
 
 def check_connection(conn, rules):
@@ -2682,10 +2781,18 @@ def find_driver(conn):
 
 
 def execute(raw, sql, *values):
-    """Execute a statement on a connection of a driver, and return the cursor."""
-    if hasattr(raw, "execute"):  # a cursor of DuckDB's would have a transaction of its own
+    """Execute a statement on a connection of a driver, and return the cursor; of psycopg 2 and 3,
+    one of their own, whatever the connection makes of cursors and rows.
+    """
+    if is_psycopg3(raw):
+        psycopg = sys.modules["psycopg"]
+        cursor = psycopg.Cursor(raw, row_factory=psycopg.rows.tuple_row)
+    elif is_psycopg2(raw):
+        cursor = raw.cursor(cursor_factory=sys.modules["psycopg2.extensions"].cursor)
+    elif hasattr(raw, "execute"):  # a cursor of DuckDB's would have a transaction of its own
         return raw.execute(sql, *values)
-    cursor = raw.cursor()
+    else:
+        cursor = raw.cursor()
     cursor.execute(sql, *values)
     return cursor
 
@@ -2752,7 +2859,8 @@ def find_hint(error):
     """Return the way out of an error of a database driver, where one is known, else ""."""
     if not is_kind(error, "DatabaseError", "InterfaceError", "ResourceClosedError"):
         return ""  # others have connections, too
-    return next((hint for text, hint in _HINTS if re.search(text, str(error), re.I)), "")
+    found = ((re.search(text, str(error), re.I), hint) for text, hint in _HINTS)
+    return next((match.expand(hint) for match, hint in found if match), "")
 
 
 def call_if_there(thing, method):
@@ -2797,7 +2905,8 @@ _PAGE = 400  # items that are looked up or read at a time; SQLite takes 999 para
 _GIVEN_UP = ("failed", "quarantined")
 NAME_LENGTH = 500  # letters; an index of PostgreSQL takes 2,700 bytes
 _LOCKED_STATES = ("40001", "40P01", "55P03")  # SQLSTATE: serialization, deadlock, lock not there
-_LOCKED_NUMBERS = (1020, 1205, 1213)  # the same of MySQL and MariaDB
+_MADE_STATES = ("42P06", "42P07", "42710", "42723")  # schema, table, type or other, function
+_LOCKED_NUMBERS = (1020, 1205, 1213, 1412)  # the same of MySQL and MariaDB, and DDL meanwhile
 _PLACE_ERRNOS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE,
                  getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota of that name
 # SQLSTATE: no connection; files, disk or connections used up; a server that ends or begins; its
@@ -2827,8 +2936,21 @@ def is_locked(error):
     """Return whether an error only says that another was at the same rows at that moment."""
     return any(
         state in _LOCKED_STATES or number in _LOCKED_NUMBERS
-        or re.search(r"database (table |schema )?is locked", text)
+        or re.search(r"database (table |schema )?is locked", text) or _is_race(state, text)
         for state, number, text in find_database_errors(error))
+
+
+def _is_race(state, text):
+    """Return whether PostgreSQL tells that two made the same table, or changed one, at once."""
+    return state == "23505" and re.search(r"\bpg_\w+_index\b", text) \
+        or state == "XX000" and "concurrently" in text
+
+
+def is_made_already(error):
+    """Return whether a table was there when it was to be made, which another may have done just
+    then: CREATE TABLE IF NOT EXISTS looks, and makes it a little later.
+    """
+    return any(state in _MADE_STATES for state, *_ in find_database_errors(error))
 
 
 def is_of_place(error):
@@ -2866,6 +2988,12 @@ class Taken(Exception):
     """Somebody else wrote the row of an item after it was looked at."""
 
 
+class Unseen(Taken):
+    """An item has spoken to the database by a way that nobody saw, so that nothing tells whether it
+    ended its transaction.
+    """
+
+
 class EndedEarly(Exception):
     """An item ended its transaction itself, so that it may have been done."""
 
@@ -2896,9 +3024,11 @@ class Ledger:
     Without a database behind `conn` it is in that of the history, in a `folder`, or in memory, and
     what it does is durable at once. It speaks to the driver's own connection, `raw`. State:
     `schema`, what stands before its name; `guard`; `has_savepoints`, whether the database knows
-    them; `transaction`, the number of that of an item, on DuckDB, which does not. What
+    them; `ahead`, what has the savepoint sent with an item's first statement, if anything;
+    `transaction`, the number of that of an item, where no savepoint tells whether it ended. What
     find_pending() has found: `listed`, how many items there are, and `names`, those of all;
-    `doubles`, the names that came again; `given_back`, those of items that have their tries again.
+    `doubles`, the names that came again; `unfit`, those that can not be kept, each with what is
+    wrong; `given_back`, those of items that have their tries again.
     """
 
     def __init__(self, conn, folder, pipeline, tool, run_id, source, schema=None):
@@ -2915,7 +3045,7 @@ class Ledger:
         if self.kind == "sqlite" and hasattr(self.raw, "set_authorizer"):
             self.raw.set_authorizer(self.guard.authorize)
         self.has_savepoints = self.kind != "duckdb"
-        self.transaction = None
+        self.transaction = self.ahead = None
         self.move(schema or find_schema(conn))
 
     def close(self):
@@ -2988,11 +3118,17 @@ class Ledger:
         names, or all for (). Raise TypeError or ValueError for what is no item.
         """
         self.listed, self.names, self.doubles, self.given_back = 0, set(), [], set()
+        self.unfit = []
         pairs = self._list_pairs(found, each)
-        for page in iter(lambda: [*itertools.islice(pairs, _PAGE)], []):
-            for pair in page:
-                check_item(*pair)
-            self.listed += len(page)
+        for listed in iter(lambda: [*itertools.islice(pairs, _PAGE)], []):
+            self.listed += len(listed)
+            page = []
+            for pair in listed:
+                problem = find_unfit(*pair)
+                if problem:
+                    self.unfit.append((pair[0], problem))
+                else:
+                    page.append(pair)
             done = {*self._look_up(page, "item, passed")}
             left = []
             for name, version in page:
@@ -3077,6 +3213,7 @@ class Ledger:
         found = self.read("SELECT passed, version, source, run_id, status, attempts, deaths, "
                           "row_count, error FROM orchestrator_items "
                           "WHERE pipeline = ? AND tool = ? AND item = ?", (*self.key, item.name))
+        self.transaction = None
         if not found:
             return item._replace(is_seen=False), "pending", None, None
         passed, version, source, run_id, status, attempts, deaths, rows, error = found[0]
@@ -3111,29 +3248,63 @@ class Ledger:
         if count_changed(cursor) != 1:
             raise Taken
 
-    def begin_item(self):
-        """Begin the part of a transaction that is an item's; without savepoints, the whole."""
-        if self.has_savepoints:
-            self.do("SAVEPOINT orchestrator_item")
-        else:
+    def begin_item(self, ahead=None):
+        """Begin the part of a transaction that is an item's; without savepoints, the whole. With
+        `ahead` it begins with the first statement of the item.
+        """
+        if ahead and ahead.is_blind:  # PostgreSQL counts those of a connection one by one
+            if self.transaction is None:
+                self.transaction = self._find_transaction()
+                self.raw.commit()
+            if self.transaction is None:
+                ahead = None  # what only speaks like it counts none
+            else:
+                self.transaction += 1
+        elif not self.has_savepoints:
             self.transaction = self._find_transaction()
+        self.ahead = ahead
+        if ahead:
+            ahead.begin(self._save)
+        elif self.has_savepoints:
+            self.transaction = None
+            self._save()
+
+    def _save(self):
+        self.do("SAVEPOINT orchestrator_item")
 
     def leave_item(self):
-        """End the part of a transaction that is an item's; it fails if that is no more."""
-        if self.has_savepoints:
+        """End the part of a transaction that is an item's; it fails if that is no more. Raise
+        Unseen if that can not be known.
+        """
+        if self._is_saved():
             self.do("RELEASE SAVEPOINT orchestrator_item")
-        elif self._find_transaction() != self.transaction:
-            raise RuntimeError("the transaction is another")
+        else:
+            self._check_transaction()
 
     def undo_item(self):
-        """Undo the part of a transaction that is an item's; it fails if that is no more."""
-        if self.has_savepoints:
+        """Undo the part of a transaction that is an item's, as leave_item() ends it."""
+        if self._is_saved():
             self.do("ROLLBACK TO SAVEPOINT orchestrator_item")
-        elif not is_aborted(self.raw):  # only what is still open can be aborted
-            self.leave_item()
+        elif self.has_savepoints or not is_aborted(self.raw):  # only what is open can be aborted
+            self._check_transaction()
+
+    def _is_saved(self):
+        """Return whether a savepoint was made for the item."""
+        ahead, self.ahead = self.ahead, None
+        if not ahead or not ahead.end():
+            return self.has_savepoints
+        if self.raw.closed:
+            raise RuntimeError("the connection is closed")
+        if is_in_transaction(self.raw):
+            raise Unseen
+        return False
+
+    def _check_transaction(self):
+        if self.transaction is not None and self._find_transaction() != self.transaction:
+            raise RuntimeError("the transaction is another")
 
     def _find_transaction(self):
-        return self.read("SELECT txid_current()")[0]
+        return self.read(_TRANSACTION[self.kind])[0][0]
 
     # --- what views ask ---
 
@@ -3161,6 +3332,11 @@ _INSERT = """
                                     source, run_id, ended_at, duration_s, row_count, error)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
+_TRANSACTION = {
+    "duckdb": "SELECT txid_current()",
+    "postgresql": "SELECT max(split_part(virtualtransaction, '/', 2)::bigint) FROM pg_locks "
+                  "WHERE pid = pg_backend_pid()",
+}
 _GIVE_BACK = """
     UPDATE orchestrator_items SET status = 'pending', attempts = 0, deaths = 0
     WHERE pipeline = ? AND tool = ? AND item = ?
@@ -3195,7 +3371,9 @@ def read_item(number, found):
     name, version = (
         value if isinstance(value, str) else "" if value is None and i else
         os.fsdecode(value) if hasattr(value, "__fspath__") else
-        str(value) if hasattr(value, "isoformat")
+        # What is no text fails this item alone; what could be one is to be given as one.
+        format_value(value) if isinstance(value, bytes) and not format_value(value).isprintable()
+        else str(value) if hasattr(value, "isoformat")
         or is_number(value) and (i or isinstance(value, int)) else None
         for i, value in enumerate(pair))
     if name is None or version is None:
@@ -3210,22 +3388,24 @@ def format_value(value):
         return value
     if value is None:
         return ""
-    return bytes(value).decode() if isinstance(value, (bytes, memoryview)) else str(value)
+    is_bytes = isinstance(value, (bytes, memoryview))
+    return bytes(value).decode(errors="surrogateescape") if is_bytes else str(value)
 
 
-def check_item(name, version):
-    """Raise ValueError if a database could not keep this name or version of an item."""
+def find_unfit(name, version):
+    """Return why a database could not keep this name or version of an item, "" if it can."""
     if name and not version and len(name) <= NAME_LENGTH and name.isascii() and name.isprintable():
-        return  # as most are
-    for text, which in ((name, "the name"), (version, f"as version of {name[:60]!r}")):
+        return ""  # as most are
+    for text, which in ((name, "name"), (version, "version")):
         if len(text) > NAME_LENGTH or "\0" in text or not name:
-            raise ValueError(f"items() gave {which} {text[:60]!r}; a name has 1 to {NAME_LENGTH} "
-                             "letters, a version up to as many, and neither holds NUL")
+            return (f"it can not be kept by its {which}: a name has 1 to {NAME_LENGTH} letters, a "
+                    "version up to as many, and neither holds NUL")
         try:
             text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"items() gave {text!r}, which is no text that a database keeps: "
-                             "rename the file, or leave it out") from error
+        except UnicodeEncodeError:
+            return (f"its {which} is no text that a database keeps: rename the file, or leave it "
+                    "out")
+    return ""
 
 
 def write_slip(fd, job, item):
@@ -3296,6 +3476,7 @@ class Parameters(NamedTuple):
 
 
 ANYTHING = Parameters(takes_all=True)  # what is taken where that can not be told
+HOOKS = ("check", "items", "setup")  # what a tool's module may have beside the tool's function
 
 
 class Definition(NamedTuple):
@@ -3328,12 +3509,14 @@ class Callee(NamedTuple):
     check_takes: Parameters
     items: Optional[Callable[..., Any]]
     items_takes: Parameters
+    setup: Optional[Callable[..., Any]]
+    setup_takes: Parameters
     is_main: bool  # whether what run() returns is an exit code
 
     @property
     def all_takes(self):
         """What each of its functions takes."""
-        return self.run_takes, self.check_takes, self.items_takes
+        return self.run_takes, self.check_takes, self.items_takes, self.setup_takes
 
     def takes(self, name):
         """Return whether a function of the tool gets an argument."""
@@ -3457,11 +3640,11 @@ def read_summary(node):
 
 
 def read_functions(tool):
-    """Return the Definitions of a tool's functions, by name, as its module reads: its own, check()
-    and items(). What a star import may define is one of its own.
+    """Return the Definitions of a tool's functions, by name, as its module reads: its own, and
+    those of HOOKS. What a star import may define is one of its own.
     """
     found = read_module(tool.module).definitions or {}
-    functions = {name: found[name] for name in (tool.function, "check", "items") if name in found}
+    functions = {name: found[name] for name in (tool.function, *HOOKS) if name in found}
     if "*" in found:
         functions.setdefault(tool.function, found["*"])
     return functions
@@ -3623,6 +3806,9 @@ def find_mistakes(tool, path, functions, available):
     items = functions.get("items")
     has_own_items = tool.function != "items" and items is not None and not items.kind
     for name, found in functions.items():
+        if name == "setup" != tool.function and found.kind:
+            yield found.line, UserError(f"{where}: setup of {tool.module} is {found.kind}, not a "
+                                        "function.", "Write `def setup(conn):`, or rename it.")
         for problem, fix in () if found.kind else find_misfits(
                 tool, name, found.takes, has_own_items, available):
             yield found.line, UserError(f"{where}: {problem}", fix)
@@ -3639,13 +3825,15 @@ def find_misfits(tool, name, takes, has_own_items, available):
     if takes.positional_only:
         yield (f"{where} takes {takes.positional_only[0]!r} by position only.",
                "Take the `/` out of its parameters: arguments are passed by name.")
-    has_items = name != "items" and (has_own_items or tool.each is not None)
+    comes_before = {"items": "what tells which there are", "setup": "called before there is any"}
+    before = comes_before.get(name) if name != tool.function else None
+    has_items = not before and (has_own_items or tool.each is not None)
     known = {*available, "item"} if has_items else available
     missing = [each for each in takes.required if each not in known]
     if not missing:
         return
-    if "item" in missing and name == "items":
-        yield (f"{where} asks for 'item', but it is what tells which there are.",
+    if "item" in missing and before:
+        yield (f"{where} asks for 'item', but it is {before}.",
                "Take that out of its parameters.")
     if "item" in missing:
         yield (f"{where} asks for 'item', which nothing gives.",
@@ -3701,7 +3889,7 @@ def load_callee(tool, available, interrupts):
     """Return one tool, imported. Raise UserError if that can not be done."""
     interrupts.own_argv(tool)
     module = import_module(tool)
-    given = {name: getattr(module, name) for name in (tool.function, "check", "items")
+    given = {name: getattr(module, name) for name in (tool.function, *HOOKS)
              if hasattr(module, name)}
     found = {name: Definition(takes=find_parameters(value)) if callable(value)
              else Definition(kind=format_type(value)) for name, value in given.items()}
@@ -3711,8 +3899,8 @@ def load_callee(tool, available, interrupts):
                  if callable(value)}
     run, takes = functions.pop(tool.function)
     nothing = None, Parameters()
-    return Callee(tool, run, takes, *functions.get("check", nothing),
-                  *functions.get("items", nothing),
+    return Callee(tool, run, takes, *itertools.chain(*(functions.get(name, nothing)
+                                                       for name in HOOKS)),
                   "main" in (tool.function, getattr(run, "__name__", "")))
 
 
@@ -4309,7 +4497,8 @@ def perform(job, setting, send, kept):
     ("listed", number, {...})          how many there are, and what to say of those left out
     ("tries", number, [Try, ...])      how some tries ended, as soon as that is durable
     ("event", number, {...})           what the tool tells of itself: the fields of an Event
-    ("ended", number, problem)         a Try that tells what kept it from the rest, or None
+    ("ended", number, problem)         a Try that tells what kept it from the rest, or None;
+                                       pending, if it has had no connection for its items
 
     This is the one way to do work, whatever the process. What `send` raises is no tool's fault.
     """
@@ -4318,6 +4507,7 @@ def perform(job, setting, send, kept):
 
 
 _IN_LEDGER = "in the ledger: "
+_CONNECTING = "in get_connection(): "
 _GONE = "the connection is gone: "
 LOCKED_S = 60.0  # how long an item comes again because others are at the same rows
 _TAKEN_TRIES = 20  # and how often because somebody else wrote its row
@@ -4349,6 +4539,8 @@ class Doer:
         """Do the job; return what kept it from the rest, as perform() tells it."""
         try:
             self.callee = self.kept.load(self.tool)
+            if self.callee.setup is not None and (self.job.is_listing or not self.has_items):
+                self.insist(self._set_up)
             self.do_all()
         except BaseException as error:
             if self.unsent is not None:
@@ -4398,15 +4590,35 @@ class Doer:
             return Try(self.at_work, "interrupted", reason=format_signal(signal))
         if isinstance(error, UserError):
             return Try(None, "failed", error=error.problem, reason=NOT_AGAIN)
-        return self.make_failure(error)
+        problem = self.make_failure(error)
+        has_none = self.step == _CONNECTING and not (self.database.is_open or self.at_work)
+        if has_none and self.has_items and not self.job.is_listing:
+            return problem._replace(status="pending")
+        return problem
+
+    def _set_up(self, number):
+        """Call setup(), in a transaction of its own."""
+        callee, has_conn = self.callee, self.callee.setup_takes.takes("conn")
+        if has_conn:
+            self.begin(number > 1)
+        self.give()
+        self.step = "in setup(): "
+        self.interrupts.own_argv(self.tool)
+        with until_exit():
+            self.interrupts.call(call_function, "setup", callee.setup,
+                                 choose_arguments(callee.setup_takes, self.given))
+        if has_conn:
+            self.database.commit()
+        self.given, self.step = {}, ""
 
     # --- its transactions ---
 
     def insist(self, step, *args):
-        """Return what a step returns that begins and ends a transaction. Where there are items it
-        is taken again, and told how often it was, while others are in the way.
+        """Return what a step returns that begins and ends a transaction. Where there are items, and
+        in setup(), it is taken again, and told how often it was, while others are in the way.
         """
         began_s, number = time.monotonic(), 0
+        comes_again = self.has_items or step == self._set_up
         while True:
             try:
                 if self.has_items and self.ledger is None:
@@ -4415,8 +4627,9 @@ class Doer:
             except BaseException as error:
                 self._undo(error)
                 number += 1
-                is_taken = isinstance(error, Taken) and number < _TAKEN_TRIES
-                if not self.has_items or not is_taken and (
+                is_taken = isinstance(error, Taken) and number < _TAKEN_TRIES \
+                    or number == 1 and is_made_already(error)
+                if not comes_again or not is_taken and (
                         not is_locked(error) or time.monotonic() - began_s > LOCKED_S):
                     raise
             if not is_taken:
@@ -4432,6 +4645,8 @@ class Doer:
         database = self.database
         self.was_closed = was_closed(database.conn)
         self.had_ended = database.is_open and database.rollback()
+        if isinstance(error, Unseen):
+            database.ahead = None  # from now on its savepoint is sent first
         if self.ledger and not database.is_open:
             self.ledger.close()
             self.ledger = None  # the next one is over the next connection
@@ -4442,7 +4657,7 @@ class Doer:
         """Begin a transaction; `is_urgent` waits at once for who else writes."""
         database = self.database
         if not database.is_fit:
-            self.step = "in get_connection(): "
+            self.step = _CONNECTING
             self.interrupts.call(database.open, self.tool.commits)
         self.step = ""
         if not self.tool.commits:
@@ -4528,7 +4743,8 @@ class Trier(Doer):
         could not be undone together, only the first is tried.
         """
         self.at_work = None
-        uses_database = self.has_items or self.callee.takes("conn")
+        uses_database = self.has_items or self.callee.run_takes.takes("conn") \
+            or self.callee.check_takes.takes("conn")
         if uses_database:  # else it may go on beside one that holds the database
             # One that begins with a look at a row could not wait for the lock later.
             self.begin(number > 1 or self.has_items and group[0].is_seen is None)
@@ -4537,7 +4753,9 @@ class Trier(Doer):
             self.chosen = choose_arguments(self.callee.run_takes, self.given)
         if not (self.is_watched and self.ledger.has_savepoints):
             group = group[:1]
-        tries = [self._try_item(item, number) if item else self._try_tool() for item in group]
+        ahead = self.database.ahead if len(group) == 1 else None
+        tries = [self._try_item(item, number, ahead) if item else self._try_tool()
+                 for item in group]
         if uses_database:
             self.step = "at the commit: "
             self.database.commit()
@@ -4548,8 +4766,10 @@ class Trier(Doer):
         result = self.interrupts.call(self._call)
         return Try(None, "success", self.kept.pack(result), count_rows(result))
 
-    def _try_item(self, item, number):
-        """Return how the try of an item ended, which did not fail, with its row written."""
+    def _try_item(self, item, number, ahead):
+        """Return how the try of an item ended, which did not fail, with its row written. With
+        `ahead` it is in no transaction until it speaks to the database.
+        """
         ledger, self.at_work, self.step = self.ledger, None, ""
         if item.charge:
             return self._record(item)
@@ -4557,9 +4777,12 @@ class Trier(Doer):
             item, status, rows, error = ledger.look(item)
             if status != "pending":
                 return Try(item, status, rows=rows, error=error or "")
+            if ahead:
+                self.database.commit()
+                self.begin()
         self.kept.note(self.job, item)
         if self.is_watched and not self.is_sqlite:
-            ledger.begin_item()  # a connection that was lost before is no item's fault
+            ledger.begin_item(ahead)  # if that speaks, a connection lost before is no item's fault
         self.at_work, self.started_s = item, time.monotonic()
         context = self.given["context"]
         context.item, context.version, context.attempt = item.name, item.version, item.tries + 1
@@ -4630,6 +4853,8 @@ class Trier(Doer):
         """
         try:
             end()
+        except Taken:
+            raise
         except Exception as problem:
             # A deadlock undoes all of the transaction on MySQL, and its savepoints.
             if not is_locked(error) or self.ledger.kind not in ("mysql", "mariadb"):
@@ -4668,8 +4893,8 @@ class Trier(Doer):
         is_lost = fault == "lost"
         if is_lost and isinstance(error, EndedEarly):
             error = error.__cause__  # it did not end it: that was lost with the connection
-        text = (_GONE if is_lost else step) + join_reasons(format_one_line(error),
-                                                           explain_exit(error))
+        text = (_GONE if is_lost else step) + join_reasons(
+            format_one_line(error), "" if is_lost else find_hint(error), explain_exit(error))
         item = item._replace(charge=text, tries=item.tries + (not is_lost),
                              deaths=item.deaths + is_lost, is_death=is_lost)
         self.fault, self.took_s = fault, time.monotonic() - self.started_s
@@ -4728,13 +4953,22 @@ class Lister(Doer):
             raise UserError(f"there is no item {job.only!r} among the {listed} that are listed")
         is_hopeless = bool(given_up) and not ledger.has_passed()
         self.database.commit()
+        if others and pending:  # before any of them is done anew
+            self.tell("event", {"kind": "log", "level": 30, "text": (
+                f"the ledger has items of this tool in pipeline {others[0]!r}, none in "
+                f"{self.setting.pipeline.name!r}, so that all are done: NAME says which it is")})
         self.tell("found", [item for item in pending if job.only in (None, item.name)])
+        unfit = [Try(Item(name), "failed", error=problem)
+                 for name, problem in ledger.unfit if job.only is None]
+        if unfit:
+            self.tell("tries", unfit)
         self.tell("listed", {
-            "counts": {"listed": listed, "pending": len(pending), "given_up": len(given_up)},
-            "reason": self._describe_left_out(given_up, others if pending else ()),
+            "counts": {"listed": listed, "pending": len(pending) + len(unfit),
+                       "given_up": len(given_up)},
+            "reason": self._describe_left_out(given_up),
             "is_hopeless": is_hopeless})
 
-    def _describe_left_out(self, given_up, others):
+    def _describe_left_out(self, given_up):
         """Return what to say of items that are there and not to be done."""
         doubles, reasons = self.ledger.doubles, []
         if given_up:
@@ -4744,9 +4978,6 @@ class Lister(Doer):
         if doubles:
             reasons.append("left out, since the name came before: "
                            + format_names(doubles[:3], len(doubles)))
-        if others:
-            reasons.append(f"the ledger has items of this tool in pipeline {others[0]!r}, not in "
-                           f"{self.setting.pipeline.name!r}: its NAME says which it is")
         return "; ".join(reasons)
 
     def _find_items(self, number):
@@ -4835,7 +5066,9 @@ def format_names(names, count):
 
 def format_name(name):
     """Return the name of an item for a line: quoted if it has blanks or what is not printable."""
-    return name if name.isprintable() and not re.search(r"[\s,'\"]", name) else repr(name)
+    name = name if len(name) <= NAME_LENGTH else name[:60] + "..."
+    is_plain = name and name.isprintable() and not re.search(r"[\s,'\"]", name)
+    return name if is_plain else repr(name)
 
 
 def count_rows(result):
@@ -5443,7 +5676,8 @@ class Server:
                     break
                 children = count_children()
                 problem = self.do(kept)
-                is_leaving = self.interrupts.signal is not None or count_children() != children
+                is_leaving = self.interrupts.signal is not None or count_children() != children \
+                    or problem is not None and problem.status == "pending"  # others can do more
                 if is_leaving:
                     kept.close()
                 number, self.job = self.job.number, None
@@ -5857,12 +6091,13 @@ _TOLD_ITEMS = 20  # so many failures of a tool's items are told, the others are 
 class Tally:
     """What came of the items of a tool in this run, in all its attempts: `ended`, how many did; the
     rows of those that passed; the first error, and the first names that failed; how many failures
-    were `told`. `retry` are those that were given up and are to be tried again: see Job.
+    were `told`; how many were `unfit` to be kept. `retry` are those that were given up and are to
+    be tried again: see Job.
     """
 
     def __init__(self, retry):
         self.ended = {"passed": 0, "failed": 0, "elsewhere": 0}
-        self.rows, self.error, self.failed_names, self.told = None, "", [], 0
+        self.rows, self.error, self.failed_names, self.told, self.unfit = None, "", [], 0, 0
         self.retry = retry
 
     def count(self):
@@ -5900,7 +6135,8 @@ class Work:
     Constant: `performer`, who does it; `log`, the file for what it prints, which is `output` too
     if another process does; `source` and `last_success_at`: see Job; `facts`, what a success would
     be built on; `ended_before`, how many items ended in former attempts, which the `tally` of a
-    tool with items holds too. State: `has_logged`, whether it used context.log or, in this process,
+    tool with items holds too. State: `width`, how many jobs may go on at a time, fewer for each
+    that got no connection; `has_logged`, whether it used context.log or, in this process,
     has printed; `lines`, what it logged so in a worker, which joins the log when what it printed
     has been shown; `listed`, what was said of its items, once that is known; `left`, the next to
     try; `later`, how many come again at some moment; `size`, how many to do at a time; `jobs`, how
@@ -5923,7 +6159,7 @@ class Work:
         if callee.has_items:
             from collections import deque
             self.tally = former.tally if former else Tally(run.retries.get(self.tool.name))
-            self.left, self.size = deque(), self.tool.batch
+            self.left, self.size, self.width = deque(), self.tool.batch, run.plan.jobs
             self.source = hash_item_source(self.tool)
             self.ended_before = self.tally.count()
         if run.history.folder:  # else there is nothing to know, and nobody to keep it
@@ -5950,7 +6186,9 @@ class Work:
     # --- what is heard of a job, by the kind of the message: see perform() ---
 
     def hear_tries(self, doing, tries):
-        """Take how some tries ended."""
+        """Take how some tries ended; with a list of items, those that can not be kept."""
+        if doing.job.is_listing:  # which a further attempt tells again
+            self.tally.unfit, tries = len(tries), tries[self.tally.unfit:]
         for ended in tries:
             doing.left.pop(ended.item and ended.item.name, None)
             if ended.item:
@@ -5977,7 +6215,7 @@ class Work:
         """Take how an item ended that did not pass: it comes again, or has failed."""
         item, retries, tries = ended.item, self.tool.retries, count_tries(ended.item)
         error = f"{format_name(item.name)}: {ended.error}"
-        count = f"try {tries} of {retries + 1}" if retries else ""
+        count = f"try {tries} of {retries + 1}" if retries and tries else ""
         if item.is_death:
             what = "connection" if ended.error.startswith(_GONE) else "process"
             count = f"it took its {what} down {item.deaths} of {DEATHS_ALLOWED} times"
@@ -6019,6 +6257,7 @@ class Work:
         """Take items that are pending. Those that were at work when a former run was cut off are
         charged with that, unless the tool's source was changed since: that mended it, perhaps.
         """
+        self.run.publish()  # what was told of them, before the first is tried
         for item in items:
             slip, source, at_work = self.run.former.pop((self.tool.name, item.name), ("", "", None))
             if source == doing.job.source and at_work.version == item.version \
@@ -6062,6 +6301,8 @@ class Work:
                 took_s = max(run.clock.monotonic() - doing.started_s, 1e-6)
                 self.size = max(1, min(int(_CHUNK_S * count / took_s), 10 * self.size,
                                        max(_CHUNK_ITEMS, tool.batch)))
+        elif problem.status == "pending":
+            problem = self.take_no_connection(doing, problem)
         elif problem.status == "interrupted":
             run.is_interrupted = True
         elif problem.item and problem.item.is_death:  # as long as that could not be recorded
@@ -6071,6 +6312,21 @@ class Work:
         if self.listed:
             run.tell("progress", tool.name, done=self.tally.count(),
                      total=self.ended_before + self.listed["counts"]["pending"])
+
+    def take_no_connection(self, doing, problem):
+        """Take it that a worker got no connection for its items, with which the others go on; if
+        there is none left, return that as what ends the attempt.
+        """
+        self.width -= 1
+        if not self.width:
+            return problem._replace(status="failed")
+        self.left.extend(doing.left.values())
+        if self.width == self.run.plan.jobs - 1:
+            text = join_reasons("a worker has no connection, so that others do its items: "
+                                + problem.error, problem.reason)
+            self.note_log(text)
+            self.run.tell("log", self.tool.name, text=text, level=30)
+        return None
 
     def hear_died(self, doing, what):
         """Take it that a job is over with its process, or took too long, and what was at work."""
@@ -6233,7 +6489,8 @@ class Run:
         """Have more items done where there is room; if `is_first`, of tools of which none are."""
         for tool, work in self.open.items():
             while work.left and not work.problem and self.has_room() \
-                    and not (is_first and work.jobs) and self.schedule.take(tool):
+                    and work.jobs < work.width and not (is_first and work.jobs) \
+                    and self.schedule.take(tool):
                 self.start_job(work, work.take(self.plan.jobs))
 
     def begin_attempt(self, tool):

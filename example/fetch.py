@@ -19,6 +19,11 @@ CREATE_RAW = """
     )"""
 
 
+def setup(conn):
+    """Make the table, before several workers fill it."""
+    conn.execute(CREATE_RAW)
+
+
 def items(since=None, source=None):
     """Return (file, checksum) of what the index names, but for files of days before `since`."""
     index = [line.split() for line in read_text(source, "index.txt").splitlines()]
@@ -29,7 +34,6 @@ def items(since=None, source=None):
 def run(conn, item, source=None):
     """Replace the raw lines of one file; return how many lines there are."""
     lines = read_text(source, item).splitlines()
-    conn.execute(CREATE_RAW)
     conn.execute("DELETE FROM raw WHERE file = ?", (item,))
     conn.executemany(
         "INSERT INTO raw (file, line, day, text) VALUES (?, ?, ?, ?)",

@@ -243,6 +243,12 @@ def test_a_module_without_run_is_a_mistake(check_source, source):
     ("def run(conn, /, **kwargs): pass", 1, "run() of ck_tool takes 'conn' by position only"),
     ("def run(conn): pass\n\ndef check(conn, since): pass", 3,
      "check() of ck_tool asks for 'since'"),
+    ("def run(conn): pass\n\ndef setup(conn, since): pass", 3,
+     "setup() of ck_tool asks for 'since'"),
+    ("def run(conn): pass\ndef setup(conn, item): pass", 2,
+     "setup() of ck_tool asks for 'item', but it is called before there is any"),
+    ("setup = ['CREATE TABLE t (x)']\ndef run(conn): pass", 1,
+     "setup of ck_tool is a list, not a function"),
 ])
 def test_a_run_that_can_not_take_what_it_is_given_is_a_mistake(check_source, source, line, said):
     code, lines = check_source(source)

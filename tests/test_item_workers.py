@@ -57,6 +57,95 @@ def deaths(world):
     return dict(world.query("SELECT item, deaths FROM orchestrator_items WHERE deaths > 0"))
 
 
+# --- fewer connections than workers ---
+
+LIMITED = """
+NAME = "p"
+TOOL_MAP = {{"t": {{"module": "t", "retries": 0}}}}
+def get_connection():
+    import os, sqlite3
+    for slot in range({limit}):
+        path = Path(__file__).with_name(f"slot{{slot}}")
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            if path.read_text() != str(os.getpid()):
+                continue
+        else:
+            os.write(fd, str(os.getpid()).encode())
+        return sqlite3.connect(Path(__file__).with_name("data.db"), timeout=20)
+    raise sqlite3.OperationalError("sorry, too many clients already")
+"""
+COUNTED = """
+    import os, time
+    def setup(conn):
+        conn.execute("CREATE TABLE IF NOT EXISTS done (item, pid)")
+    def items():
+        return [str(i) for i in range(40)]
+    def run(conn, item):
+        conn.execute("INSERT INTO done VALUES (?, ?)", (item, os.getpid()))
+"""
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_items_go_on_with_the_workers_that_have_a_connection(quick, limit):
+    quick.pipeline(LIMITED.format(limit=limit)).tool("t", COUNTED)
+    ended = quick.run("--jobs", "4")
+    assert ended.code == 0, ended
+    assert len(quick.query("SELECT DISTINCT item FROM done")) == 40
+    assert 1 <= len(quick.query("SELECT DISTINCT pid FROM done")) <= limit
+    assert quick.query("SELECT DISTINCT status, attempts, deaths FROM orchestrator_items") == [
+        ("success", 1, 0)]
+    assert ended.err.count("others do its items: in get_connection(): OperationalError: sorry, ") \
+        == 1
+    assert "a smaller --jobs" in ended.err and "LIMITS" in ended.err
+
+
+def test_a_worker_without_a_connection_goes_and_leaves_the_items_to_one_that_has_it(quick):
+    """It was there before the other, and would be asked first again and again."""
+    quick.pipeline(LIMITED.format(limit=1).replace(
+        '{"t": {"module": "t", "retries": 0}}',
+        '{"plain": {"module": "plain", "needs": []}, "t": {"module": "t", "needs": []}}'))
+    quick.tool("t", COUNTED + "        open('done' + item, 'w').close()\n"
+               "        while item == '5' and not os.path.exists('over'):\n"
+               "            time.sleep(0.001)\n")
+    quick.tool("plain", """
+        import os, time
+        def run():
+            while not os.path.exists("done3"): time.sleep(0.001)
+            open("over", "w").close()
+    """)
+    ended = quick.run("--jobs", "2")
+    assert ended.code == 0, ended
+    assert len(quick.query("SELECT DISTINCT item FROM done")) == 40
+    assert len(quick.query("SELECT DISTINCT pid FROM done")) == 1
+
+
+@pytest.mark.parametrize("words", [(), ("--jobs", "2")])
+def test_a_tool_that_gets_no_connection_at_all_fails_with_a_way_out(quick, words):
+    quick.pipeline(LIMITED.format(limit=0)).tool("t", COUNTED)
+    ended = quick.run(*words)
+    assert ended.code == 1 and "too many clients already" in ended.err
+    assert "a smaller --jobs" in ended.err and "LIMITS" in ended.err
+
+
+def test_items_that_nobody_has_a_connection_for_any_more_fail_the_tool_untouched(quick):
+    """It is the first to get one that gives it away."""
+    quick.pipeline(LIMITED.format(limit=1)).tool("t", COUNTED.replace(
+        "    def run(conn, item):\n", """    def run(conn, item):
+        if item == "3" and not os.path.exists("well"):
+            open("slot0", "w").close()  # it is another's now
+            conn.close()
+            raise OSError(5, "the disk is gone")
+"""))
+    ended = quick.run("--jobs", "2")
+    assert ended.code == 1, ended
+    os.unlink(quick.folder / "slot0")
+    quick.folder.joinpath("well").touch()
+    assert quick.run("--resume").code == 0
+    assert len(quick.query("SELECT item FROM done")) == 40
+
+
 # --- side by side ---
 
 

@@ -184,12 +184,11 @@ def test_items_may_be_awaited_and_run_and_check_too(world):
     ("return 'a.csv'", "a text that is no SELECT: 'a.csv'; for a single item, return a list"),
     ("return ['a', None]", "as its 2. item None"),
     ("return [['a', 'v']]", "as its 1. item ['a', 'v']; an item is a name, or a tuple of name"),
-    ("return ['x' * 501]", "a name has 1 to 500 letters"),
+    ("return ['a', 1.5]", "as its 2. item 1.5"),
     ("yield 'a'\n    raise KeyError('k')", "KeyError: 'k'"),
     ("raise SystemExit(3)", "sys.exit(3)"),
     ("yield 'a'\n    raise SystemExit('so')", "sys.exit('so')"),
     ("async def more():\n        yield 'a'\n    return more()", "an async_generator"),
-    ("return ['\\ud800']", "no text that a database keeps: rename"),
     ("return 'SELECT 1, 2, 3'", "3 columns"),
 ])
 @both
@@ -205,6 +204,176 @@ def test_what_can_not_be_listed_fails_the_tool_and_nothing_is_done(world, body, 
     assert problem in result.errors["t"]
     assert world.done() == []
     assert world.ledger() == {}
+
+
+@both
+def test_items_of_another_pipeline_are_told_before_any_is_done_again(world, jobs):
+    """As when its file has another name now."""
+    def texts(name):
+        heard = []
+        count = len(world.done())
+
+        def hear(event):
+            if event.kind == "log":
+                assert len(world.done()) == count
+                heard.append(event.text)
+        result = run_pipeline(["t"], {"t": "t"}, None, world.find_get_connection(), name=name,
+                              home=world.home, jobs=jobs, on_event=hear)
+        assert result.status == "success"
+        return heard
+
+    world.set("items", "a", "b")
+    assert texts("p") == []
+    assert texts("q") == ["the ledger has items of this tool in pipeline 'p', none in 'q', so that "
+                          "all are done: NAME says which it is"]
+    assert sorted(world.done()) == ["a", "a", "b", "b"]
+    assert texts("q") == [] and texts("p") == []
+
+
+# --- setup() ---
+
+SETUP = """
+    {is_async}def setup(conn, context, **kwargs):
+        assert "item" not in kwargs and context.item is None
+        conn.execute("INSERT INTO done VALUES ('setup', ?, 0, 0)", (context.tool,))
+        {then}
+    def items(conn):
+        assert conn.execute("SELECT count(*) FROM done WHERE tool = 'setup'").fetchone() == (1,)
+        conn.rollback()
+        return ["a", "b", "c"]
+    def run(conn, item):
+        conn.execute("INSERT INTO done VALUES ('t', ?, 0, 0)", (item,))
+"""
+
+
+@pytest.mark.parametrize("is_async", ["", "async "])
+@both
+def test_setup_is_called_once_before_items_and_committed_by_itself(world, is_async, jobs):
+    world.tool("t", SETUP.format(is_async=is_async, then=""))
+    assert world.run(jobs=jobs).succeeded == ["t"]
+    assert world.done("setup") == ["t"] and sorted(world.done()) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("then, problem", [
+    ("raise KeyError('k')", "in setup(): KeyError: 'k'"),
+    ("raise SystemExit(3)", "in setup(): sys.exit(3)"),
+    ("return False", "in setup(): setup() returned False"),
+])
+@both
+def test_a_setup_that_fails_fails_the_tool_and_is_undone(world, then, problem, jobs):
+    world.tool("t", SETUP.format(is_async="", then=then))
+    result = world.run(jobs=jobs)
+    assert result.failed == ["t"] and problem in result.errors["t"]
+    assert world.query("SELECT * FROM done") == [] and world.ledger() == {}
+
+
+def test_a_setup_that_exits_with_0_has_done_its_work(world):
+    world.tool("t", SETUP.format(is_async="", then="raise SystemExit"))
+    assert world.run().succeeded == ["t"]
+    assert world.done("setup") == ["t"]
+
+
+@both
+def test_setup_of_a_tool_without_items_stays_when_its_run_fails(world, jobs):
+    world.tool("t", """
+        def setup(conn):
+            conn.execute("INSERT INTO done VALUES ('t', 'setup', 0, 0)")
+        def run(conn):
+            conn.execute("INSERT INTO done VALUES ('t', 'run', 0, 0)")
+            raise ValueError
+    """)
+    tools = {"t": {"module": "t", "retries": 1, "retry_delay": 0}}
+    assert world.run(jobs=jobs, tools=tools).failed == ["t"]
+    assert world.done() == ["setup", "setup"]  # once in each attempt
+
+
+def test_setup_waits_for_who_else_writes_though_its_tool_has_no_items(world):
+    world.mode = {"timeout": 0}
+    world.tool("t", """
+        import sqlite3
+        others = []
+        def setup(conn):
+            if not others:
+                others.append(sqlite3.connect(conn.execute("PRAGMA database_list").fetchone()[2]))
+                others[0].execute("BEGIN IMMEDIATE")
+                try:
+                    conn.execute("INSERT INTO done VALUES ('t', 'setup', 0, 0)")
+                finally:
+                    others[0].close()
+            conn.execute("INSERT INTO done VALUES ('t', 'setup', 0, 0)")
+        def run(conn):
+            pass
+    """)
+    assert world.run().succeeded == ["t"]
+    assert world.done() == ["setup"]
+
+
+@pytest.mark.parametrize("source, problem", [
+    ("def setup(conn, item): pass", "setup() of t asks for 'item', but it is called before"),
+    ("def setup(conn, nosuch): pass", "setup() of t asks for 'nosuch', which nothing gives"),
+    ("setup = 'CREATE TABLE t (x)'", "setup of t is a str, not a function"),
+])
+@pytest.mark.parametrize("items", ["def items(): return ['a']\ndef run(item): pass",
+                                   "def run(conn): pass"])
+def test_a_setup_that_can_not_be_called_is_refused_before_anything_runs(world, source, problem,
+                                                                        items):
+    world.tool("t", f"{source}\n{items}")
+    with pytest.raises(UserError) as caught:
+        world.run()
+    assert problem in str(caught.value)
+
+
+# --- names that can not be kept ---
+
+@pytest.mark.parametrize("bad, said", [
+    ("'b\\0c'", "'b\\x00c': it can not be kept by its name: a name has 1 to 500 letters"),
+    ("'\\ud800'", "'\\ud800': its name is no text that a database keeps: rename the file, or"),
+    ("b'\\xff'", "'\\udcff': its name is no text"),
+    ("'x' * 501", "x" * 60 + "...: it can not be kept by its name"),
+    ("''", "'': it can not be kept by its name"),
+    ("('b', 'v' * 501)", "b: it can not be kept by its version"),
+    ("('b', '\\ud800')", "b: its version is no text"),
+])
+@both
+def test_a_name_that_can_not_be_kept_fails_that_item_alone(world, bad, said, jobs):
+    world.tool("t", f"""
+        def items(conn):
+            return ["a", {bad}, "c"]
+        def run(conn, item):
+            conn.execute("INSERT INTO done VALUES ('t', ?, 0, 0)", (item,))
+    """)
+    for times in range(2):
+        result = world.run(jobs=jobs)
+        assert result.partial == ["t"] if not times else result.failed == ["t"]
+        assert said in result.errors["t"] and said in world.said()
+        assert result.outcomes["t"].items == {
+            "listed": 3, "given_up": 0, "pending": 3 - 2 * times, "passed": 2 - 2 * times,
+            "failed": 1, "elsewhere": 0}
+    assert sorted(world.done()) == ["a", "c"]
+    assert world.run("c", item="c", jobs=jobs).succeeded == ["t"]
+
+
+@pytest.mark.parametrize("select", ["SELECT ''", "SELECT NULL", "SELECT 'a' || char(0) || 'b'",
+                                    "SELECT x'ff'"])
+def test_a_select_of_a_name_that_can_not_be_kept_fails_that_alone(world, select):
+    world.tool("t", f"def items(): return \"SELECT 'a' UNION ALL {select}\"\ndef run(item): pass")
+    assert world.run().partial == ["t"]
+    assert world.ledger() == {"a": ("success", 1)}
+
+
+def test_a_name_that_can_not_be_kept_is_counted_once_in_all_attempts(world):
+    world.tool("t", """
+        def items():
+            return ["a", "b", ""]
+        def run(conn, item, context):
+            import pathlib
+            if item == "b" and not pathlib.Path("tried").exists():
+                pathlib.Path("tried").touch()
+                raise OSError(28, "full")
+    """)
+    result = world.run(tools={"t": {"module": "t", "retries": 2, "retry_delay": 0}})
+    assert result.partial == ["t"]
+    assert result.outcomes["t"].reason == "1 of 3 items failed"
 
 
 def test_no_items_by_sys_exit_is_no_failure(world):

@@ -63,7 +63,7 @@ def copied(sandbox):
     last = '"report": "sales.report",\n'
     assert last in tables
     sandbox.pipeline(tables.replace(last, last + '    "load_files": "sales.load_files",\n'))
-    sandbox.tool("sales.load_files", blocks("python", "def items(conn)")[0])
+    sandbox.tool("sales.load_files", blocks("python", "def items():")[0])
     (sandbox.folder / "sales" / "inbox").mkdir()
     (sandbox.folder / "sales" / "inbox" / "monday.csv").write_text("item,price\napple,0.5\n")
     sandbox.tool("sales.load", blocks("python", '"""Load')[0])

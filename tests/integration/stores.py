@@ -247,7 +247,7 @@ BEFORE = patch(
     ("        rows = count_rows(self._call_watched())\n",
      '        ledger.record(item._replace(tries=item.tries + 1), "success", time.time(), 0.0)\n'
      "        self.database.commit(), self.database.begin()\n"
-     "        ledger.begin_item()\n"
+     "        ledger.begin_item(ahead)\n"
      "        rows = count_rows(self._call_watched())\n"),
     (RECORD, ""))
 MUTANTS = {"DELETE and INSERT": DELETES, "ledger after": AFTER, "ledger before": BEFORE}

@@ -151,6 +151,29 @@ def test_a_tool_that_commits_itself_and_fails_outside_a_transaction_keeps_the_co
     assert (len(duck.opened), duck.rows()) == (1, [1, 2, 3])
 
 
+def test_side_by_side_one_process_does_all_items_and_it_is_said_why(quick):
+    quick.pipeline("""
+        NAME = "p"
+        TOOL_MAP = {"t": "t"}
+        def get_connection():
+            import duckdb
+            return duckdb.connect(str(Path(__file__).with_name("d.db")))
+    """).tool("t", """
+        def setup(conn):
+            conn.execute("CREATE TABLE IF NOT EXISTS work (item TEXT)")
+        def items():
+            return list("abcdefgh")
+        def run(conn, item):
+            conn.execute("INSERT INTO work VALUES (?)", (item,))
+    """)
+    ended = quick.run("--jobs", "2")
+    assert ended.code == 0, ended
+    assert "one process at a time" in ended.err
+    conn = duckdb.connect(str(quick.folder / "d.db"))
+    assert conn.execute("SELECT count(*) FROM work").fetchall() == [(8,)]
+    conn.close()
+
+
 def test_a_tool_that_closes_the_connection_fails_and_the_next_use_opens_another(duck, run_tools):
     result = run_tools(duck.connect, tool="""
         def run(conn):

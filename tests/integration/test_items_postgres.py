@@ -1,8 +1,10 @@
 """Items on PostgreSQL: two coordinators, kills, lost backends, serialization failures."""
 import contextlib
+import json
 import os
 import random
 import signal
+import textwrap
 
 import pytest
 from conftest import wait_until
@@ -199,6 +201,223 @@ def test_a_server_that_is_gone_for_good_fails_the_tool_and_the_next_start_counts
     assert store.ledger("item, status, attempts, deaths")[1] == ("b", "quarantined", 0, 3)
 
 
+# --- an item that has not spoken yet is in no transaction ---------------------------------------
+
+STATE = '''
+    from pathlib import Path
+    import psycopg
+
+    def watch(conn, *states):
+        """Assert that the server sees the connection in one of some states."""
+        raw = conn.connection.dbapi_connection if hasattr(conn, "exec_driver_sql") else conn
+        with psycopg.connect({dsn!r}) as other:
+            found = other.execute("SELECT state, query FROM pg_stat_activity WHERE pid = %s",
+                                  (raw.info.backend_pid,)).fetchone()
+        assert found[0] in states, found
+
+    def is_first(name):
+        path = Path(__file__).with_name(name)
+        is_there = path.exists()
+        path.touch()
+        return not is_there
+'''
+
+
+@pytest.fixture(params=["psycopg", "psycopg2", "alchemy"])
+def watched(request, quick, cluster):
+    pytest.importorskip("psycopg")
+    store = make_postgres(request.param, cluster)
+
+    def write(run, **options):
+        pipeline = Pipeline(quick, store, **options)
+        return pipeline.tool(run, top=STATE.format(dsn=cluster.dsn))
+    write.store, write.driver = store, request.param
+    return write
+
+
+@pytest.mark.parametrize("words", [(), ("--jobs", "2")])
+def test_an_item_is_in_no_transaction_before_its_first_statement(watched, words):
+    watched('''
+        watch(conn, "idle")
+        note(conn, item)
+        watch(conn, "idle in transaction")
+        if item == "c" and is_first("c"):
+            raise KeyError(item)
+        if item == "d" and is_first("d"):
+            do(conn, "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
+    ''', retries=1, retry_delay=0).run(*words)
+    assert sorted(watched.store.work()) == list("abcde")
+    assert watched.store.ledger("item, status, attempts") == [
+        (item, "success", 1 + (item == "c")) for item in "abcde"]
+
+
+def test_an_item_that_says_nothing_is_done_and_so_is_one_that_fails_so(watched):
+    watched('''
+        watch(conn, "idle")
+        if item == "b":
+            raise KeyError(item)
+        if item == "d":
+            note(conn, item)
+    ''').run(code=1)
+    assert watched.store.ledger() == [
+        (item, "failed" if item == "b" else "success") for item in "abcde"]
+    assert watched.store.work() == ["d"]
+
+
+COMMITS = {
+    "psycopg": ["with conn.transaction(): note(conn, 'more')\n    conn.commit()",
+                "psycopg.ClientCursor(conn).execute(MORE)\n    conn.commit()",
+                "note(conn, 'more')\n    conn.commit()"],
+    "psycopg2": ["conn.cursor(cursor_factory=RealDictCursor).execute(MORE)\n    conn.commit()",
+                 "with conn: conn.cursor(cursor_factory=RealDictCursor).execute(MORE)",
+                 "conn.cursor(cursor_factory=RealDictCursor).execute(MORE)\n"
+                 "    conn.commit()\n    raise KeyError",
+                 "conn.commit(); note(conn, 'more')\n    conn.commit()"],
+}
+
+
+@pytest.mark.parametrize("driver, end", [(d, end) for d, ends in COMMITS.items() for end in ends])
+@pytest.mark.parametrize("place", "ac")
+def test_an_item_that_commits_by_any_way_is_found_out(quick, cluster, driver, end, place):
+    store = make_postgres(driver, cluster)
+    pipeline = Pipeline(quick, store)
+    pipeline.tool(f"if item == {place!r}:\n    {end}\nelif item != 'b': note(conn, item)",
+                  top="import psycopg\nfrom psycopg2.extras import RealDictCursor\n"
+                      "MORE = \"INSERT INTO work (item) VALUES ('more')\"")
+    pipeline.run(code=1)
+    assert store.ledger() == [(item, "quarantined" if item == place else "success")
+                              for item in "abcde"]
+    assert store.work().count("more") == 1
+
+
+@pytest.mark.parametrize("driver, first", [
+    ("psycopg", "psycopg.ClientCursor(conn).execute(MORE)"),
+    ("psycopg", "conn.cursor(name='c').execute('SELECT 1')"),
+    ("psycopg", "conn.cursor(row_factory=psycopg.rows.dict_row).execute(MORE)"),
+    ("psycopg", "list(conn.cursor().stream('SELECT 1'))"),
+    ("psycopg", "with conn.cursor().copy('COPY work (item) FROM STDIN') as c: c.write_row([item])"),
+    ("psycopg", "with conn.transaction(): conn.execute(MORE)"),
+    ("psycopg", "with conn.pipeline(): conn.execute(MORE)"),
+    ("psycopg", "conn.pgconn.exec_(b'BEGIN')"),
+    ("psycopg2", "conn.cursor(cursor_factory=RealDictCursor).execute(MORE)"),
+    ("psycopg2", "conn.cursor(name='c').execute('SELECT 1')"),
+    ("psycopg2", "execute_values(conn.cursor(), 'INSERT INTO work (item) VALUES %s', [('m',)])"),
+    ("psycopg2", "conn.cursor().copy_from(StringIO('m'), 'work', columns=['item'])"),
+    ("psycopg2", "conn.lobject().close()"),
+    ("psycopg2", "kept.append(conn.cursor()) if not kept else kept[0].execute(MORE)"),
+    ("psycopg2", "conn.cursor_factory = RealDictCursor; note(conn, 'm')"),
+])
+def test_whatever_an_item_speaks_by_its_work_is_undone_if_it_fails_and_done_once(
+        quick, cluster, driver, first):
+    store = make_postgres(driver, cluster)
+    pipeline = Pipeline(quick, store)
+    pipeline.tool(f"{first}\nnote(conn, item)\nif item == 'c' and context.attempt == 1: 1 / 0",
+                  top="import psycopg\nfrom psycopg2.extras import RealDictCursor, execute_values\n"
+                      "from io import StringIO\nkept = []\n"
+                      "MORE = \"INSERT INTO work (item) VALUES ('more')\"")
+    ended = pipeline.run(code=1)
+    assert "ZeroDivisionError" in ended.err
+    pipeline.run()
+    count = 2 if "COPY work" in first else 1
+    assert [store.work().count(item) for item in "abcde"] == [count] * 5
+    assert store.ledger("item, status, attempts, deaths") == [
+        (item, "success", 1 + (item == "c"), 0) for item in "abcde"]
+    assert sorted(set(store.work()) - set("abcde")) in ([], ["more"], ["m"])
+
+
+# --- connections and what they make of rows -------------------------------------------------------
+
+KINDS = {
+    "dict_row": ("psycopg", "row_factory=psycopg.rows.dict_row"),
+    "namedtuple_row": ("psycopg", "row_factory=psycopg.rows.namedtuple_row"),
+    "scalar_row": ("psycopg", "row_factory=psycopg.rows.scalar_row"),
+    "class_row": ("psycopg", "row_factory=psycopg.rows.class_row(Exception)"),
+    "ClientCursor": ("psycopg", "cursor_factory=psycopg.ClientCursor"),
+    "RawCursor": ("psycopg", "cursor_factory=psycopg.RawCursor"),
+    "NamedTupleCursor": ("psycopg2", "cursor_factory=extras.NamedTupleCursor"),
+    "DictCursor": ("psycopg2", "cursor_factory=extras.DictCursor"),
+    "RealDictCursor": ("psycopg2", "cursor_factory=extras.RealDictCursor"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ledger_is_read_whatever_a_connection_makes_of_rows(quick, cluster, kind):
+    driver, factory = KINDS[kind]
+    pytest.importorskip(driver)
+    store = make_postgres("psycopg", cluster)
+    quick.pipeline(f"""
+        NAME = "p"
+        TOOL_MAP = {{"tool": {{"module": "tool", "retries": 1, "retry_delay": 0}}}}
+        def get_connection():
+            import {driver}
+            from psycopg2 import extras
+            return {driver}.connect({cluster.dsn!r}, {factory})
+    """).tool("tool", """
+        def items(conn):
+            return "SELECT x::text, x FROM generate_series(1, 5) x"
+        def run(conn, item, context):
+            assert item != "3" or context.attempt == 2
+            conn.cursor().execute(f"INSERT INTO work (item) VALUES ('{item}')")
+    """)
+    for _ in range(2):
+        ended = quick.run()
+        assert ended.code == 0, ended
+    assert sorted(store.work()) == list("12345")
+    assert "success" in quick.run("--items", "tool").out
+    assert json.loads(quick.run("--status", "--json").out)["tools"][0]["items"]["success"] == 5
+
+
+def make_role(cluster, name, more):
+    """Return the source of a get_connection() of a role that may not do everything."""
+    store = make_postgres("psycopg", cluster)
+    store.query(f"DO $$ BEGIN CREATE ROLE {name} LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; "
+                "END $$")
+    store.query(f"GRANT USAGE ON SCHEMA public TO {name}")
+    store.query("REVOKE TEMPORARY ON DATABASE postgres FROM public")
+    store.query(f"ALTER ROLE {name} CONNECTION LIMIT -1")
+    store.query(more)
+    dsn = cluster.dsn.replace("user=postgres", f"user={name}")
+    return store, Store("postgresql", f"import psycopg\nreturn psycopg.connect({dsn!r})")
+
+
+def test_a_role_with_fewer_connections_than_jobs_has_its_items_done(quick, cluster):
+    owner, store = make_role(cluster, "few", "GRANT ALL ON SCHEMA public TO few")
+    owner.query("GRANT ALL ON work, work_seq_seq TO few")
+    owner.query("ALTER ROLE few CONNECTION LIMIT 1")
+    pipeline = Pipeline(quick, store).tool("note(conn, item)")
+    ended = pipeline.run("--jobs", "3")
+    assert "others do its items: in get_connection(): OperationalError: " in ended.err
+    assert "a smaller --jobs" in ended.err
+    assert sorted(owner.work()) == list("abcde")
+
+
+def test_a_role_that_may_not_make_the_ledger_is_told_what_to_grant(quick, cluster):
+    owner, store = make_role(cluster, "weak", "REVOKE CREATE ON SCHEMA public FROM weak, public")
+    ended = Pipeline(quick, store).tool("pass").run(code=1)
+    assert "permission denied for schema public" in ended.err
+    assert "GRANT CREATE ON schema public" in ended.err
+
+
+def test_a_role_that_may_not_make_what_is_temporary_is_told_what_to_grant(quick, cluster):
+    owner, store = make_role(cluster, "weak", "GRANT ALL ON SCHEMA public TO weak")
+    ended = Pipeline(quick, store).tool("do(conn, 'CREATE TEMP TABLE x (y int)')").run(code=1)
+    assert 'GRANT TEMPORARY ON database "postgres"' in ended.err
+    ended = Pipeline(quick, store).tool("do(conn, 'SELECT * FROM work')").run(code=1)
+    assert "GRANT SELECT, INSERT, UPDATE, DELETE ON work" in ended.err
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_vacuum_is_told_the_way_out_with_and_without_commits(quick, cluster, driver):
+    store = make_postgres(driver, cluster)
+    pipeline = Pipeline(quick, store)
+    for options in ({}, {"commits": True}):
+        pipeline.write(**options)
+        ended = pipeline.tool("do(conn, 'VACUUM work')").run(code=1)
+        assert '"commits": True' in ended.err and "conn.autocommit = True" in ended.err
+    pipeline.tool("conn.autocommit = True\ndo(conn, 'VACUUM work')").run()
+    assert store.ledger() == [(item, "success") for item in "abcde"]
+
+
 # --- faults of the place -------------------------------------------------------------------------
 
 PLACES = {
@@ -286,6 +505,57 @@ def test_a_server_that_goes_away_again_and_again_costs_no_item(
 
 
 # --- others at the same rows ---------------------------------------------------------------------
+
+RACE = """
+    from meeting import say, wait_for
+    from pathlib import Path
+    import time
+
+    def make(conn, is_first):
+        if not is_first:
+            wait_for("made")
+        do(conn, "CREATE TABLE IF NOT EXISTS made (item TEXT)")
+        if is_first and not Path(__file__).with_name("said-made").exists():
+            say("made")
+            end = time.monotonic() + 20
+            while do(conn, "SELECT count(*) FROM pg_locks WHERE NOT granted") == [(0,)]:
+                assert time.monotonic() < end
+"""
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "alchemy"])
+def test_a_table_that_two_items_make_at_once_costs_none_of_them(quick, cluster, driver):
+    store = make_postgres(driver, cluster)
+    pipeline = Pipeline(quick, store)
+    quick.tool("meeting", MEET)
+    pipeline.tool("if item in 'ac': make(conn, item == 'a')\nnote(conn, item)",
+                  "return list('abcd')", RACE)
+    pipeline.run("--jobs", "2")
+    assert sorted(store.work()) == list("abcd")
+    assert store.ledger("item, status, attempts") == [(item, "success", 1) for item in "abcd"]
+
+
+def test_a_table_that_the_setup_of_two_tools_makes_at_once_fails_neither(quick, psycopg_store):
+    quick.tool("meeting", MEET).tool("work", psycopg_store.do_source)
+    tools = {name: {"module": name, "needs": []} for name in "ab"}
+    quick.pipeline(f"TOOL_MAP = {tools!r}\n{psycopg_store.source}")
+    for name in tools:
+        quick.tool(name, "from work import do, note\n" + textwrap.dedent(RACE) + f"""
+def setup(conn): make(conn, {name == "a"})
+def run(conn): note(conn, {name!r})
+""")
+    ended = quick.run("--jobs", "2")
+    assert ended.code == 0, ended
+    assert sorted(psycopg_store.work()) == ["a", "b"]
+    assert psycopg_store.query("SELECT * FROM made") == []
+
+
+def test_a_table_that_is_there_fails_who_makes_it_again(quick, psycopg_store):
+    pipeline = Pipeline(quick, psycopg_store)
+    pipeline.tool("note(conn, item)\ndo(conn, 'CREATE TABLE made (item TEXT)')")
+    assert '"made" already exists' in pipeline.run(code=1).err
+    assert psycopg_store.work() == ["a"]
+
 
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
 @pytest.mark.parametrize("batch", [1, 5])
