@@ -4069,8 +4069,9 @@ class Interrupts:
     The first one ends what the tool is doing, by KeyboardInterrupt, and is noted in `signal`;
     the engine's own steps are never torn, they look at `signal` between tools. The second one
     ends the process at once, but for SIGHUP, of which a terminal that closes sends several, and
-    for one that comes with the first, as timeout(1) signals its child and then all its group. A
-    signal that was ignored before, as by nohup, stays ignored. A process that a tool forks takes
+    for one that comes with the first, as timeout(1) signals its child and then all its group; also
+    where `signal` was taken away meanwhile, so that tools can be called which clean up. A signal
+    that was ignored before, as by nohup, stays ignored. A process that a tool forks takes
     signals as if there were no engine.
 
     What foreign code makes of sys.argv ends with it, too, there where signals come: on the main
@@ -4078,8 +4079,8 @@ class Interrupts:
     """
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all of them
     lasting = set()  # those of this process; empty in one that was forked from it
-    signal = None
-    signal_s = 0.0  # when it came
+    signal = timer = None
+    signal_s = 0.0  # when the first came
     in_tool = is_on_main_thread = False  # whether foreign code is being called; where it is
 
     def __init__(self):
@@ -4098,6 +4099,8 @@ class Interrupts:
 
     def __exit__(self, *_):
         self.lasting.discard(self)
+        if self.timer:
+            self.timer.cancel()
         for number, handler in self.before.items():
             _signal.signal(number, handler)
 
@@ -4109,7 +4112,7 @@ class Interrupts:
 
     def on_signal(self, number, _frame):
         """Take a signal. Runs in the main thread, between any two instructions."""
-        if self.signal is None:
+        if not self.signal_s:
             self.signal, self.signal_s = number, time.monotonic()
             if self.in_tool:
                 raise KeyboardInterrupt(number)
@@ -4117,6 +4120,22 @@ class Interrupts:
                 and time.monotonic() - self.signal_s > _SAME_SIGNAL_S:
             self.before_exit()
             os._exit(EXIT_SIGNAL + number)
+
+    def limit(self, seconds):
+        """Interrupt what is called some seconds from now, as a first signal would."""
+        import signal
+        import threading
+
+        def end():
+            self.signal_s = 0.0  # this one is nobody's second
+            signal.pthread_kill(threading.main_thread().ident, min(self.before))
+
+        if self.timer:
+            self.timer.cancel()
+        if self.before and hasattr(signal, "pthread_kill"):  # not on Windows
+            self.timer = threading.Timer(seconds, end)
+            self.timer.daemon = True
+            self.timer.start()
 
     def call(self, function, *args):
         """Return what foreign code returns, which the first signal may interrupt."""
@@ -5247,7 +5266,7 @@ class Workers:
     def interrupt(self):
         """Ask all that is being done to end."""
         for worker in self.workers:
-            if worker.job:
+            if worker.job and not worker.verdict:
                 self._end(worker, "interrupted")
 
     def close(self, grace_s):
@@ -5886,8 +5905,9 @@ class Work:
     has been shown; `listed`, what was said of its items, once that is known; `left`, the next to
     try; `later`, how many come again at some moment; `size`, how many to do at a time; `jobs`, how
     many go on; `problem`, the Try that ended the attempt; `done`, the one that did the tool;
-    `outcome`, if it is over and the tool comes again.
+    `cut_off`, what interrupted it; `outcome`, if it is over and the tool comes again.
     """
+    cut_off = ""
     tally = listed = problem = done = outcome = None
     later = jobs = 0
     left, facts, has_logged = (), (), False
@@ -6044,7 +6064,7 @@ class Work:
                 self.size = max(1, min(int(_CHUNK_S * count / took_s), 10 * self.size,
                                        max(_CHUNK_ITEMS, tool.batch)))
         elif problem.status == "interrupted":
-            run.is_interrupted = True
+            run.interrupt()
         elif problem.item and problem.item.is_death:  # as long as that could not be recorded
             item = problem.item._replace(deaths=problem.item.deaths - 1)
             run.former[tool.name, item.name] = "", doing.job.source, item
@@ -6055,12 +6075,12 @@ class Work:
 
     def hear_died(self, doing, what):
         """Take it that a job is over with its process, or took too long, and what was at work."""
-        run, left, (item, how, is_late, slip) = self.run, doing.left, what
+        left, (item, how, is_late, slip) = doing.left, what
         at_work = left.pop(item.name, None) if item else None
-        if at_work is None or run.is_interrupted:  # or it was killed by us
+        if at_work is None or self.cut_off:  # or it was killed by us
             forget_slip(slip, is_told=True)
-        if run.is_interrupted:
-            self.problem = Try(None, "interrupted", reason=format_signal(run.interrupts.signal))
+        if self.cut_off:
+            self.problem = Try(None, "interrupted")
         elif at_work is None and len(left) == len(doing.job.items):
             self.problem = self.problem or Try(None, "failed", error=how)
         else:
@@ -6073,11 +6093,11 @@ class Work:
 
     def make_outcome(self):
         """Return how the attempt ended."""
-        tool, signal = self.tool, self.run.interrupts.signal
+        tool = self.tool
         ended = self.problem or self.done or (
             self.tally.sum_up(self.listed) if self.is_over() else
-            Try(None, "interrupted", reason=format_signal(signal)))
-        error, reason = ended.error, ended.reason
+            Try(None, "interrupted"))
+        error, reason = ended.error, self.cut_off * (ended.status == "interrupted") or ended.reason
         if ended.status == "failed" and 1 < self.number > tool.retries:
             reason = join_reasons(reason, f"try {self.number} of {tool.retries + 1}")
         if tool.memory_bytes is not None and error.startswith("MemoryError"):
@@ -6108,7 +6128,8 @@ class Run:
     come again; `jobs`, what is being done, by number; `again`, a heap of (moment, number, Work,
     item or None): the only way in which anything comes again, and out of date once the attempt is
     over; `former`, the items that were at work when a run was cut off: see load_slips();
-    `is_interrupted`; `told`, the events that the listener hears at the next publish().
+    `is_interrupted`, and `signal`, by which, if it was one; `told`, the events that the listener
+    hears at the next publish().
     """
 
     def __init__(self, session, setting, interrupts, callees, workers):
@@ -6122,7 +6143,7 @@ class Run:
         self.outcomes = dict.fromkeys(self.steps, Outcome("pending", "not started"))
         self.open, self.waiting, self.jobs, self.again = {}, {}, {}, []
         self.numbers = iter(range(1, sys.maxsize))  # of jobs, and of what comes again
-        self.is_interrupted, self.told = False, []
+        self.is_interrupted, self.signal, self.told = False, None, []
         self.started_s = self.clock.monotonic()
         self.run_id = self.history.begin_run(
             self.plan, session.request, setting.arguments,
@@ -6141,19 +6162,48 @@ class Run:
         self.tell("run_started", plan=self.plan)
         self.unblock(self.schedule.begin())
         while True:
-            if self.interrupts.signal is not None and not self.is_interrupted:
-                self.is_interrupted = True  # nothing more starts, what runs ends within the grace
-                if self.workers:
-                    self.workers.interrupt()
+            if self.interrupts.signal is not None:
+                self.interrupt()
             for work in [*self.open.values()]:
-                if work.is_over() or self.is_interrupted and not work.jobs:
+                if work.is_over() or work.cut_off and not work.jobs:
                     self.end_attempt(work)
             self.bring_again()
             self.start_ready()
             self.publish()
-            if not self.open and (self.is_interrupted or not self.waiting):
+            if not self.open and not self.waiting:
                 return
             self.wait()
+
+    def interrupt(self):
+        """Let what runs end within the grace, and nothing more start but what cleans up after it;
+        once more, if that is not over within the grace.
+        """
+        signal, self.interrupts.signal = self.interrupts.signal, None  # so tools can be called
+        why = format_signal(signal)
+        if not self.is_interrupted:
+            self.is_interrupted, self.signal = True, signal
+        elif signal is not None:
+            why = f"not over {format_duration(self.session.grace_s)} after it began"
+        for work in self.open.values():
+            work.cut_off = work.cut_off or why
+        if self.workers:
+            self.workers.interrupt()
+        ready = dict.fromkeys([*self.schedule.take_all(), *self.waiting])
+        self.unblock(list(ready))
+
+    def cleans_up(self, tool):
+        """Return whether a tool is to run in a run that is interrupted: it cleans up, and something
+        that it waits for, directly or not, had begun.
+        """
+        left, seen = [tool], {tool}
+        while left and self.pipeline.tools[tool].when == "always":
+            step = self.steps[left.pop()]
+            if self.outcomes[step.tool].status not in ("pending", "cached", "skipped"):
+                return True
+            new = [each for each in step.edges if each not in seen]
+            left += new
+            seen.update(new)
+        return False
 
     def wait(self):
         """Hear what is said, until something is due."""
@@ -6191,7 +6241,7 @@ class Run:
             if item:
                 work.later -= 1
                 work.left.append(item)
-            elif work.tool.name in self.waiting:
+            elif work.tool.name in self.waiting and not self.is_interrupted:
                 self.schedule.add(work.tool.name)
 
     def start_ready(self):
@@ -6208,12 +6258,12 @@ class Run:
 
     def has_room(self):
         """Return whether one more job may start."""
-        return len(self.jobs) < self.plan.jobs and not self.is_interrupted
+        return len(self.jobs) < self.plan.jobs
 
     def start_items(self, is_first):
         """Have more items done where there is room; if `is_first`, of tools of which none are."""
         for tool, work in self.open.items():
-            while work.left and not work.problem and self.has_room() \
+            while work.left and not (work.problem or work.cut_off) and self.has_room() \
                     and not (is_first and work.jobs) and self.schedule.take(tool):
                 self.start_job(work, work.take(self.plan.jobs))
 
@@ -6222,6 +6272,8 @@ class Run:
         former = self.waiting.pop(tool, None)
         if former is None:
             self.move(tool, _RUNNING)
+        if self.is_interrupted:
+            self.interrupts.limit(self.session.grace_s)
         work = self.open[tool] = Work(self, self.callees[tool], former)
         self.history.begin_attempt(tool, work.number, self.clock.wall(), work.performer.reserve())
         self.tell("tool_started", tool, output=work.output)
@@ -6294,17 +6346,23 @@ class Run:
         """Note how a tool ended that was tried, and let those go on that waited for it."""
         self.note_end(tool, outcome, output)
         self.policy.note(tool, outcome.status)
-        if outcome.status != "interrupted":
-            freed = self.schedule.done(tool)
-            if self.policy.stopped_by:  # then nothing that was ready starts any more
-                freed[:0] = [each for each in self.schedule.take_all() if each not in self.waiting]
-            self.unblock(freed)
+        freed = self.schedule.done(tool)
+        if self.policy.stopped_by:  # then nothing that was ready starts any more
+            freed[:0] = [each for each in self.schedule.take_all() if each not in self.waiting]
+        self.unblock(freed)
 
     def unblock(self, tools):
         """Make tools ready that wait for nothing any more; settle those that are not to run."""
         for tool in tools:  # which grows
-            step = self.steps[tool]
+            step, work = self.steps[tool], self.waiting.get(tool)
             reason = None if step.success else self.policy.find_hindrance(step)
+            if self.is_interrupted and not self.cleans_up(tool):
+                if work:
+                    del self.waiting[tool]
+                    self.note_end(tool, Outcome("interrupted", "waited for another try",
+                                                attempts=work.number))
+                tools += self.schedule.done(tool)  # it stays as it is
+                continue
             if step.success:
                 outcome = Outcome("cached", step.reason, load_result(step.success),
                                   step.success.rows)
@@ -6333,10 +6391,9 @@ class Run:
 
     def end(self):
         """Return how the run ended, and tell the listener."""
-        for tool, work in self.waiting.items():
-            self.move(tool, Outcome("interrupted", "waited for another try", attempts=work.number))
         result = make_result(self.run_id, self.outcomes, self.is_interrupted, self.returned.results,
-                             self.clock.monotonic() - self.started_s, self.interrupts.signal)
+                             self.clock.monotonic() - self.started_s,
+                             self.signal or self.interrupts.signal)
         load_slips(self.slips)  # which removes those of idle workers that died
         if self.logs:
             with contextlib.suppress(OSError):
