@@ -199,12 +199,14 @@ class Pipeline(NamedTuple):
 class Success(NamedTuple):
     """A tool's last success, as history's view `successes` has it, or what passed of its items.
 
-    `work` is the id of the attempt that did it, which stays the same while the tool is cached.
+    `success_id` is the id of its attempt; `work` that of the one that did the work, which stays the
+    same while the tool is cached, or has items and does nothing new.
     `needed` gives the work that each tool it needs had done by then; `source` what ran, as
     describe_source() says, and `inputs` what its files were like: both are empty where that is
     not recorded. `result` is JSON, or None if that could not say it.
     """
     tool: str
+    success_id: int
     work: int
     run_id: str
     started_at: float
@@ -225,7 +227,7 @@ class Past(NamedTuple):
     this run: see History. `find_needed_works` gives the last work of each tool that one needs.
     `find_change` tells what changed in a tool itself since a success of it, or "". `done` are the
     tools that ended well in the run that is resumed. `is_forced` overrides cache, freshness and
-    missing needs.
+    missing needs. `has_items` tells whether a tool has items.
     """
     now: float
     find_success: Callable[[str], Optional[Success]]
@@ -235,14 +237,16 @@ class Past(NamedTuple):
     find_change: Callable[[Tool, Success], str]
     done: Mapping[str, Success] = {}
     is_forced: bool = False
+    has_items: Callable[[Tool], bool] = lambda tool: False
 
 
 class Step(NamedTuple):
-    """One tool's place in a plan. `action` is run, cached, or skip: done before a resume.
+    """One tool's place in a plan. `action` is run, cached, or skip: done before a resume; or maybe:
+    cached, unless what it waits for does something new, which is known when that has ended.
 
     `needs` is what it waits for as its table says it; `edges` are the tools of the plan that it
-    waits for directly, which say the same: see make_steps. `success` is what a tool that is not
-    run again did when it was; `expected_s` is None where nothing is known of it.
+    waits for directly, which say the same: see make_steps. `success` is what a tool that is, maybe,
+    not run again did when it was; `expected_s` is None where nothing is known of it.
     """
     tool: str
     wave: int
@@ -252,6 +256,10 @@ class Step(NamedTuple):
     edges: Names = ()
     expected_s: Optional[float] = None
     success: Optional[Success] = None
+
+    def may_run(self):
+        """Return whether the tool may have to run."""
+        return self.action in ("run", "maybe")
 
 
 class Plan(NamedTuple):
@@ -1008,23 +1016,31 @@ def format_age(success, now):
     return format_duration(now - success.ended_at) + " ago"
 
 
-def decide(pipeline, tool, ran, redo, past):
-    """Return the success because of which a tool is not run, or None, and the reason for either.
+def decide(pipeline, tool, edges, redo, past):
+    """Return what becomes of a tool, see Step; the success because of which it is, maybe, not run;
+    and the reason.
 
-    `ran` is a tool that it waits for and that will run, if there is one; `redo` are the tools that
-    must run again, and why.
+    `edges` are the steps that it waits for; `redo` the tools that must run again, and why.
     """
     done = past.done.get(tool)
     is_cached = pipeline.tools[tool].cache_s and not past.is_forced
     success = done or (past.find_success(tool) if is_cached else None)
     if success is None or tool in redo:
-        return None, redo.get(tool, "")
-    if ran is not None:
-        return None, f"again, because {ran} will run"
-    if done:
-        return done, f"succeeded in run {done.run_id}"
+        return "run", None, redo.get(tool, "")
+    ran = [step.tool for step in edges if step.may_run()]
+    again = [step.tool for step in edges if step.action == "run"
+             and not past.has_items(pipeline.tools[step.tool])] if is_cached else ran
+    if again:
+        return "run", None, f"again, because {again[0]} will run"
+    if done and not ran:
+        return "skip", done, f"succeeded in run {done.run_id}"
     change = find_reason_to_run(pipeline.tools[tool], success, past)
-    return (None, change) if change else (success, f"unchanged since run {success.run_id}")
+    if change:
+        return "run", None, change
+    reason = f"unchanged since run {success.run_id}"
+    if ran:
+        return "maybe", success, f"{reason}, unless {ran[0]} does something new"
+    return "cached", success, reason
 
 
 def find_reason_to_run(tool, success, past):
@@ -1051,7 +1067,7 @@ def find_lost_results(steps):
         who = waiting.get(step.tool) or in_line
         if step.success and step.success.result is None and who:
             lost[step.tool] = f"{who} needs its result, {step.success.kind}, which is not kept"
-        if step.action == "run" or step.tool in lost:
+        if step.may_run() or step.tool in lost:
             if step.needs == ALL_BEFORE:
                 in_line = step.tool
             else:
@@ -1080,10 +1096,10 @@ def make_steps(pipeline, order, reasons, past, redo, describe):
     for tool, needs in find_needs_within(pipeline, dict.fromkeys(order)).items():
         options = pipeline.tools[tool]
         edges = since if needs == ALL_BEFORE else [need for need in needs if need in steps]
-        ran = next((each for each in edges if steps[each].action == "run"), None)
-        success, why = decide(pipeline, tool, ran, redo, past) if past else (None, "")
-        action = "run" if success is None else "skip" if tool in past.done else "cached"
-        expected_s = 0.0 if success else (past and past.find_expected_s(tool)) or options.estimate_s
+        action, success, why = ("run", None, "") if past is None else decide(
+            pipeline, tool, [steps[each] for each in edges], redo, past)
+        expected_s = 0.0 if action in ("cached", "skip") else (
+            past and past.find_expected_s(tool)) or options.estimate_s
         reason = why if success else "; ".join(filter(None, [
             reasons[tool], why, describe and describe(options)]))
         wave = 1 + max((steps[each].wave for each in edges), default=0)
@@ -1404,7 +1420,7 @@ def expand_target(pipeline, name):
 # of a status is committed before the next thing happens. What is read from there is data: nothing
 # of it is unpickled or evaluated. It never touches other people's databases.
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 APPLICATION_ID = 0x6F726368  # "orch" in the header of the file says whose it is
 
 VIEWS = """
@@ -1431,15 +1447,16 @@ CREATE VIEW attempts_of_runs AS
     FROM runs r CROSS JOIN attempts a ON a.run_id = r.run_id AND a.attempt_id >= r.first_attempt
         AND a.attempt_id < coalesce((SELECT next.first_attempt FROM runs next
             WHERE next.run_id > r.run_id ORDER BY next.run_id LIMIT 1), 9e18);
--- The attempts that ended well, with the work that each of them did, or rests on: its own, or that
--- of the success that still stood.
+-- The attempts that ended well, with the success that stood by then, a cached one's being another
+-- attempt's, and the work that this did, or rested on.
 CREATE VIEW successes AS
-    SELECT a.attempt_id, a.run_id AS of_run, a.status, a.tool, w.attempt_id AS work,
+    SELECT a.attempt_id, a.run_id AS of_run, a.status, a.tool, w.attempt_id AS success_id, w.work,
            CAST(w.run_id AS TEXT) AS run_id, w.started_at,
            w.started_at + coalesce(w.duration_s, 0.0) AS ended_at, w.rows, w.result,
            coalesce(w.kind, '') AS kind, r.item, r.arguments, coalesce(w.source, '') AS source,
            coalesce(w.inputs, '') AS inputs, coalesce(w.needed, '{}') AS needed
-    FROM attempts a CROSS JOIN attempts w ON w.attempt_id = a.work AND w.tool = a.tool
+    FROM attempts a CROSS JOIN attempts w ON w.tool = a.tool AND w.attempt_id =
+                        CASE WHEN a.attempt > 0 THEN a.attempt_id ELSE a.work END
                     CROSS JOIN runs r ON r.run_id = w.run_id
     WHERE a.status IN ('success', 'partial', 'cached');
 -- The runs that --prune keeps, however old: the newest, and those that hold the last success of a
@@ -1492,8 +1509,9 @@ CREATE TABLE attempts (
     started_at    REAL NOT NULL,     -- seconds since 1970, UTC
     duration_s    REAL,              -- by a clock that is never set; NULL if it never ended
     pid           INTEGER,           -- of the process that ran it
-    work          INTEGER,           -- success, partial: its own attempt_id; cached: that of the
-                                     -- success that still stands; else NULL
+    work          INTEGER,           -- success, partial: its own attempt_id, or of a tool whose
+                                     -- items have not changed, its work before; cached: the
+                                     -- attempt_id of the success that still stands; else NULL
     rows          INTEGER,           -- NULL if the tool did not say
     result        TEXT,              -- JSON of what it returned; NULL if JSON can not say that
     kind          TEXT,              -- type of such a result: 'a DataFrame'; else NULL
@@ -1514,7 +1532,9 @@ UPGRADES = {  # schema version -> the statements that lead to the next one
 ALTER TABLE runs ADD COLUMN item TEXT;
 UPDATE runs SET item = '' WHERE words LIKE '%"-' || '-item"%' OR words LIKE '%"-' || '-item=%';
 """,  # two hyphens side by side would begin a comment
-    3: VIEWS,
+    3: "",
+    4: "".join(f"DROP VIEW IF EXISTS {name};" for name in re.findall(r"VIEW (\w+) AS", VIEWS))
+       + VIEWS,
 }
 
 RESULT_CAP_BYTES = 2**20  # a longer result is not kept
@@ -1731,7 +1751,7 @@ def upgrade(db):
 
 
 _SUCCESSES = """
-    SELECT tool, work, run_id, started_at, ended_at, rows, result, kind, arguments,
+    SELECT tool, success_id, work, run_id, started_at, ended_at, rows, result, kind, arguments,
            CASE WHEN source LIKE '{%' THEN source ELSE '{}' END AS source, inputs, needed
     FROM successes
 """
@@ -2023,9 +2043,9 @@ class History(Store):
         self.run_id = self.change(f"INSERT INTO runs ({', '.join(row)}) "  # noqa: S608 - columns
                                   f"VALUES (:{', :'.join(row)})", row)
         for step in plan.steps:
-            if step.success:
-                self.note(step.tool, 0, "cached", at, reason=step.reason, work=step.success.work,
-                          rows=step.success.rows)
+            if not step.may_run():
+                self.note(step.tool, 0, "cached", at, reason=step.reason,
+                          work=step.success.success_id, rows=step.success.rows)
         self.commit()
         return str(self.run_id)
 
@@ -2050,10 +2070,22 @@ class History(Store):
         for name in ("status", "duration_s", "rows", "reason", "error"):
             row[name] = getattr(outcome, name)
         if outcome.status in ("success", "partial"):
-            row["work"] = attempt_id
+            row["work"] = self.find_work(tool, outcome.items, attempt_id)
             row["result"], row["kind"] = outcome.kept or keep_result(outcome.result)
             self.forget(tool)
         self.update(attempt_id, row)
+
+    def find_work(self, tool, items, attempt_id):
+        """Return the work of an attempt that ended well: its own, unless it did nothing to items,
+        and the one before tells of all that was done to them before.
+        """
+        if items and not items["passed"] + items["elsewhere"]:
+            former = self.find_success(tool)
+            last = self.ask("SELECT max(attempt_id) FROM attempts WHERE tool = ? AND attempt > 0 "
+                            "AND attempt_id < ?", tool, attempt_id)
+            if former and former.success_id == last:
+                return former.work
+        return attempt_id
 
     def end_run(self, status, duration_s):
         """Record how a run ended."""
@@ -5658,7 +5690,7 @@ def run_plan(session):
     argument reaches no tool; and if the history can not be written.
     """
     pipeline, plan, history = session.pipeline, session.plan, session.history
-    tools = [pipeline.tools[step.tool] for step in plan.steps if not step.success]
+    tools = [pipeline.tools[step.tool] for step in plan.steps if step.may_run()]
     check_get_connection(pipeline.get_connection)
     check_modules(pipeline, tools)
     wants_workers, workers = any(needs_worker(tool, plan.jobs) for tool in tools), None
@@ -6355,7 +6387,6 @@ class Run:
         """Make tools ready that wait for nothing any more; settle those that are not to run."""
         for tool in tools:  # which grows
             step, work = self.steps[tool], self.waiting.get(tool)
-            reason = None if step.success else self.policy.find_hindrance(step)
             if self.is_interrupted and not self.cleans_up(tool):
                 if work:
                     del self.waiting[tool]
@@ -6363,18 +6394,32 @@ class Run:
                                                 attempts=work.number))
                 tools += self.schedule.done(tool)  # it stays as it is
                 continue
-            if step.success:
-                outcome = Outcome("cached", step.reason, load_result(step.success),
-                                  step.success.rows)
+            reason = self.policy.find_hindrance(step) if step.may_run() else None
+            success = None if reason else self.find_standing(step)
+            if success:
+                outcome = Outcome("cached", step.reason.partition(", unless ")[0],
+                                  load_result(success), success.rows)
             elif reason:
                 outcome = Outcome("skipped", reason)
-                self.history.note(tool, 0, outcome.status, self.clock.wall(),
-                                  reason=outcome.reason)
             else:
                 self.schedule.add(tool)
                 continue
+            if step.may_run():  # else it is known since the run began
+                self.history.note(tool, 0, outcome.status, self.clock.wall(), None, outcome.reason,
+                                  success and success.success_id, outcome.rows)
             self.note_end(tool, outcome)
             tools += self.schedule.done(tool)
+
+    def find_standing(self, step):
+        """Return the success because of which a tool is not run, now that what it waits for has
+        ended; None if it is to run.
+        """
+        if step.action == "maybe":
+            past = make_past(self.pipeline, self.history, self.session.arguments,
+                             self.clock.wall(), {}, False)
+            if find_reason_to_run(self.pipeline.tools[step.tool], step.success, past):
+                return None
+        return step.success
 
     # --- what is told ---
 
@@ -6457,7 +6502,7 @@ def mark_done(pipeline, plan, request, arguments, history, tools, now):
                             format_nearest(tool, steps))
     for step in plan.steps:
         if step.tool not in tools:
-            left += [step.tool] * (step.success is None)
+            left += [step.tool] * step.may_run()
             continue
         for each in left:
             if step.needs == ALL_BEFORE or each in step.needs:
@@ -6486,7 +6531,7 @@ def make_past(pipeline, history, arguments, now, done, is_forced, wants_duration
 
     def find_whole_success(tool):
         found = [history.find_success(tool, text) for text in texts]
-        return max(filter(None, found), key=lambda success: success.work, default=None)
+        return max(filter(None, found), key=lambda success: success.success_id, default=None)
 
     def find_change(tool, success):
         if success.arguments != mine:
@@ -6500,7 +6545,7 @@ def make_past(pipeline, history, arguments, now, done, is_forced, wants_duration
     find_expected_s = history.find_expected_s if wants_durations else lambda tool: None
     return Past(now, history.find_success, find_whole_success, find_expected_s,
                 lambda tool: history.find_needed_works(pipeline, tool), find_change, done,
-                is_forced)
+                is_forced, has_items)
 
 
 def count_jobs(jobs):
@@ -6735,7 +6780,7 @@ def format_plan(shown, style, jobs):
     steps, expected_s = shown["steps"], shown["expected_s"]
     there = {step["tool"] for step in steps}
     lines = format_table(">wave tool action >expected_s reason", [
-        {**step, "expected_s": step["expected_s"] if step["action"] == "run" else None,
+        {**step, "expected_s": step["expected_s"] if step["action"] in ("run", "maybe") else None,
          "reason": step["reason"] + format_needs(step, there)}
         for step in sorted(steps, key=lambda step: step["wave"])], style)
     lines += ["", "Critical path: " + format_some(shown["critical_path"], " -> ")]
@@ -7711,7 +7756,7 @@ def tell_changes(pipeline, run, plan, changed):
     modules = [module for module, source in now["sources"].items()
                if run["sources"].get(module, source) != source]
     what = ["the tables"] * (now["tables"] != run["tables"]) + modules + changed
-    kept = [step.tool for step in plan.steps if step.success
+    kept = [step.tool for step in plan.steps if not step.may_run()
             and pipeline.tools[step.tool].module in modules]
     if what:
         say(f"Changed since run {run['run_id']}: {', '.join(what)}."
