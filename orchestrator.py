@@ -139,6 +139,10 @@ class Locked(UserError):
     exit_code = EXIT_LOCKED
 
 
+class Unlisted(UserError):
+    """An item is asked for that the tool does not have, so that nothing was done."""
+
+
 class Settled(UserError):
     """There is nothing to do: no mistake, but something to say."""
     exit_code = EXIT_SUCCESS
@@ -2093,6 +2097,15 @@ class History(Store):
                     (status, duration_s, self.run_id))
         self.commit()
 
+    def forget_run(self):
+        """Forget the run that is recorded, in which nothing was done."""
+        from shutil import rmtree
+        for table in ("attempts", "runs"):
+            self.change(f"DELETE FROM {table} WHERE run_id = ?", (self.run_id,))  # noqa: S608
+        self.commit()
+        if self.folder:
+            rmtree(find_logs(self.folder, str(self.run_id)), ignore_errors=True)
+
     def prune(self, before):
         """Forget the runs that began before a moment, but those of the view `kept_runs`; return
         the ids of those that are gone.
@@ -3637,6 +3650,22 @@ def read_mistakes(tool, available):
             yield UserError(f"{format_path(module.path)}:{line}: {error.problem}", error.fix)
 
 
+def check_callable(tools, available):
+    """Raise UserError with what keeps tools from being called, as load_callees() does, as far as it
+    can be read in their modules.
+    """
+    mistakes = []
+    for tool in tools:
+        module = read_module(tool.module)
+        cause = module.problem and module.problem.__cause__
+        if cause:
+            mistakes.append(make_import_error(tool, cause))
+        elif module.definitions is not None:
+            mistakes += [error for _, error in find_mistakes(
+                tool, module.path, read_functions(tool), {*available, "conn", "context"})][:1]
+    check_mistakes(mistakes)
+
+
 def find_mistakes(tool, path, functions, available):
     """Yield what is wrong with the functions of a tool, be its module read or imported: a line and
     a UserError.
@@ -3759,10 +3788,14 @@ def import_module(tool):
                         join_reasons('Put that under `if __name__ == "__main__":`',
                                      explain_exit(error)) + ".") from error
     except Exception as error:
-        raise UserError(f"{where} failed, {format_place(error, tool)}:\n"
-                        f"  {format_one_line(error)}",
-                        "Mend that line, or install what it needs. -v shows the whole traceback."
-                        ) from error
+        raise make_import_error(tool, error) from error
+
+
+def make_import_error(tool, error):
+    """Return the sentence for a module whose import fails by an error."""
+    return UserError(f"TOOL_MAP[{tool.name!r}]: importing {tool.module} failed, "
+                     f"{format_place(error, tool)}:\n  {format_one_line(error)}",
+                     "Mend that line, or install what it needs. -v shows the whole traceback.")
 
 
 def has_items(tool):
@@ -4447,6 +4480,8 @@ class Doer:
         signal = self.interrupts.signal
         if signal is not None or isinstance(error, KeyboardInterrupt):
             return Try(self.at_work, "interrupted", reason=format_signal(signal))
+        if isinstance(error, Unlisted):
+            return Try(None, "unlisted", error=error.problem, reason=error.fix)
         if isinstance(error, UserError):
             return Try(None, "failed", error=error.problem, reason=NOT_AGAIN)
         return self.make_failure(error)
@@ -4776,7 +4811,9 @@ class Lister(Doer):
         ledger, job = self.ledger, self.job
         others, listed = ledger.find_others(), ledger.listed
         if job.only is not None and job.only not in ledger.names:
-            raise UserError(f"there is no item {job.only!r} among the {listed} that are listed")
+            raise Unlisted(f"--item: there is no item {job.only!r} among the {listed} that are "
+                           f"listed of {job.tool}.",
+                           format_nearest(job.only, sorted(ledger.names)[:10_000]))
         is_hopeless = bool(given_up) and not ledger.has_passed()
         self.database.commit()
         self.tell("found", [item for item in pending if job.only in (None, item.name)])
@@ -4811,10 +4848,12 @@ class Lister(Doer):
                             "nor a history")
         self.give()
         found = self.interrupts.call(self._sort_items)
-        missing = [name for name in self.job.retry or () if name not in self.ledger.given_back]
+        back = self.ledger.given_back
+        missing = [name for name in self.job.retry or () if name not in back]
         if missing and self.job.only is None:
-            raise UserError(f"{format_names(missing, len(missing))} can not be tried again: not "
-                            "given up")
+            raise Unlisted(f"--retry-items: {format_names(missing, len(missing))} can not be tried "
+                           f"again: not given up by {self.tool.name}.",
+                           format_nearest(missing[0], sorted([*back, *found[1]])[:10_000]))
         return found
 
     def _sort_items(self):
@@ -5705,7 +5744,8 @@ def run_plan(session):
                           folder and os.path.join(folder, "slips"))
         if wants_workers:
             workers = Workers(setting, session.clock, session.grace_s)
-            stack.push(lambda kind, *_: workers.close(0.0 if kind else session.grace_s))
+            stack.push(lambda kind, *_: workers.close(
+                session.grace_s if kind in (None, Unlisted) else 0.0))
         interrupts = stack.enter_context(Interrupts())
         callees = load_all(tools, setting.arguments, interrupts)
         check_are_taken(setting.arguments, callees, pipeline.tools, session.find_said)
@@ -5720,6 +5760,21 @@ def run_plan(session):
         return run.end()
 
 
+def check_plan(session):
+    """Raise UserError for what would keep a plan from being carried out, as far as that is known
+    before a module is imported.
+    """
+    pipeline, plan, arguments = session.pipeline, session.plan, session.arguments
+    tools = [pipeline.tools[step.tool] for step in plan.steps if step.may_run()]
+    check_get_connection(pipeline.get_connection)
+    check_modules(pipeline, tools)
+    if any(needs_worker(tool, plan.jobs) for tool in tools):
+        check_can_travel(Setting(pipeline, dict(arguments)))
+    check_callable(tools, arguments)
+    check_are_taken(arguments, {}, pipeline.tools, session.find_said)
+    find_retries(session, [tool.name for tool in tools if has_items(tool)])
+
+
 def load_all(tools, arguments, interrupts):
     """Return the tools, imported, by name. Notes what the modules are of which that is recorded."""
     for tool in tools:
@@ -5732,11 +5787,10 @@ def load_all(tools, arguments, interrupts):
     return callees
 
 
-def find_retries(session, callees):
-    """Return by tool the items to try again that were given up. Raise UserError if items are
-    asked for of a tool that has none or is not in the plan.
+def find_retries(session, having):
+    """Return by tool the items to try again that were given up; `having` are the tools that run and
+    have items. Raise UserError if items are asked for of another.
     """
-    having = [tool for tool, callee in callees.items() if callee.has_items]
     steps = session.plan.steps
     if session.request.item is not None and (len(steps) > 1 or not having):
         raise UserError("--item is for a single tool with items; the plan has "
@@ -6161,21 +6215,22 @@ class Run:
     item or None): the only way in which anything comes again, and out of date once the attempt is
     over; `former`, the items that were at work when a run was cut off: see load_slips();
     `is_interrupted`, and `signal`, by which, if it was one; `told`, the events that the listener
-    hears at the next publish().
+    hears at the next publish(); `refused`, what makes that a run that never was.
     """
 
     def __init__(self, session, setting, interrupts, callees, workers):
         self.session, self.plan, self.history = session, session.plan, session.history
         self.clock, self.pipeline, self.callees = session.clock, session.pipeline, callees
         self.interrupts, self.workers = interrupts, workers
-        self.retries = find_retries(session, callees)
+        self.retries = find_retries(
+            session, [tool for tool, callee in callees.items() if callee.has_items])
         self.returned, self.policy = Returned(session), Policy(session)
         self.steps = self.returned.steps
         self.schedule = Schedule(self.plan.steps, session.pipeline, self.plan.jobs)
         self.outcomes = dict.fromkeys(self.steps, Outcome("pending", "not started"))
         self.open, self.waiting, self.jobs, self.again = {}, {}, {}, []
         self.numbers = iter(range(1, sys.maxsize))  # of jobs, and of what comes again
-        self.is_interrupted, self.signal, self.told = False, None, []
+        self.is_interrupted, self.signal, self.told, self.refused = False, None, [], None
         self.started_s = self.clock.monotonic()
         self.run_id = self.history.begin_run(
             self.plan, session.request, setting.arguments,
@@ -6199,6 +6254,8 @@ class Run:
             for work in [*self.open.values()]:
                 if work.is_over() or work.cut_off and not work.jobs:
                     self.end_attempt(work)
+            if self.refused:
+                return
             self.bring_again()
             self.start_ready()
             self.publish()
@@ -6342,6 +6399,13 @@ class Run:
         """
         tool, outcome = work.tool.name, work.make_outcome()
         del self.open[tool]
+        if outcome.status == "unlisted":
+            begun = [each for each in self.outcomes.values()
+                     if each.status not in ("pending", "cached")]
+            if len(begun) == 1:
+                self.refused = Unlisted(outcome.error, outcome.reason)
+                return
+            outcome = outcome._replace(status="failed", reason=NOT_AGAIN)
         comes_again = outcome.status == "failed" and work.problem is not None \
             and outcome.reason != NOT_AGAIN and work.number <= work.tool.retries \
             and self.policy.stopped_by is None and not self.is_interrupted
@@ -6435,7 +6499,12 @@ class Run:
             self.session.on_event(self.told.pop(0))
 
     def end(self):
-        """Return how the run ended, and tell the listener."""
+        """Return how the run ended, and tell the listener. Raise Unlisted if it was to do nothing
+        that there is.
+        """
+        if self.refused:
+            self.history.forget_run()
+            raise self.refused
         result = make_result(self.run_id, self.outcomes, self.is_interrupted, self.returned.results,
                              self.clock.monotonic() - self.started_s,
                              self.signal or self.interrupts.signal)
@@ -7318,6 +7387,10 @@ class Call(NamedTuple):
         return Request(tuple(options.targets), tuple(options.exclude), options.start_from,
                        tuple(self.argv), item=options.item)
 
+    def at(self, period):
+        """Return the call for a period of a backfill."""
+        return self._replace(arguments={**self.arguments, **period.arguments()})
+
     def find_said(self):
         """Return the arguments of tools that are on the command line, each with its flag.
 
@@ -7385,11 +7458,15 @@ def command_list(call):
 
 def command_plan(call):
     """Show the plan; of a backfill, the periods."""
-    check_are_taken(call.arguments, {}, call.pipeline.tools, call.find_said)
+    history = open_history(call)
     if call.options.backfill:
-        periods = find_periods(call, open_history(call))
+        periods = find_periods(call, history)
+        for period in [period for period in periods if period.action != "skip"][:1]:
+            check_plan(make_session(call.at(period), history))
         return answer(call, make_backfill_view(periods), format_backfill)
-    plan, _, _ = find_plan(call, open_history(call))
+    session = make_session(call, history)
+    check_plan(session)
+    plan = session.plan
     return answer(call, make_plan_view(plan), functools.partial(format_plan, jobs=plan.jobs))
 
 
@@ -7657,7 +7734,7 @@ def backfill(call, history):
     for number, period in enumerate(list(ends), 1):
         if not call.options.quiet:
             say(f"\nPeriod {period.start} to {period.end} ({number} of {len(ends)})")
-        code = carry_out(call._replace(arguments={**call.arguments, **period.arguments()}), history,
+        code = carry_out(call.at(period), history,
                          period.run_id if period.action == "resume" else None)
         ends[period] = "cut off" if code > EXIT_SIGNAL else "failed" if code else "done now"
         if code > EXIT_SIGNAL or code and call.options.fail_fast:
@@ -7763,17 +7840,23 @@ def tell_changes(pipeline, run, plan, changed):
             + (f" Done before, and not run again: {', '.join(kept)}." if kept else ""))
 
 
-def carry_out(call, history, resumes=None):
-    """Run the plan, and tell on stderr how it goes; see find_plan()."""
+def make_session(call, history, resumes=None):
+    """Return what there is to run, and how; see find_plan()."""
     options = call.options
     plan, request, arguments = find_plan(call, history, resumes)
+    return Session(
+        call.pipeline, plan, arguments, history, request, options.fail_fast, options.verbose,
+        keep_results=False, find_said=call.find_said,
+        retry_items=None if options.reprocess else read_retries(options.retry_items))
+
+
+def carry_out(call, history, resumes=None):
+    """Run the plan, and tell on stderr how it goes; see find_plan()."""
+    options, session = call.options, make_session(call, history, resumes)
     screen = Screen(sys.stderr, options.quiet, options.verbose,
                     "; --logs shows all of it" * bool(history.folder))
     gc.freeze()  # what is here will stay: no collection during the run need walk it
-    result = run_plan(Session(
-        call.pipeline, plan, arguments, history, request, options.fail_fast, options.verbose,
-        keep_results=False, on_event=screen.on_event, find_said=call.find_said,
-        retry_items=None if options.reprocess else read_retries(options.retry_items)))
+    result = run_plan(session._replace(on_event=screen.on_event))
     if not options.quiet or result.status != "success":
         tell_tails(result, screen.style)
         next_command = "" if options.backfill else make_next_command(result, call)

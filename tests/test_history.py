@@ -220,8 +220,9 @@ def test_a_history_of_a_newer_engine_is_refused_with_both_versions(line):
             conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 6}")
 
     path, content = write_history(line, make_newer)
-    check_refused(line, path, content, f"has schema version {SCHEMA_VERSION + 6}, and this engine, "
-                  + VERSION, f"knows {SCHEMA_VERSION}.", "Use the newer orchestrator.py that wrote it.")
+    check_refused(line, path, content, f"has schema version {SCHEMA_VERSION + 6}, and this engine",
+                  VERSION, f"knows {SCHEMA_VERSION}.",
+                  "Use the newer orchestrator.py that wrote it.")
 
 
 def test_the_database_of_something_else_is_refused_and_left_alone(line):
