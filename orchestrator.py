@@ -957,6 +957,9 @@ def make_plan(pipeline, targets=(), *, exclude=(), start_from=None, jobs=1, past
     for target in targets:
         for tool, reason in expand_reasons(pipeline, target).items():
             reasons.setdefault(tool, reason)
+    if not reasons:
+        raise UserError(f"There is nothing to run: {', '.join(targets)} has no tools.",
+                        "Name a target that has some; --list shows them all.")
     order = sort_by_needs(reasons, find_needs_within(pipeline, reasons))
     order = leave_out(pipeline, order, exclude, start_from)
     if not order:
@@ -1588,12 +1591,12 @@ def make_folder(folder):
         raise refused(folder, error) from error
 
 
-def open_private(path):
+def open_private(path, how=os.O_WRONLY | os.O_APPEND):
     """Return a file, opened to append to it, which only its owner can read. It is made, in its
     folder, where they are not.
     """
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    return os.open(path, how | os.O_CREAT, 0o600)
 
 
 def append_line(path, line):
@@ -1617,6 +1620,7 @@ def refused(path, error):
 # Lock files that this very process holds, and by which Lock of it, since the kernel only keeps
 # processes apart. A program has this module twice if a tool of it imports it by its name.
 _held = vars(sys).setdefault("_orchestrator_held", {})
+_PID_BYTES = 20  # of its id, from byte 1 on
 _WORKER_BYTES = 2**30  # byte 0 of the lock file is the run's, these many after it the workers'
 
 
@@ -1626,15 +1630,18 @@ class Lock:
     Byte 0 belongs to the run, one byte after it to each worker. So the lock of a run that was
     killed is free when the last of its workers is gone. No other code of this process may open
     the file: to close it would free the locks (fcntl(2)).
+
+    State: `pid`, the id of the process that signed it last, 0 if none did.
     """
 
     def __init__(self, folder):
         self.path = os.path.realpath(os.path.join(folder, "lock"))
-        self.fd = None
+        self.fd, self.pid = None, 0
 
     def take(self):
         """Take the lock and return ""; or who has it, "run" or "worker"."""
         if _held.setdefault(self.path, self) is not self:  # which no other thread can tear
+            self.pid = os.getpid()
             return "run"
         holder = "run"
         try:
@@ -1644,10 +1651,18 @@ class Lock:
                 if lock_bytes(self.fd, 1, _WORKER_BYTES):
                     lock_bytes(self.fd, 1, _WORKER_BYTES, free=True)
                     holder = ""
+            os.lseek(self.fd, 1, os.SEEK_SET)  # on Windows nobody else can read byte 0
+            self.pid = int(b"0" + os.read(self.fd, _PID_BYTES).strip())
         finally:
             if holder:
                 self.release()
         return holder
+
+    def sign(self):
+        """Let those who find it taken know by whom."""
+        with contextlib.suppress(OSError):  # the disk is full
+            os.lseek(self.fd, 0, os.SEEK_SET)
+            os.write(self.fd, b" %d" % os.getpid() + b" " * _PID_BYTES)
 
     def release(self):
         """Give the lock back."""
@@ -1661,7 +1676,7 @@ class Lock:
 def open_lock(path):
     """Return the lock file, opened."""
     try:
-        return open_private(path)
+        return open_private(path, os.O_RDWR)
     except OSError as error:
         raise refused(path, error) from error
 
@@ -1898,8 +1913,35 @@ class Store:
                          run_id)
 
     def load_last_attempts(self):
-        """Return the rows of the view `last_attempts` by tool."""
-        return {row["tool"]: row for row in self.load("SELECT * FROM last_attempts")}
+        """Return the rows of the view `last_attempts` by tool; after a period of a backfill that
+        ended well, that of one that did not, if that was the last run of it.
+        """
+        lasts = {row["tool"]: row for row in self.load("SELECT * FROM last_attempts")}
+        for run_id in {row["run_id"] for row in lasts.values() if row["status"] in DONE}:
+            run = self.find_run(run_id)
+            for other in self.load_other_periods(run) if has_period(run["arguments"]) else ():
+                start = other["arguments"][PERIOD_ARGUMENTS[0]]
+                for row in self.load_attempts(other["run_id"]):
+                    last = lasts.get(row["tool"], row)
+                    if last["run_id"] == run_id and last["status"] in DONE \
+                            and row["status"] not in DONE:
+                        row["reason"] = f"in the period from {start}" \
+                            + f"; {row['reason']}" * bool(row["reason"])
+                        lasts[row["tool"]] = {**last, **row}
+        return lasts
+
+    def load_other_periods(self, run):
+        """Return the last runs of those periods of a run's backfill that did not succeed."""
+        def leave_out_period(arguments):
+            return {name: value for name, value in arguments.items()
+                    if name not in PERIOD_ARGUMENTS}
+
+        mine = leave_out_period(run["arguments"])
+        lasts = [self.find_run(last["run_id"])
+                 for last in self.load_last_like(make_request(run)).values()
+                 if last["status"] not in ("success", "running")]
+        return [other for other in lasts if has_period(other["arguments"])
+                and leave_out_period(other["arguments"]) == mine]
 
     def find_called_in(self, tool):
         """Return the run in which a tool was called last; None if it never was."""
@@ -2326,9 +2368,10 @@ def hold_history(folder, base, wait_s=0.0, clock=Clock()):
     while holder:
         patience_s = WORKERS_END_S if holder == "worker" else LOOK_S
         if clock.monotonic() - started_s >= max(wait_s, patience_s):
-            raise make_locked(history, holder)
+            raise make_locked(history, holder, lock.pid)
         clock.sleep(0.05)
         holder = lock.take()
+    lock.sign()
     try:
         yield history
     finally:
@@ -2336,15 +2379,16 @@ def hold_history(folder, base, wait_s=0.0, clock=Clock()):
         lock.release()
 
 
-def make_locked(history, holder):
-    """Return the sentence for a pipeline of which another run is not over."""
+def make_locked(history, holder, pid):
+    """Return the sentence for a pipeline of which another run is not over, in a process."""
     fix = "Wait for its end with --wait; --status shows what it does."
     try:
         run, attempts = find_running(history)
     finally:
         history.close()
-    if run is None:
-        return Locked("Another run of this pipeline is just beginning or ending.", fix)
+    if run is None or holder == "run" and pid not in (0, run["pid"]):  # that one was killed
+        return Locked("Another run of this pipeline is just beginning or ending"
+                      + f": process {pid}" * bool(pid) + ".", fix)
     tools = ", ".join(attempt["tool"] for attempt in attempts) or "nothing yet"
     if holder == "worker":
         return Locked(f"Run {run['run_id']} was killed, and a worker of it has not ended: {tools}.",
@@ -6151,9 +6195,12 @@ class Work:
                                        max(_CHUNK_ITEMS, tool.batch)))
         elif problem.status == "interrupted":
             run.interrupt()
-        elif problem.item and problem.item.is_death:  # as long as that could not be recorded
-            item = problem.item._replace(deaths=problem.item.deaths - 1)
-            run.former[tool.name, item.name] = "", doing.job.source, item
+        else:
+            charged = {item.name: item for item in [*self.left, *doing.left.values(), problem.item]
+                       if item and item.is_death}
+            for name, item in charged.items():  # as long as that could not be recorded
+                run.former[tool.name, name] = item.slip, doing.job.source, item._replace(
+                    deaths=item.deaths - 1)
         self.problem = self.problem or problem
         if self.listed:
             run.tell("progress", tool.name, done=self.tally.count(),
@@ -6869,8 +6916,9 @@ def format_needs(step, there):
         return ""
     if step["needs"] == ALL_BEFORE:
         return "; after all before it" if step["wave"] > 1 else ""
-    return "; needs " + format_some([need if need in there else f"{need} (not in this plan)"
+    clause = "needs " + format_some([need if need in there else f"{need} (not in this plan)"
                                      for need in step["needs"]])
+    return "" if clause in step["reason"].split("; ") else "; " + clause
 
 
 def format_event(event, width, style):
@@ -6952,7 +7000,8 @@ def format_status(shown, style):
     """Return --status as text."""
     lines = format_table(
         "tool status >run_id >age_s >duration_s >rows ?items note",
-        [{**tool, "items": format_counts(tool["items"]), "note": tool["error"] or tool["reason"]}
+        [{**tool, "items": format_counts(tool["items"]),
+          "note": ", ".join(filter(None, [tool["error"], tool["reason"]]))}
          for tool in shown["tools"]], style)
     run = shown["running"]
     what = "Nothing runs now." if run is None else (
@@ -6968,6 +7017,8 @@ def count_statuses(listed, counts):
     matters while the tool runs, and after a kill.
     """
     shown = {status: counts.get(status, (0, 0))[0] for status in ITEM_STATUSES}
+    if not listed:  # items() has not said it
+        return shown
     ended = sum(new for status, (_, new) in counts.items() if status != "pending") \
         if "passed" not in listed else sum(listed[key] for key in ("passed", "failed", "elsewhere"))
     shown["pending"] = max(0, listed.get("pending", 0) - ended)
@@ -7018,8 +7069,9 @@ def format_backfill_end(count, ends, failed, today):
     ended that was not left alone; `failed` are the starts of those that failed, now or before.
     """
     words = [*ends.values()]
+    alone = count - len(words) - (len(failed) - words.count("failed"))
     text = (f"\nBackfill: {format_plural(words.count('done now'), 'period')} done now, "
-            f"{count - len(words)} left alone, {len(failed)} failed"
+            f"{alone} left alone, {len(failed)} failed"
             + ": " * bool(failed) + format_some(failed))
     text += "".join(f", {period.start} cut off" for period in ends if ends[period] == "cut off")
     if "not begun" in words:
@@ -7170,7 +7222,7 @@ class Parser(argparse.ArgumentParser):
     def read(self, words):
         """Return the engine's options, and apart from them the arguments that tools get."""
         self.given = {}
-        options, unknown = self.parse_known_intermixed_args(words)
+        options, unknown = self.parse_known_intermixed_args(self.mark_names(words))
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             raise UserError(f"There is no flag {unknown[0]!r}.",
@@ -7187,11 +7239,16 @@ class Parser(argparse.ArgumentParser):
         if self.required and self.given.keys().isdisjoint((*_COMMANDS, "resume")):
             for each in self.required:  # argparse itself says which of them is missing
                 each.required = True
-            self.parse_known_intermixed_args(words)
+            self.parse_known_intermixed_args(self.mark_names(words))
+
+    def mark_names(self, words):
+        """Return words in which one after a `--` begins with what no flag does."""
+        return ["\0" * (before == "--") + word for before, word in zip(("", *words), words)
+                if word != "--"]
 
     def _get_values(self, action, words):
         self.given[action.dest] = action
-        return super()._get_values(action, words)
+        return super()._get_values(action, [word.lstrip("\0") for word in words])
 
     def _print_message(self, message, file=None):
         show(message, end="")
@@ -7315,7 +7372,8 @@ def add_flags(parser):
         help="go on with the last run that did not succeed, or with that one")
     run("--force", action="store_true",
         help="run cached tools too, and do without needs that never succeeded")
-    run("--item", metavar="NAME", help="do only this item of a tool that has items")
+    run("--item", metavar="NAME",
+        help="do only this item of a tool that has items; -- before a name says that it is no flag")
     run("--retry-items", nargs="+", action="append", default=[], metavar=("TOOL", "ITEM"),
         help="try items again that were given up: these, or all of the tool")
     run("--backfill", metavar="A..B", help="run once per period from day A to day B, "
@@ -7504,14 +7562,17 @@ def count_items_of(call, lasts):
     """
     import json
     counts = {}
-    having = [last for last in lasts if last["called_items"]]
+    having = [last for last in lasts if last["called_items"] or last["status"] not in DONE
+              and last["tool"] in call.pipeline.tools
+              and has_items(call.pipeline.tools[last["tool"]])]
     if having:
         with open_connection(call) as conn:
             for last in having:
                 with open_ledger(call, conn, last["tool"]) as ledger:
                     if ledger:
                         counts[last["tool"]] = count_statuses(
-                            json.loads(last["called_items"]), ledger.count(last["called_at"]))
+                            json.loads(last["called_items"] or "{}"),
+                            ledger.count(last["called_at"] or 0.0))
     return counts
 
 
@@ -8067,7 +8128,9 @@ def make_next_command(result, call):
             names = named.get(tool, ())
             # All of the tool, unless the named are for sure those that have failed.
             are_those = o.items["failed"] == o.items["pending"] == len(names)
-            words += ["--retry-items", tool, *(names if are_those else ())]
+            words += ["--retry-items", tool]
+            for name in names if are_those else ():
+                words += ["--"] * name.startswith("-") + [name]
     if not left:
         return ""
     if options.no_history:

@@ -977,6 +977,46 @@ def test_a_partial_run_says_so_and_what_to_type_next(line):
     assert "Next:" not in ended.err
 
 
+def test_the_status_shows_the_items_also_where_items_did_not_come_to_its_end(line):
+    before = {"success": 2, "failed": 1, "quarantined": 0, "pending": 0}
+    line.run()
+    assert statuses(line)["t"] == {**before, "failed": 1, "pending": statuses(line)["t"]["pending"]}
+    source = line.read("t.py")
+    line.tool("t", source + """
+    def items(conn):
+        if __import__("pathlib").Path("dies").exists():
+            __import__("os").kill(__import__("os").getpid(), 9)
+        raise ValueError("no list")
+    """.replace("\n    ", "\n"))
+    assert line.run("t").code == 1
+    assert statuses(line)["t"] == before
+    (line.folder / "dies").touch()
+    assert line.run("t").code != 0
+    assert statuses(line)["t"] == before
+    assert "2 done, 1 failed" in line.run("--status").out
+
+
+@pytest.mark.parametrize("words", [("--item", "--", "-x"), ("--item=-x",),
+                                   ("--retry-items", "t", "--", "-x", "--", "--jobs", "--force")])
+def test_an_item_may_be_called_like_a_flag(line, words):
+    line.retry()
+    line.set("-x", "--jobs", "c", broken=["-x", "--jobs"])
+    assert line.run("t").code == 1
+    line.set("-x", "--jobs", "c")
+    assert line.run("t", *words).code == 0
+    assert "-x" in done_of(line)
+    assert [item["item"] for item in json.loads(
+        line.run("--items", "t", "--", "-x", "--json").out)["items"]] == ["-x"]
+
+
+def test_the_next_command_names_an_item_that_is_called_like_a_flag(line):
+    line.retry()
+    line.set("-x", broken=["-x"])
+    line.run("t")
+    ended = line.run("t", "--retry-items", "t", "--", "-x")
+    assert "--retry-items t -- -x" in ended.err
+
+
 def test_a_resume_without_that_leaves_what_was_given_up(line):
     line.retry()
     line.run()

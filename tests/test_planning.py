@@ -127,7 +127,12 @@ def test_a_plan_with_nothing_left_is_refused(more):
 
 
 def test_a_stage_without_tools_is_no_plan():
-    assert refusal("empty").startswith("Nothing is left to run.")
+    assert refusal("empty").startswith("There is nothing to run: empty has no tools.\n")
+    no_stage = load_pipeline({"a": "a"}, {"full": []})
+    with pytest.raises(UserError, match="^There is nothing to run: full has no tools."):
+        make_plan(no_stage)
+    with pytest.raises(UserError, match="^There is nothing to run: full has no tools."):
+        make_plan(no_stage, exclude=["a"])
 
 
 @pytest.mark.parametrize("targets, more", [
@@ -712,7 +717,8 @@ get_connection = lambda: None
     (["--retry-items", "itms"], "", "--retry-items: 'itms' is no tool with items in this plan.\n"
                                     "  Did you mean 'items'?"),
     (["a", "--retry-items", "items"], "", "--retry-items: 'items' is no tool with items"),
-    (["--since", "monday"], "del TOOL_MAP['broken'], TOOL_MAP['gone']", "--since: no tool takes 'since'."),
+    (["--since", "monday"], "del TOOL_MAP['broken'], TOOL_MAP['gone']",
+     "--since: no tool takes 'since'."),
     (["broken"], "", "TOOL_MAP['broken']: importing broken failed, broken.py:1:"),
     (["empty"], "", "TOOL_MAP['empty']: empty.py has no function run()."),
     (["asks"], "", "TOOL_MAP['asks']: run() of asks asks for 'unheard_of', which nothing gives."),
