@@ -6253,7 +6253,79 @@ class Work:
 _RUNNING = Outcome("running")
 
 
-class Run:
+class Starter:
+    """What of a run starts, and when: tools, and items of those that have begun, where there is
+    room; and what comes again. Its state is that of Run.
+    """
+
+    def come_again(self, work, item=None, tries=0):
+        """Have a tool, or an item of it, tried again after so many tries that failed, or at once
+        after none; return in words when that is.
+        """
+        from random import random
+        delay_s = retry_delay_s(work.tool, tries, random) if tries else 0.0
+        heappush(self.again, (self.clock.monotonic() + delay_s, next(self.numbers), work, item))
+        work.later += item is not None
+        return "again" + (f" in {format_duration(delay_s)}" if delay_s else "")
+
+    def bring_again(self):
+        """Make ready what is due to come again."""
+        while self.again and self.again[0][0] <= self.clock.monotonic():
+            _, _, work, item = heappop(self.again)
+            if item:
+                work.later -= 1
+                work.left.append(item)
+            elif work.tool.name in self.waiting and not self.is_interrupted:
+                self.schedule.add(work.tool.name)
+
+    def start_ready(self):
+        """Start what is ready and has room: items of tools that have begun and wait for a worker,
+        tools, and then more items, side by side.
+        """
+        self.start_items(is_first=True)
+        while self.has_room():
+            tool = self.schedule.next()
+            if tool is None:
+                break
+            self.begin_attempt(tool)
+        self.start_items(is_first=False)
+
+    def has_room(self):
+        """Return whether one more job may start."""
+        return len(self.jobs) < self.plan.jobs
+
+    def start_items(self, is_first):
+        """Have more items done where there is room; if `is_first`, of tools of which none are."""
+        for tool, work in self.open.items():
+            while work.left and not (work.problem or work.cut_off) and self.has_room() \
+                    and not (is_first and work.jobs) and self.schedule.take(tool):
+                self.start_job(work, work.take(self.plan.jobs))
+
+    def begin_attempt(self, tool):
+        """Begin an attempt, for which there is room."""
+        former = self.waiting.pop(tool, None)
+        if former is None:
+            self.move(tool, _RUNNING)
+        if self.is_interrupted:
+            self.interrupts.limit(self.session.grace_s)
+        work = self.open[tool] = Work(self, self.callees[tool], former)
+        self.history.begin_attempt(tool, work.number, self.clock.wall(), work.performer.reserve())
+        self.tell("tool_started", tool, output=work.output)
+        self.publish()
+        self.start_job(work, () if work.tally else (None,))
+
+    def start_job(self, work, items):
+        """Have some items tried; without any, have them listed."""
+        work.jobs += 1
+        job = Job(next(self.numbers), work.tool.name, items, not items, work.log,
+                  self.ledger_run_id, work.number, work.last_success_at, work.source,
+                  self.session.request.item, work.tally and work.tally.retry)
+        self.jobs[job.number] = Doing(work, job, self.clock.monotonic(),
+                                      {item and item.name: item for item in items})
+        work.performer.start(job, work.tool.timeout_s)
+
+
+class Run(Starter):
     """One execution of a plan: what starts, and what the end of a tool means for others.
 
     Constant: the session and what it holds. Changing: `outcomes` of the tools, with a status before
@@ -6358,74 +6430,6 @@ class Run:
         if not said:
             self.tell("tick")
 
-    # --- what starts ---
-
-    def come_again(self, work, item=None, tries=0):
-        """Have a tool, or an item of it, tried again after so many tries that failed, or at once
-        after none; return in words when that is.
-        """
-        from random import random
-        delay_s = retry_delay_s(work.tool, tries, random) if tries else 0.0
-        heappush(self.again, (self.clock.monotonic() + delay_s, next(self.numbers), work, item))
-        work.later += item is not None
-        return "again" + (f" in {format_duration(delay_s)}" if delay_s else "")
-
-    def bring_again(self):
-        """Make ready what is due to come again."""
-        while self.again and self.again[0][0] <= self.clock.monotonic():
-            _, _, work, item = heappop(self.again)
-            if item:
-                work.later -= 1
-                work.left.append(item)
-            elif work.tool.name in self.waiting and not self.is_interrupted:
-                self.schedule.add(work.tool.name)
-
-    def start_ready(self):
-        """Start what is ready and has room: items of tools that have begun and wait for a worker,
-        tools, and then more items, side by side.
-        """
-        self.start_items(is_first=True)
-        while self.has_room():
-            tool = self.schedule.next()
-            if tool is None:
-                break
-            self.begin_attempt(tool)
-        self.start_items(is_first=False)
-
-    def has_room(self):
-        """Return whether one more job may start."""
-        return len(self.jobs) < self.plan.jobs
-
-    def start_items(self, is_first):
-        """Have more items done where there is room; if `is_first`, of tools of which none are."""
-        for tool, work in self.open.items():
-            while work.left and not (work.problem or work.cut_off) and self.has_room() \
-                    and not (is_first and work.jobs) and self.schedule.take(tool):
-                self.start_job(work, work.take(self.plan.jobs))
-
-    def begin_attempt(self, tool):
-        """Begin an attempt, for which there is room."""
-        former = self.waiting.pop(tool, None)
-        if former is None:
-            self.move(tool, _RUNNING)
-        if self.is_interrupted:
-            self.interrupts.limit(self.session.grace_s)
-        work = self.open[tool] = Work(self, self.callees[tool], former)
-        self.history.begin_attempt(tool, work.number, self.clock.wall(), work.performer.reserve())
-        self.tell("tool_started", tool, output=work.output)
-        self.publish()
-        self.start_job(work, () if work.tally else (None,))
-
-    def start_job(self, work, items):
-        """Have some items tried; without any, have them listed."""
-        work.jobs += 1
-        job = Job(next(self.numbers), work.tool.name, items, not items, work.log,
-                  self.ledger_run_id, work.number, work.last_success_at, work.source,
-                  self.session.request.item, work.tally and work.tally.retry)
-        self.jobs[job.number] = Doing(work, job, self.clock.monotonic(),
-                                      {item and item.name: item for item in items})
-        work.performer.start(job, work.tool.timeout_s)
-
     def hear(self, message):
         """Take a message of perform(), or of the workers."""
         kind, number, what = message
@@ -6506,7 +6510,7 @@ class Run:
                 tools += self.schedule.done(tool)  # it stays as it is
                 continue
             reason = self.policy.find_hindrance(step) if step.may_run() else None
-            success = None if reason else self.find_standing(step)
+            success = None if reason else find_standing(self.session, step)
             if success:
                 outcome = Outcome("cached", step.reason.partition(", unless ")[0],
                                   load_result(success), success.rows)
@@ -6520,17 +6524,6 @@ class Run:
                                   success and success.success_id, outcome.rows)
             self.note_end(tool, outcome)
             tools += self.schedule.done(tool)
-
-    def find_standing(self, step):
-        """Return the success because of which a tool is not run, now that what it waits for has
-        ended; None if it is to run.
-        """
-        if step.action == "maybe":
-            past = make_past(self.pipeline, self.history, self.session.arguments,
-                             self.clock.wall(), {}, False)
-            if find_reason_to_run(self.pipeline.tools[step.tool], step.success, past):
-                return None
-        return step.success
 
     # --- what is told ---
 
@@ -6563,6 +6556,18 @@ class Run:
         self.tell("run_ended", result=result)
         self.publish()
         return result
+
+
+def find_standing(session, step):
+    """Return the success because of which a tool is not run, now that what it waits for has ended;
+    None if it is to run.
+    """
+    if step.action == "maybe":
+        past = make_past(session.pipeline, session.history, session.arguments,
+                         session.clock.wall(), {}, False)
+        if find_reason_to_run(session.pipeline.tools[step.tool], step.success, past):
+            return None
+    return step.success
 
 
 def make_result(run_id, outcomes, is_interrupted, results, duration_s, signal):

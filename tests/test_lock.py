@@ -231,7 +231,7 @@ def test_the_refusal_names_the_process_of_a_run_that_is_just_beginning(sandbox, 
         while not pathlib.Path("go").exists():
             time.sleep(0.01)
     """)
-    for number in range(2):
+    for _ in range(2):
         process = sandbox.start(*words)
         wait_until((sandbox.folder / "began").exists)
         refused = sandbox.run()
