@@ -139,6 +139,10 @@ class Locked(UserError):
     exit_code = EXIT_LOCKED
 
 
+class Unlisted(UserError):
+    """An item is asked for that the tool does not have, so that nothing was done."""
+
+
 class Settled(UserError):
     """There is nothing to do: no mistake, but something to say."""
     exit_code = EXIT_SUCCESS
@@ -199,12 +203,14 @@ class Pipeline(NamedTuple):
 class Success(NamedTuple):
     """A tool's last success, as history's view `successes` has it, or what passed of its items.
 
-    `work` is the id of the attempt that did it, which stays the same while the tool is cached.
+    `success_id` is the id of its attempt; `work` that of the one that did the work, which stays the
+    same while the tool is cached, or has items and does nothing new.
     `needed` gives the work that each tool it needs had done by then; `source` what ran, as
     describe_source() says, and `inputs` what its files were like: both are empty where that is
     not recorded. `result` is JSON, or None if that could not say it.
     """
     tool: str
+    success_id: int
     work: int
     run_id: str
     started_at: float
@@ -225,7 +231,7 @@ class Past(NamedTuple):
     this run: see History. `find_needed_works` gives the last work of each tool that one needs.
     `find_change` tells what changed in a tool itself since a success of it, or "". `done` are the
     tools that ended well in the run that is resumed. `is_forced` overrides cache, freshness and
-    missing needs.
+    missing needs. `has_items` tells whether a tool has items.
     """
     now: float
     find_success: Callable[[str], Optional[Success]]
@@ -235,14 +241,16 @@ class Past(NamedTuple):
     find_change: Callable[[Tool, Success], str]
     done: Mapping[str, Success] = {}
     is_forced: bool = False
+    has_items: Callable[[Tool], bool] = lambda tool: False
 
 
 class Step(NamedTuple):
-    """One tool's place in a plan. `action` is run, cached, or skip: done before a resume.
+    """One tool's place in a plan. `action` is run, cached, or skip: done before a resume; or maybe:
+    cached, unless what it waits for does something new, which is known when that has ended.
 
     `needs` is what it waits for as its table says it; `edges` are the tools of the plan that it
-    waits for directly, which say the same: see make_steps. `success` is what a tool that is not
-    run again did when it was; `expected_s` is None where nothing is known of it.
+    waits for directly, which say the same: see make_steps. `success` is what a tool that is, maybe,
+    not run again did when it was; `expected_s` is None where nothing is known of it.
     """
     tool: str
     wave: int
@@ -252,6 +260,10 @@ class Step(NamedTuple):
     edges: Names = ()
     expected_s: Optional[float] = None
     success: Optional[Success] = None
+
+    def may_run(self):
+        """Return whether the tool may have to run."""
+        return self.action in ("run", "maybe")
 
 
 class Plan(NamedTuple):
@@ -945,6 +957,9 @@ def make_plan(pipeline, targets=(), *, exclude=(), start_from=None, jobs=1, past
     for target in targets:
         for tool, reason in expand_reasons(pipeline, target).items():
             reasons.setdefault(tool, reason)
+    if not reasons:
+        raise UserError(f"There is nothing to run: {', '.join(targets)} has no tools.",
+                        "Name a target that has some; --list shows them all.")
     order = sort_by_needs(reasons, find_needs_within(pipeline, reasons))
     order = leave_out(pipeline, order, exclude, start_from)
     if not order:
@@ -1008,23 +1023,31 @@ def format_age(success, now):
     return format_duration(now - success.ended_at) + " ago"
 
 
-def decide(pipeline, tool, ran, redo, past):
-    """Return the success because of which a tool is not run, or None, and the reason for either.
+def decide(pipeline, tool, edges, redo, past):
+    """Return what becomes of a tool, see Step; the success because of which it is, maybe, not run;
+    and the reason.
 
-    `ran` is a tool that it waits for and that will run, if there is one; `redo` are the tools that
-    must run again, and why.
+    `edges` are the steps that it waits for; `redo` the tools that must run again, and why.
     """
     done = past.done.get(tool)
     is_cached = pipeline.tools[tool].cache_s and not past.is_forced
     success = done or (past.find_success(tool) if is_cached else None)
     if success is None or tool in redo:
-        return None, redo.get(tool, "")
-    if ran is not None:
-        return None, f"again, because {ran} will run"
-    if done:
-        return done, f"succeeded in run {done.run_id}"
+        return "run", None, redo.get(tool, "")
+    ran = [step.tool for step in edges if step.may_run()]
+    again = [step.tool for step in edges if step.action == "run"
+             and not past.has_items(pipeline.tools[step.tool])] if is_cached else ran
+    if again:
+        return "run", None, f"again, because {again[0]} will run"
+    if done and not ran:
+        return "skip", done, f"succeeded in run {done.run_id}"
     change = find_reason_to_run(pipeline.tools[tool], success, past)
-    return (None, change) if change else (success, f"unchanged since run {success.run_id}")
+    if change:
+        return "run", None, change
+    reason = f"unchanged since run {success.run_id}"
+    if ran:
+        return "maybe", success, f"{reason}, unless {ran[0]} does something new"
+    return "cached", success, reason
 
 
 def find_reason_to_run(tool, success, past):
@@ -1051,7 +1074,7 @@ def find_lost_results(steps):
         who = waiting.get(step.tool) or in_line
         if step.success and step.success.result is None and who:
             lost[step.tool] = f"{who} needs its result, {step.success.kind}, which is not kept"
-        if step.action == "run" or step.tool in lost:
+        if step.may_run() or step.tool in lost:
             if step.needs == ALL_BEFORE:
                 in_line = step.tool
             else:
@@ -1080,10 +1103,10 @@ def make_steps(pipeline, order, reasons, past, redo, describe):
     for tool, needs in find_needs_within(pipeline, dict.fromkeys(order)).items():
         options = pipeline.tools[tool]
         edges = since if needs == ALL_BEFORE else [need for need in needs if need in steps]
-        ran = next((each for each in edges if steps[each].action == "run"), None)
-        success, why = decide(pipeline, tool, ran, redo, past) if past else (None, "")
-        action = "run" if success is None else "skip" if tool in past.done else "cached"
-        expected_s = 0.0 if success else (past and past.find_expected_s(tool)) or options.estimate_s
+        action, success, why = ("run", None, "") if past is None else decide(
+            pipeline, tool, [steps[each] for each in edges], redo, past)
+        expected_s = 0.0 if action in ("cached", "skip") else (
+            past and past.find_expected_s(tool)) or options.estimate_s
         reason = why if success else "; ".join(filter(None, [
             reasons[tool], why, describe and describe(options)]))
         wave = 1 + max((steps[each].wave for each in edges), default=0)
@@ -1404,7 +1427,7 @@ def expand_target(pipeline, name):
 # of a status is committed before the next thing happens. What is read from there is data: nothing
 # of it is unpickled or evaluated. It never touches other people's databases.
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 APPLICATION_ID = 0x6F726368  # "orch" in the header of the file says whose it is
 
 VIEWS = """
@@ -1431,15 +1454,16 @@ CREATE VIEW attempts_of_runs AS
     FROM runs r CROSS JOIN attempts a ON a.run_id = r.run_id AND a.attempt_id >= r.first_attempt
         AND a.attempt_id < coalesce((SELECT next.first_attempt FROM runs next
             WHERE next.run_id > r.run_id ORDER BY next.run_id LIMIT 1), 9e18);
--- The attempts that ended well, with the work that each of them did, or rests on: its own, or that
--- of the success that still stood.
+-- The attempts that ended well, with the success that stood by then, a cached one's being another
+-- attempt's, and the work that this did, or rested on.
 CREATE VIEW successes AS
-    SELECT a.attempt_id, a.run_id AS of_run, a.status, a.tool, w.attempt_id AS work,
+    SELECT a.attempt_id, a.run_id AS of_run, a.status, a.tool, w.attempt_id AS success_id, w.work,
            CAST(w.run_id AS TEXT) AS run_id, w.started_at,
            w.started_at + coalesce(w.duration_s, 0.0) AS ended_at, w.rows, w.result,
            coalesce(w.kind, '') AS kind, r.item, r.arguments, coalesce(w.source, '') AS source,
            coalesce(w.inputs, '') AS inputs, coalesce(w.needed, '{}') AS needed
-    FROM attempts a CROSS JOIN attempts w ON w.attempt_id = a.work AND w.tool = a.tool
+    FROM attempts a CROSS JOIN attempts w ON w.tool = a.tool AND w.attempt_id =
+                        CASE WHEN a.attempt > 0 THEN a.attempt_id ELSE a.work END
                     CROSS JOIN runs r ON r.run_id = w.run_id
     WHERE a.status IN ('success', 'partial', 'cached');
 -- The runs that --prune keeps, however old: the newest, and those that hold the last success of a
@@ -1492,8 +1516,9 @@ CREATE TABLE attempts (
     started_at    REAL NOT NULL,     -- seconds since 1970, UTC
     duration_s    REAL,              -- by a clock that is never set; NULL if it never ended
     pid           INTEGER,           -- of the process that ran it
-    work          INTEGER,           -- success, partial: its own attempt_id; cached: that of the
-                                     -- success that still stands; else NULL
+    work          INTEGER,           -- success, partial: its own attempt_id, or of a tool whose
+                                     -- items have not changed, its work before; cached: the
+                                     -- attempt_id of the success that still stands; else NULL
     rows          INTEGER,           -- NULL if the tool did not say
     result        TEXT,              -- JSON of what it returned; NULL if JSON can not say that
     kind          TEXT,              -- type of such a result: 'a DataFrame'; else NULL
@@ -1514,7 +1539,9 @@ UPGRADES = {  # schema version -> the statements that lead to the next one
 ALTER TABLE runs ADD COLUMN item TEXT;
 UPDATE runs SET item = '' WHERE words LIKE '%"-' || '-item"%' OR words LIKE '%"-' || '-item=%';
 """,  # two hyphens side by side would begin a comment
-    3: VIEWS,
+    3: "",
+    4: "".join(f"DROP VIEW IF EXISTS {name};" for name in re.findall(r"VIEW (\w+) AS", VIEWS))
+       + VIEWS,
 }
 
 RESULT_CAP_BYTES = 2**20  # a longer result is not kept
@@ -1564,12 +1591,12 @@ def make_folder(folder):
         raise refused(folder, error) from error
 
 
-def open_private(path):
+def open_private(path, how=os.O_WRONLY | os.O_APPEND):
     """Return a file, opened to append to it, which only its owner can read. It is made, in its
     folder, where they are not.
     """
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    return os.open(path, how | os.O_CREAT, 0o600)
 
 
 def append_line(path, line):
@@ -1593,6 +1620,7 @@ def refused(path, error):
 # Lock files that this very process holds, and by which Lock of it, since the kernel only keeps
 # processes apart. A program has this module twice if a tool of it imports it by its name.
 _held = vars(sys).setdefault("_orchestrator_held", {})
+_PID_BYTES = 20  # of its id, from byte 1 on
 _WORKER_BYTES = 2**30  # byte 0 of the lock file is the run's, these many after it the workers'
 
 
@@ -1602,15 +1630,18 @@ class Lock:
     Byte 0 belongs to the run, one byte after it to each worker. So the lock of a run that was
     killed is free when the last of its workers is gone. No other code of this process may open
     the file: to close it would free the locks (fcntl(2)).
+
+    State: `pid`, the id of the process that signed it last, 0 if none did.
     """
 
     def __init__(self, folder):
         self.path = os.path.realpath(os.path.join(folder, "lock"))
-        self.fd = None
+        self.fd, self.pid = None, 0
 
     def take(self):
         """Take the lock and return ""; or who has it, "run" or "worker"."""
         if _held.setdefault(self.path, self) is not self:  # which no other thread can tear
+            self.pid = os.getpid()
             return "run"
         holder = "run"
         try:
@@ -1620,10 +1651,18 @@ class Lock:
                 if lock_bytes(self.fd, 1, _WORKER_BYTES):
                     lock_bytes(self.fd, 1, _WORKER_BYTES, free=True)
                     holder = ""
+            os.lseek(self.fd, 1, os.SEEK_SET)  # on Windows nobody else can read byte 0
+            self.pid = int(b"0" + os.read(self.fd, _PID_BYTES).strip())
         finally:
             if holder:
                 self.release()
         return holder
+
+    def sign(self):
+        """Let those who find it taken know by whom."""
+        with contextlib.suppress(OSError):  # the disk is full
+            os.lseek(self.fd, 0, os.SEEK_SET)
+            os.write(self.fd, b" %d" % os.getpid() + b" " * _PID_BYTES)
 
     def release(self):
         """Give the lock back."""
@@ -1637,7 +1676,7 @@ class Lock:
 def open_lock(path):
     """Return the lock file, opened."""
     try:
-        return open_private(path)
+        return open_private(path, os.O_RDWR)
     except OSError as error:
         raise refused(path, error) from error
 
@@ -1731,7 +1770,7 @@ def upgrade(db):
 
 
 _SUCCESSES = """
-    SELECT tool, work, run_id, started_at, ended_at, rows, result, kind, arguments,
+    SELECT tool, success_id, work, run_id, started_at, ended_at, rows, result, kind, arguments,
            CASE WHEN source LIKE '{%' THEN source ELSE '{}' END AS source, inputs, needed
     FROM successes
 """
@@ -1874,8 +1913,35 @@ class Store:
                          run_id)
 
     def load_last_attempts(self):
-        """Return the rows of the view `last_attempts` by tool."""
-        return {row["tool"]: row for row in self.load("SELECT * FROM last_attempts")}
+        """Return the rows of the view `last_attempts` by tool; after a period of a backfill that
+        ended well, that of one that did not, if that was the last run of it.
+        """
+        lasts = {row["tool"]: row for row in self.load("SELECT * FROM last_attempts")}
+        for run_id in {row["run_id"] for row in lasts.values() if row["status"] in DONE}:
+            run = self.find_run(run_id)
+            for other in self.load_other_periods(run) if has_period(run["arguments"]) else ():
+                start = other["arguments"][PERIOD_ARGUMENTS[0]]
+                for row in self.load_attempts(other["run_id"]):
+                    last = lasts.get(row["tool"], row)
+                    if last["run_id"] == run_id and last["status"] in DONE \
+                            and row["status"] not in DONE:
+                        row["reason"] = f"in the period from {start}" \
+                            + f"; {row['reason']}" * bool(row["reason"])
+                        lasts[row["tool"]] = {**last, **row}
+        return lasts
+
+    def load_other_periods(self, run):
+        """Return the last runs of those periods of a run's backfill that did not succeed."""
+        def leave_out_period(arguments):
+            return {name: value for name, value in arguments.items()
+                    if name not in PERIOD_ARGUMENTS}
+
+        mine = leave_out_period(run["arguments"])
+        lasts = [self.find_run(last["run_id"])
+                 for last in self.load_last_like(make_request(run)).values()
+                 if last["status"] not in ("success", "running")]
+        return [other for other in lasts if has_period(other["arguments"])
+                and leave_out_period(other["arguments"]) == mine]
 
     def find_called_in(self, tool):
         """Return the run in which a tool was called last; None if it never was."""
@@ -2023,9 +2089,9 @@ class History(Store):
         self.run_id = self.change(f"INSERT INTO runs ({', '.join(row)}) "  # noqa: S608 - columns
                                   f"VALUES (:{', :'.join(row)})", row)
         for step in plan.steps:
-            if step.success:
-                self.note(step.tool, 0, "cached", at, reason=step.reason, work=step.success.work,
-                          rows=step.success.rows)
+            if not step.may_run():
+                self.note(step.tool, 0, "cached", at, reason=step.reason,
+                          work=step.success.success_id, rows=step.success.rows)
         self.commit()
         return str(self.run_id)
 
@@ -2050,16 +2116,37 @@ class History(Store):
         for name in ("status", "duration_s", "rows", "reason", "error"):
             row[name] = getattr(outcome, name)
         if outcome.status in ("success", "partial"):
-            row["work"] = attempt_id
+            row["work"] = self.find_work(tool, outcome.items, attempt_id)
             row["result"], row["kind"] = outcome.kept or keep_result(outcome.result)
             self.forget(tool)
         self.update(attempt_id, row)
+
+    def find_work(self, tool, items, attempt_id):
+        """Return the work of an attempt that ended well: its own, unless it did nothing to items,
+        and the one before tells of all that was done to them before.
+        """
+        if items and not items["passed"] + items["elsewhere"]:
+            former = self.find_success(tool)
+            last = self.ask("SELECT max(attempt_id) FROM attempts WHERE tool = ? AND attempt > 0 "
+                            "AND attempt_id < ?", tool, attempt_id)
+            if former and former.success_id == last:
+                return former.work
+        return attempt_id
 
     def end_run(self, status, duration_s):
         """Record how a run ended."""
         self.change("UPDATE runs SET status = ?, duration_s = ? WHERE run_id = ?",
                     (status, duration_s, self.run_id))
         self.commit()
+
+    def forget_run(self):
+        """Forget the run that is recorded, in which nothing was done."""
+        from shutil import rmtree
+        for table in ("attempts", "runs"):
+            self.change(f"DELETE FROM {table} WHERE run_id = ?", (self.run_id,))  # noqa: S608
+        self.commit()
+        if self.folder:
+            rmtree(find_logs(self.folder, str(self.run_id)), ignore_errors=True)
 
     def prune(self, before):
         """Forget the runs that began before a moment, but those of the view `kept_runs`; return
@@ -2281,9 +2368,10 @@ def hold_history(folder, base, wait_s=0.0, clock=Clock()):
     while holder:
         patience_s = WORKERS_END_S if holder == "worker" else LOOK_S
         if clock.monotonic() - started_s >= max(wait_s, patience_s):
-            raise make_locked(history, holder)
+            raise make_locked(history, holder, lock.pid)
         clock.sleep(0.05)
         holder = lock.take()
+    lock.sign()
     try:
         yield history
     finally:
@@ -2291,15 +2379,16 @@ def hold_history(folder, base, wait_s=0.0, clock=Clock()):
         lock.release()
 
 
-def make_locked(history, holder):
-    """Return the sentence for a pipeline of which another run is not over."""
+def make_locked(history, holder, pid):
+    """Return the sentence for a pipeline of which another run is not over, in a process."""
     fix = "Wait for its end with --wait; --status shows what it does."
     try:
         run, attempts = find_running(history)
     finally:
         history.close()
-    if run is None:
-        return Locked("Another run of this pipeline is just beginning or ending.", fix)
+    if run is None or holder == "run" and pid not in (0, run["pid"]):  # that one was killed
+        return Locked("Another run of this pipeline is just beginning or ending"
+                      + f": process {pid}" * bool(pid) + ".", fix)
     tools = ", ".join(attempt["tool"] for attempt in attempts) or "nothing yet"
     if holder == "worker":
         return Locked(f"Run {run['run_id']} was killed, and a worker of it has not ended: {tools}.",
@@ -3788,6 +3877,22 @@ def read_mistakes(tool, available):
             yield UserError(f"{format_path(module.path)}:{line}: {error.problem}", error.fix)
 
 
+def check_callable(tools, available):
+    """Raise UserError with what keeps tools from being called, as load_callees() does, as far as it
+    can be read in their modules.
+    """
+    mistakes = []
+    for tool in tools:
+        module = read_module(tool.module)
+        cause = module.problem and module.problem.__cause__
+        if cause:
+            mistakes.append(make_import_error(tool, cause))
+        elif module.definitions is not None:
+            mistakes += [error for _, error in find_mistakes(
+                tool, module.path, read_functions(tool), {*available, "conn", "context"})][:1]
+    check_mistakes(mistakes)
+
+
 def find_mistakes(tool, path, functions, available):
     """Yield what is wrong with the functions of a tool, be its module read or imported: a line and
     a UserError.
@@ -3915,10 +4020,14 @@ def import_module(tool):
                         join_reasons('Put that under `if __name__ == "__main__":`',
                                      explain_exit(error)) + ".") from error
     except Exception as error:
-        raise UserError(f"{where} failed, {format_place(error, tool)}:\n"
-                        f"  {format_one_line(error)}",
-                        "Mend that line, or install what it needs. -v shows the whole traceback."
-                        ) from error
+        raise make_import_error(tool, error) from error
+
+
+def make_import_error(tool, error):
+    """Return the sentence for a module whose import fails by an error."""
+    return UserError(f"TOOL_MAP[{tool.name!r}]: importing {tool.module} failed, "
+                     f"{format_place(error, tool)}:\n  {format_one_line(error)}",
+                     "Mend that line, or install what it needs. -v shows the whole traceback.")
 
 
 def has_items(tool):
@@ -4257,8 +4366,9 @@ class Interrupts:
     The first one ends what the tool is doing, by KeyboardInterrupt, and is noted in `signal`;
     the engine's own steps are never torn, they look at `signal` between tools. The second one
     ends the process at once, but for SIGHUP, of which a terminal that closes sends several, and
-    for one that comes with the first, as timeout(1) signals its child and then all its group. A
-    signal that was ignored before, as by nohup, stays ignored. A process that a tool forks takes
+    for one that comes with the first, as timeout(1) signals its child and then all its group; also
+    where `signal` was taken away meanwhile, so that tools can be called which clean up. A signal
+    that was ignored before, as by nohup, stays ignored. A process that a tool forks takes
     signals as if there were no engine.
 
     What foreign code makes of sys.argv ends with it, too, there where signals come: on the main
@@ -4266,8 +4376,8 @@ class Interrupts:
     """
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all of them
     lasting = set()  # those of this process; empty in one that was forked from it
-    signal = None
-    signal_s = 0.0  # when it came
+    signal = timer = None
+    signal_s = 0.0  # when the first came
     in_tool = is_on_main_thread = False  # whether foreign code is being called; where it is
 
     def __init__(self):
@@ -4286,6 +4396,8 @@ class Interrupts:
 
     def __exit__(self, *_):
         self.lasting.discard(self)
+        if self.timer:
+            self.timer.cancel()
         for number, handler in self.before.items():
             _signal.signal(number, handler)
 
@@ -4297,7 +4409,7 @@ class Interrupts:
 
     def on_signal(self, number, _frame):
         """Take a signal. Runs in the main thread, between any two instructions."""
-        if self.signal is None:
+        if not self.signal_s:
             self.signal, self.signal_s = number, time.monotonic()
             if self.in_tool:
                 raise KeyboardInterrupt(number)
@@ -4305,6 +4417,22 @@ class Interrupts:
                 and time.monotonic() - self.signal_s > _SAME_SIGNAL_S:
             self.before_exit()
             os._exit(EXIT_SIGNAL + number)
+
+    def limit(self, seconds):
+        """Interrupt what is called some seconds from now, as a first signal would."""
+        import signal
+        import threading
+
+        def end():
+            self.signal_s = 0.0  # this one is nobody's second
+            signal.pthread_kill(threading.main_thread().ident, min(self.before))
+
+        if self.timer:
+            self.timer.cancel()
+        if self.before and hasattr(signal, "pthread_kill"):  # not on Windows
+            self.timer = threading.Timer(seconds, end)
+            self.timer.daemon = True
+            self.timer.start()
 
     def call(self, function, *args):
         """Return what foreign code returns, which the first signal may interrupt."""
@@ -4588,6 +4716,8 @@ class Doer:
         signal = self.interrupts.signal
         if signal is not None or isinstance(error, KeyboardInterrupt):
             return Try(self.at_work, "interrupted", reason=format_signal(signal))
+        if isinstance(error, Unlisted):
+            return Try(None, "unlisted", error=error.problem, reason=error.fix)
         if isinstance(error, UserError):
             return Try(None, "failed", error=error.problem, reason=NOT_AGAIN)
         problem = self.make_failure(error)
@@ -4950,7 +5080,9 @@ class Lister(Doer):
         ledger, job = self.ledger, self.job
         others, listed = ledger.find_others(), ledger.listed
         if job.only is not None and job.only not in ledger.names:
-            raise UserError(f"there is no item {job.only!r} among the {listed} that are listed")
+            raise Unlisted(f"--item: there is no item {job.only!r} among the {listed} that are "
+                           f"listed of {job.tool}.",
+                           format_nearest(job.only, sorted(ledger.names)[:10_000]))
         is_hopeless = bool(given_up) and not ledger.has_passed()
         self.database.commit()
         if others and pending:  # before any of them is done anew
@@ -4991,10 +5123,12 @@ class Lister(Doer):
                             "nor a history")
         self.give()
         found = self.interrupts.call(self._sort_items)
-        missing = [name for name in self.job.retry or () if name not in self.ledger.given_back]
+        back = self.ledger.given_back
+        missing = [name for name in self.job.retry or () if name not in back]
         if missing and self.job.only is None:
-            raise UserError(f"{format_names(missing, len(missing))} can not be tried again: not "
-                            "given up")
+            raise Unlisted(f"--retry-items: {format_names(missing, len(missing))} can not be tried "
+                           f"again: not given up by {self.tool.name}.",
+                           format_nearest(missing[0], sorted([*back, *found[1]])[:10_000]))
         return found
 
     def _sort_items(self):
@@ -5499,7 +5633,7 @@ class Workers:
     def interrupt(self):
         """Ask all that is being done to end."""
         for worker in self.workers:
-            if worker.job:
+            if worker.job and not worker.verdict:
                 self._end(worker, "interrupted")
 
     def close(self, grace_s):
@@ -5892,7 +6026,7 @@ def run_plan(session):
     argument reaches no tool; and if the history can not be written.
     """
     pipeline, plan, history = session.pipeline, session.plan, session.history
-    tools = [pipeline.tools[step.tool] for step in plan.steps if not step.success]
+    tools = [pipeline.tools[step.tool] for step in plan.steps if step.may_run()]
     check_get_connection(pipeline.get_connection)
     check_modules(pipeline, tools)
     wants_workers, workers = any(needs_worker(tool, plan.jobs) for tool in tools), None
@@ -5907,7 +6041,8 @@ def run_plan(session):
                           folder and os.path.join(folder, "slips"))
         if wants_workers:
             workers = Workers(setting, session.clock, session.grace_s)
-            stack.push(lambda kind, *_: workers.close(0.0 if kind else session.grace_s))
+            stack.push(lambda kind, *_: workers.close(
+                session.grace_s if kind in (None, Unlisted) else 0.0))
         interrupts = stack.enter_context(Interrupts())
         callees = load_all(tools, setting.arguments, interrupts)
         check_are_taken(setting.arguments, callees, pipeline.tools, session.find_said)
@@ -5922,6 +6057,21 @@ def run_plan(session):
         return run.end()
 
 
+def check_plan(session):
+    """Raise UserError for what would keep a plan from being carried out, as far as that is known
+    before a module is imported.
+    """
+    pipeline, plan, arguments = session.pipeline, session.plan, session.arguments
+    tools = [pipeline.tools[step.tool] for step in plan.steps if step.may_run()]
+    check_get_connection(pipeline.get_connection)
+    check_modules(pipeline, tools)
+    if any(needs_worker(tool, plan.jobs) for tool in tools):
+        check_can_travel(Setting(pipeline, dict(arguments)))
+    check_callable(tools, arguments)
+    check_are_taken(arguments, {}, pipeline.tools, session.find_said)
+    find_retries(session, [tool.name for tool in tools if has_items(tool)])
+
+
 def load_all(tools, arguments, interrupts):
     """Return the tools, imported, by name. Notes what the modules are of which that is recorded."""
     for tool in tools:
@@ -5934,11 +6084,10 @@ def load_all(tools, arguments, interrupts):
     return callees
 
 
-def find_retries(session, callees):
-    """Return by tool the items to try again that were given up. Raise UserError if items are
-    asked for of a tool that has none or is not in the plan.
+def find_retries(session, having):
+    """Return by tool the items to try again that were given up; `having` are the tools that run and
+    have items. Raise UserError if items are asked for of another.
     """
-    having = [tool for tool, callee in callees.items() if callee.has_items]
     steps = session.plan.steps
     if session.request.item is not None and (len(steps) > 1 or not having):
         raise UserError("--item is for a single tool with items; the plan has "
@@ -6141,8 +6290,9 @@ class Work:
     has been shown; `listed`, what was said of its items, once that is known; `left`, the next to
     try; `later`, how many come again at some moment; `size`, how many to do at a time; `jobs`, how
     many go on; `problem`, the Try that ended the attempt; `done`, the one that did the tool;
-    `outcome`, if it is over and the tool comes again.
+    `cut_off`, what interrupted it; `outcome`, if it is over and the tool comes again.
     """
+    cut_off = ""
     tally = listed = problem = done = outcome = None
     later = jobs = 0
     left, facts, has_logged = (), (), False
@@ -6304,10 +6454,13 @@ class Work:
         elif problem.status == "pending":
             problem = self.take_no_connection(doing, problem)
         elif problem.status == "interrupted":
-            run.is_interrupted = True
-        elif problem.item and problem.item.is_death:  # as long as that could not be recorded
-            item = problem.item._replace(deaths=problem.item.deaths - 1)
-            run.former[tool.name, item.name] = "", doing.job.source, item
+            run.interrupt()
+        else:
+            charged = {item.name: item for item in [*self.left, *doing.left.values(), problem.item]
+                       if item and item.is_death}
+            for name, item in charged.items():  # as long as that could not be recorded
+                run.former[tool.name, name] = item.slip, doing.job.source, item._replace(
+                    deaths=item.deaths - 1)
         self.problem = self.problem or problem
         if self.listed:
             run.tell("progress", tool.name, done=self.tally.count(),
@@ -6330,12 +6483,12 @@ class Work:
 
     def hear_died(self, doing, what):
         """Take it that a job is over with its process, or took too long, and what was at work."""
-        run, left, (item, how, is_late, slip) = self.run, doing.left, what
+        left, (item, how, is_late, slip) = doing.left, what
         at_work = left.pop(item.name, None) if item else None
-        if at_work is None or run.is_interrupted:  # or it was killed by us
+        if at_work is None or self.cut_off:  # or it was killed by us
             forget_slip(slip, is_told=True)
-        if run.is_interrupted:
-            self.problem = Try(None, "interrupted", reason=format_signal(run.interrupts.signal))
+        if self.cut_off:
+            self.problem = Try(None, "interrupted")
         elif at_work is None and len(left) == len(doing.job.items):
             self.problem = self.problem or Try(None, "failed", error=how)
         else:
@@ -6348,11 +6501,11 @@ class Work:
 
     def make_outcome(self):
         """Return how the attempt ended."""
-        tool, signal = self.tool, self.run.interrupts.signal
+        tool = self.tool
         ended = self.problem or self.done or (
             self.tally.sum_up(self.listed) if self.is_over() else
-            Try(None, "interrupted", reason=format_signal(signal)))
-        error, reason = ended.error, ended.reason
+            Try(None, "interrupted"))
+        error, reason = ended.error, self.cut_off * (ended.status == "interrupted") or ended.reason
         if ended.status == "failed" and 1 < self.number > tool.retries:
             reason = join_reasons(reason, f"try {self.number} of {tool.retries + 1}")
         if tool.memory_bytes is not None and error.startswith("MemoryError"):
@@ -6375,79 +6528,10 @@ class Work:
 _RUNNING = Outcome("running")
 
 
-class Run:
-    """One execution of a plan: what starts, and what the end of a tool means for others.
-
-    Constant: the session and what it holds. Changing: `outcomes` of the tools, with a status before
-    they end, too; `open`, the Work of those that are at an attempt, and `waiting`, of those that
-    come again; `jobs`, what is being done, by number; `again`, a heap of (moment, number, Work,
-    item or None): the only way in which anything comes again, and out of date once the attempt is
-    over; `former`, the items that were at work when a run was cut off: see load_slips();
-    `is_interrupted`; `told`, the events that the listener hears at the next publish().
+class Starter:
+    """What of a run starts, and when: tools, and items of those that have begun, where there is
+    room; and what comes again. Its state is that of Run.
     """
-
-    def __init__(self, session, setting, interrupts, callees, workers):
-        self.session, self.plan, self.history = session, session.plan, session.history
-        self.clock, self.pipeline, self.callees = session.clock, session.pipeline, callees
-        self.interrupts, self.workers = interrupts, workers
-        self.retries = find_retries(session, callees)
-        self.returned, self.policy = Returned(session), Policy(session)
-        self.steps = self.returned.steps
-        self.schedule = Schedule(self.plan.steps, session.pipeline, self.plan.jobs)
-        self.outcomes = dict.fromkeys(self.steps, Outcome("pending", "not started"))
-        self.open, self.waiting, self.jobs, self.again = {}, {}, {}, []
-        self.numbers = iter(range(1, sys.maxsize))  # of jobs, and of what comes again
-        self.is_interrupted, self.told = False, []
-        self.started_s = self.clock.monotonic()
-        self.run_id = self.history.begin_run(
-            self.plan, session.request, setting.arguments,
-            find_versions(self.pipeline, [callee.tool for callee in callees.values()]),
-            self.clock.wall())
-        self.ledger_run_id = f"{self.run_id}.{os.urandom(2).hex()}"
-        self.slips, self.former = setting.slips, load_slips(setting.slips)
-        self.logs = self.slips and find_logs(os.path.dirname(self.slips), self.run_id)
-        interrupts.before_exit = lambda: forget_work(self.slips, self.ledger_run_id)
-
-    def loop(self, here):
-        """Start what is ready and settle what has ended, until nothing is left to do. `here` does
-        what needs no worker.
-        """
-        self.here = here
-        self.tell("run_started", plan=self.plan)
-        self.unblock(self.schedule.begin())
-        while True:
-            if self.interrupts.signal is not None and not self.is_interrupted:
-                self.is_interrupted = True  # nothing more starts, what runs ends within the grace
-                if self.workers:
-                    self.workers.interrupt()
-            for work in [*self.open.values()]:
-                if work.is_over() or self.is_interrupted and not work.jobs:
-                    self.end_attempt(work)
-            self.bring_again()
-            self.start_ready()
-            self.publish()
-            if not self.open and (self.is_interrupted or not self.waiting):
-                return
-            self.wait()
-
-    def wait(self):
-        """Hear what is said, until something is due."""
-        if self.here.job:
-            work = self.open[self.here.job.tool]
-            work.has_logged = self.here.wait() or work.has_logged
-            return
-        due_s = self.again[0][0] - self.clock.monotonic() if self.again else _BEAT_S
-        timeout_s = max(0.0, min(_BEAT_S, due_s))
-        if not self.jobs:
-            self.clock.sleep(timeout_s)
-            return
-        said = self.workers.wait(timeout_s)
-        for message in said:
-            self.hear(message)
-        if not said:
-            self.tell("tick")
-
-    # --- what starts ---
 
     def come_again(self, work, item=None, tries=0):
         """Have a tool, or an item of it, tried again after so many tries that failed, or at once
@@ -6466,7 +6550,7 @@ class Run:
             if item:
                 work.later -= 1
                 work.left.append(item)
-            elif work.tool.name in self.waiting:
+            elif work.tool.name in self.waiting and not self.is_interrupted:
                 self.schedule.add(work.tool.name)
 
     def start_ready(self):
@@ -6483,12 +6567,12 @@ class Run:
 
     def has_room(self):
         """Return whether one more job may start."""
-        return len(self.jobs) < self.plan.jobs and not self.is_interrupted
+        return len(self.jobs) < self.plan.jobs
 
     def start_items(self, is_first):
         """Have more items done where there is room; if `is_first`, of tools of which none are."""
         for tool, work in self.open.items():
-            while work.left and not work.problem and self.has_room() \
+            while work.left and not (work.problem or work.cut_off) and self.has_room() \
                     and work.jobs < work.width and not (is_first and work.jobs) \
                     and self.schedule.take(tool):
                 self.start_job(work, work.take(self.plan.jobs))
@@ -6498,6 +6582,8 @@ class Run:
         former = self.waiting.pop(tool, None)
         if former is None:
             self.move(tool, _RUNNING)
+        if self.is_interrupted:
+            self.interrupts.limit(self.session.grace_s)
         work = self.open[tool] = Work(self, self.callees[tool], former)
         self.history.begin_attempt(tool, work.number, self.clock.wall(), work.performer.reserve())
         self.tell("tool_started", tool, output=work.output)
@@ -6513,6 +6599,112 @@ class Run:
         self.jobs[job.number] = Doing(work, job, self.clock.monotonic(),
                                       {item and item.name: item for item in items})
         work.performer.start(job, work.tool.timeout_s)
+
+
+class Run(Starter):
+    """One execution of a plan: what starts, and what the end of a tool means for others.
+
+    Constant: the session and what it holds. Changing: `outcomes` of the tools, with a status before
+    they end, too; `open`, the Work of those that are at an attempt, and `waiting`, of those that
+    come again; `jobs`, what is being done, by number; `again`, a heap of (moment, number, Work,
+    item or None): the only way in which anything comes again, and out of date once the attempt is
+    over; `former`, the items that were at work when a run was cut off: see load_slips();
+    `is_interrupted`, and `signal`, by which, if it was one; `told`, the events that the listener
+    hears at the next publish(); `refused`, what makes that a run that never was.
+    """
+
+    def __init__(self, session, setting, interrupts, callees, workers):
+        self.session, self.plan, self.history = session, session.plan, session.history
+        self.clock, self.pipeline, self.callees = session.clock, session.pipeline, callees
+        self.interrupts, self.workers = interrupts, workers
+        self.retries = find_retries(
+            session, [tool for tool, callee in callees.items() if callee.has_items])
+        self.returned, self.policy = Returned(session), Policy(session)
+        self.steps = self.returned.steps
+        self.schedule = Schedule(self.plan.steps, session.pipeline, self.plan.jobs)
+        self.outcomes = dict.fromkeys(self.steps, Outcome("pending", "not started"))
+        self.open, self.waiting, self.jobs, self.again = {}, {}, {}, []
+        self.numbers = iter(range(1, sys.maxsize))  # of jobs, and of what comes again
+        self.is_interrupted, self.signal, self.told, self.refused = False, None, [], None
+        self.started_s = self.clock.monotonic()
+        self.run_id = self.history.begin_run(
+            self.plan, session.request, setting.arguments,
+            find_versions(self.pipeline, [callee.tool for callee in callees.values()]),
+            self.clock.wall())
+        self.ledger_run_id = f"{self.run_id}.{os.urandom(2).hex()}"
+        self.slips, self.former = setting.slips, load_slips(setting.slips)
+        self.logs = self.slips and find_logs(os.path.dirname(self.slips), self.run_id)
+        interrupts.before_exit = lambda: forget_work(self.slips, self.ledger_run_id)
+
+    def loop(self, here):
+        """Start what is ready and settle what has ended, until nothing is left to do. `here` does
+        what needs no worker.
+        """
+        self.here = here
+        self.tell("run_started", plan=self.plan)
+        self.unblock(self.schedule.begin())
+        while True:
+            if self.interrupts.signal is not None:
+                self.interrupt()
+            for work in [*self.open.values()]:
+                if work.is_over() or work.cut_off and not work.jobs:
+                    self.end_attempt(work)
+            if self.refused:
+                return
+            self.bring_again()
+            self.start_ready()
+            self.publish()
+            if not self.open and not self.waiting:
+                return
+            self.wait()
+
+    def interrupt(self):
+        """Let what runs end within the grace, and nothing more start but what cleans up after it;
+        once more, if that is not over within the grace.
+        """
+        signal, self.interrupts.signal = self.interrupts.signal, None  # so tools can be called
+        why = format_signal(signal)
+        if not self.is_interrupted:
+            self.is_interrupted, self.signal = True, signal
+        elif signal is not None:
+            why = f"not over {format_duration(self.session.grace_s)} after it began"
+        for work in self.open.values():
+            work.cut_off = work.cut_off or why
+        if self.workers:
+            self.workers.interrupt()
+        ready = dict.fromkeys([*self.schedule.take_all(), *self.waiting])
+        self.unblock(list(ready))
+
+    def cleans_up(self, tool):
+        """Return whether a tool is to run in a run that is interrupted: it cleans up, and something
+        that it waits for, directly or not, had begun.
+        """
+        left, seen = [tool], {tool}
+        while left and self.pipeline.tools[tool].when == "always":
+            step = self.steps[left.pop()]
+            if self.outcomes[step.tool].status not in ("pending", "cached", "skipped"):
+                return True
+            new = [each for each in step.edges if each not in seen]
+            left += new
+            seen.update(new)
+        return False
+
+    def wait(self):
+        """Hear what is said, until something is due."""
+        if self.here.job:
+            work = self.open[self.here.job.tool]
+            work.has_logged = self.here.wait() or work.has_logged
+            return
+        due_s = self.again[0][0] - self.clock.monotonic() if self.again else _BEAT_S
+        timeout_s = max(0.0, min(_BEAT_S, due_s))
+        if not self.jobs:
+            self.clock.sleep(timeout_s)
+            return
+        said = self.workers.wait(timeout_s)
+        for message in said:
+            self.hear(message)
+        if not said:
+            self.tell("tick")
 
     def hear(self, message):
         """Take a message of perform(), or of the workers."""
@@ -6534,6 +6726,13 @@ class Run:
         """
         tool, outcome = work.tool.name, work.make_outcome()
         del self.open[tool]
+        if outcome.status == "unlisted":
+            begun = [each for each in self.outcomes.values()
+                     if each.status not in ("pending", "cached")]
+            if len(begun) == 1:
+                self.refused = Unlisted(outcome.error, outcome.reason)
+                return
+            outcome = outcome._replace(status="failed", reason=NOT_AGAIN)
         comes_again = outcome.status == "failed" and work.problem is not None \
             and outcome.reason != NOT_AGAIN and work.number <= work.tool.retries \
             and self.policy.stopped_by is None and not self.is_interrupted
@@ -6572,27 +6771,35 @@ class Run:
         """Note how a tool ended that was tried, and let those go on that waited for it."""
         self.note_end(tool, outcome, output)
         self.policy.note(tool, outcome.status)
-        if outcome.status != "interrupted":
-            freed = self.schedule.done(tool)
-            if self.policy.stopped_by:  # then nothing that was ready starts any more
-                freed[:0] = [each for each in self.schedule.take_all() if each not in self.waiting]
-            self.unblock(freed)
+        freed = self.schedule.done(tool)
+        if self.policy.stopped_by:  # then nothing that was ready starts any more
+            freed[:0] = [each for each in self.schedule.take_all() if each not in self.waiting]
+        self.unblock(freed)
 
     def unblock(self, tools):
         """Make tools ready that wait for nothing any more; settle those that are not to run."""
         for tool in tools:  # which grows
-            step = self.steps[tool]
-            reason = None if step.success else self.policy.find_hindrance(step)
-            if step.success:
-                outcome = Outcome("cached", step.reason, load_result(step.success),
-                                  step.success.rows)
+            step, work = self.steps[tool], self.waiting.get(tool)
+            if self.is_interrupted and not self.cleans_up(tool):
+                if work:
+                    del self.waiting[tool]
+                    self.note_end(tool, Outcome("interrupted", "waited for another try",
+                                                attempts=work.number))
+                tools += self.schedule.done(tool)  # it stays as it is
+                continue
+            reason = self.policy.find_hindrance(step) if step.may_run() else None
+            success = None if reason else find_standing(self.session, step)
+            if success:
+                outcome = Outcome("cached", step.reason.partition(", unless ")[0],
+                                  load_result(success), success.rows)
             elif reason:
                 outcome = Outcome("skipped", reason)
-                self.history.note(tool, 0, outcome.status, self.clock.wall(),
-                                  reason=outcome.reason)
             else:
                 self.schedule.add(tool)
                 continue
+            if step.may_run():  # else it is known since the run began
+                self.history.note(tool, 0, outcome.status, self.clock.wall(), None, outcome.reason,
+                                  success and success.success_id, outcome.rows)
             self.note_end(tool, outcome)
             tools += self.schedule.done(tool)
 
@@ -6610,11 +6817,15 @@ class Run:
             self.session.on_event(self.told.pop(0))
 
     def end(self):
-        """Return how the run ended, and tell the listener."""
-        for tool, work in self.waiting.items():
-            self.move(tool, Outcome("interrupted", "waited for another try", attempts=work.number))
+        """Return how the run ended, and tell the listener. Raise Unlisted if it was to do nothing
+        that there is.
+        """
+        if self.refused:
+            self.history.forget_run()
+            raise self.refused
         result = make_result(self.run_id, self.outcomes, self.is_interrupted, self.returned.results,
-                             self.clock.monotonic() - self.started_s, self.interrupts.signal)
+                             self.clock.monotonic() - self.started_s,
+                             self.signal or self.interrupts.signal)
         load_slips(self.slips)  # which removes those of idle workers that died
         if self.logs:
             with contextlib.suppress(OSError):
@@ -6623,6 +6834,18 @@ class Run:
         self.tell("run_ended", result=result)
         self.publish()
         return result
+
+
+def find_standing(session, step):
+    """Return the success because of which a tool is not run, now that what it waits for has ended;
+    None if it is to run.
+    """
+    if step.action == "maybe":
+        past = make_past(session.pipeline, session.history, session.arguments,
+                         session.clock.wall(), {}, False)
+        if find_reason_to_run(session.pipeline.tools[step.tool], step.success, past):
+            return None
+    return step.success
 
 
 def make_result(run_id, outcomes, is_interrupted, results, duration_s, signal):
@@ -6678,7 +6901,7 @@ def mark_done(pipeline, plan, request, arguments, history, tools, now):
                             format_nearest(tool, steps))
     for step in plan.steps:
         if step.tool not in tools:
-            left += [step.tool] * (step.success is None)
+            left += [step.tool] * step.may_run()
             continue
         for each in left:
             if step.needs == ALL_BEFORE or each in step.needs:
@@ -6707,7 +6930,7 @@ def make_past(pipeline, history, arguments, now, done, is_forced, wants_duration
 
     def find_whole_success(tool):
         found = [history.find_success(tool, text) for text in texts]
-        return max(filter(None, found), key=lambda success: success.work, default=None)
+        return max(filter(None, found), key=lambda success: success.success_id, default=None)
 
     def find_change(tool, success):
         if success.arguments != mine:
@@ -6721,7 +6944,7 @@ def make_past(pipeline, history, arguments, now, done, is_forced, wants_duration
     find_expected_s = history.find_expected_s if wants_durations else lambda tool: None
     return Past(now, history.find_success, find_whole_success, find_expected_s,
                 lambda tool: history.find_needed_works(pipeline, tool), find_change, done,
-                is_forced)
+                is_forced, has_items)
 
 
 def count_jobs(jobs):
@@ -6956,7 +7179,7 @@ def format_plan(shown, style, jobs):
     steps, expected_s = shown["steps"], shown["expected_s"]
     there = {step["tool"] for step in steps}
     lines = format_table(">wave tool action >expected_s reason", [
-        {**step, "expected_s": step["expected_s"] if step["action"] == "run" else None,
+        {**step, "expected_s": step["expected_s"] if step["action"] in ("run", "maybe") else None,
          "reason": step["reason"] + format_needs(step, there)}
         for step in sorted(steps, key=lambda step: step["wave"])], style)
     lines += ["", "Critical path: " + format_some(shown["critical_path"], " -> ")]
@@ -6976,8 +7199,9 @@ def format_needs(step, there):
         return ""
     if step["needs"] == ALL_BEFORE:
         return "; after all before it" if step["wave"] > 1 else ""
-    return "; needs " + format_some([need if need in there else f"{need} (not in this plan)"
+    clause = "needs " + format_some([need if need in there else f"{need} (not in this plan)"
                                      for need in step["needs"]])
+    return "" if clause in step["reason"].split("; ") else "; " + clause
 
 
 def format_event(event, width, style):
@@ -7059,7 +7283,8 @@ def format_status(shown, style):
     """Return --status as text."""
     lines = format_table(
         "tool status >run_id >age_s >duration_s >rows ?items note",
-        [{**tool, "items": format_counts(tool["items"]), "note": tool["error"] or tool["reason"]}
+        [{**tool, "items": format_counts(tool["items"]),
+          "note": ", ".join(filter(None, [tool["error"], tool["reason"]]))}
          for tool in shown["tools"]], style)
     run = shown["running"]
     what = "Nothing runs now." if run is None else (
@@ -7075,6 +7300,8 @@ def count_statuses(listed, counts):
     matters while the tool runs, and after a kill.
     """
     shown = {status: counts.get(status, (0, 0))[0] for status in ITEM_STATUSES}
+    if not listed:  # items() has not said it
+        return shown
     ended = sum(new for status, (_, new) in counts.items() if status != "pending") \
         if "passed" not in listed else sum(listed[key] for key in ("passed", "failed", "elsewhere"))
     shown["pending"] = max(0, listed.get("pending", 0) - ended)
@@ -7125,8 +7352,9 @@ def format_backfill_end(count, ends, failed, today):
     ended that was not left alone; `failed` are the starts of those that failed, now or before.
     """
     words = [*ends.values()]
+    alone = count - len(words) - (len(failed) - words.count("failed"))
     text = (f"\nBackfill: {format_plural(words.count('done now'), 'period')} done now, "
-            f"{count - len(words)} left alone, {len(failed)} failed"
+            f"{alone} left alone, {len(failed)} failed"
             + ": " * bool(failed) + format_some(failed))
     text += "".join(f", {period.start} cut off" for period in ends if ends[period] == "cut off")
     if "not begun" in words:
@@ -7277,7 +7505,7 @@ class Parser(argparse.ArgumentParser):
     def read(self, words):
         """Return the engine's options, and apart from them the arguments that tools get."""
         self.given = {}
-        options, unknown = self.parse_known_intermixed_args(words)
+        options, unknown = self.parse_known_intermixed_args(self.mark_names(words))
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             raise UserError(f"There is no flag {unknown[0]!r}.",
@@ -7294,11 +7522,16 @@ class Parser(argparse.ArgumentParser):
         if self.required and self.given.keys().isdisjoint((*_COMMANDS, "resume")):
             for each in self.required:  # argparse itself says which of them is missing
                 each.required = True
-            self.parse_known_intermixed_args(words)
+            self.parse_known_intermixed_args(self.mark_names(words))
+
+    def mark_names(self, words):
+        """Return words in which one after a `--` begins with what no flag does."""
+        return ["\0" * (before == "--") + word for before, word in zip(("", *words), words)
+                if word != "--"]
 
     def _get_values(self, action, words):
         self.given[action.dest] = action
-        return super()._get_values(action, words)
+        return super()._get_values(action, [word.lstrip("\0") for word in words])
 
     def _print_message(self, message, file=None):
         show(message, end="")
@@ -7422,7 +7655,8 @@ def add_flags(parser):
         help="go on with the last run that did not succeed, or with that one")
     run("--force", action="store_true",
         help="run cached tools too, and do without needs that never succeeded")
-    run("--item", metavar="NAME", help="do only this item of a tool that has items")
+    run("--item", metavar="NAME",
+        help="do only this item of a tool that has items; -- before a name says that it is no flag")
     run("--retry-items", nargs="+", action="append", default=[], metavar=("TOOL", "ITEM"),
         help="try items again that were given up: these, or all of the tool")
     run("--backfill", metavar="A..B", help="run once per period from day A to day B, "
@@ -7494,6 +7728,10 @@ class Call(NamedTuple):
         return Request(tuple(options.targets), tuple(options.exclude), options.start_from,
                        tuple(self.argv), item=options.item)
 
+    def at(self, period):
+        """Return the call for a period of a backfill."""
+        return self._replace(arguments={**self.arguments, **period.arguments()})
+
     def find_said(self):
         """Return the arguments of tools that are on the command line, each with its flag.
 
@@ -7561,11 +7799,15 @@ def command_list(call):
 
 def command_plan(call):
     """Show the plan; of a backfill, the periods."""
-    check_are_taken(call.arguments, {}, call.pipeline.tools, call.find_said)
+    history = open_history(call)
     if call.options.backfill:
-        periods = find_periods(call, open_history(call))
+        periods = find_periods(call, history)
+        for period in [period for period in periods if period.action != "skip"][:1]:
+            check_plan(make_session(call.at(period), history))
         return answer(call, make_backfill_view(periods), format_backfill)
-    plan, _, _ = find_plan(call, open_history(call))
+    session = make_session(call, history)
+    check_plan(session)
+    plan = session.plan
     return answer(call, make_plan_view(plan), functools.partial(format_plan, jobs=plan.jobs))
 
 
@@ -7603,14 +7845,17 @@ def count_items_of(call, lasts):
     """
     import json
     counts = {}
-    having = [last for last in lasts if last["called_items"]]
+    having = [last for last in lasts if last["called_items"] or last["status"] not in DONE
+              and last["tool"] in call.pipeline.tools
+              and has_items(call.pipeline.tools[last["tool"]])]
     if having:
         with open_connection(call) as conn:
             for last in having:
                 with open_ledger(call, conn, last["tool"]) as ledger:
                     if ledger:
                         counts[last["tool"]] = count_statuses(
-                            json.loads(last["called_items"]), ledger.count(last["called_at"]))
+                            json.loads(last["called_items"] or "{}"),
+                            ledger.count(last["called_at"] or 0.0))
     return counts
 
 
@@ -7833,7 +8078,7 @@ def backfill(call, history):
     for number, period in enumerate(list(ends), 1):
         if not call.options.quiet:
             say(f"\nPeriod {period.start} to {period.end} ({number} of {len(ends)})")
-        code = carry_out(call._replace(arguments={**call.arguments, **period.arguments()}), history,
+        code = carry_out(call.at(period), history,
                          period.run_id if period.action == "resume" else None)
         ends[period] = "cut off" if code > EXIT_SIGNAL else "failed" if code else "done now"
         if code > EXIT_SIGNAL or code and call.options.fail_fast:
@@ -7932,24 +8177,30 @@ def tell_changes(pipeline, run, plan, changed):
     modules = [module for module, source in now["sources"].items()
                if run["sources"].get(module, source) != source]
     what = ["the tables"] * (now["tables"] != run["tables"]) + modules + changed
-    kept = [step.tool for step in plan.steps if step.success
+    kept = [step.tool for step in plan.steps if not step.may_run()
             and pipeline.tools[step.tool].module in modules]
     if what:
         say(f"Changed since run {run['run_id']}: {', '.join(what)}."
             + (f" Done before, and not run again: {', '.join(kept)}." if kept else ""))
 
 
-def carry_out(call, history, resumes=None):
-    """Run the plan, and tell on stderr how it goes; see find_plan()."""
+def make_session(call, history, resumes=None):
+    """Return what there is to run, and how; see find_plan()."""
     options = call.options
     plan, request, arguments = find_plan(call, history, resumes)
+    return Session(
+        call.pipeline, plan, arguments, history, request, options.fail_fast, options.verbose,
+        keep_results=False, find_said=call.find_said,
+        retry_items=None if options.reprocess else read_retries(options.retry_items))
+
+
+def carry_out(call, history, resumes=None):
+    """Run the plan, and tell on stderr how it goes; see find_plan()."""
+    options, session = call.options, make_session(call, history, resumes)
     screen = Screen(sys.stderr, options.quiet, options.verbose,
                     "; --logs shows all of it" * bool(history.folder))
     gc.freeze()  # what is here will stay: no collection during the run need walk it
-    result = run_plan(Session(
-        call.pipeline, plan, arguments, history, request, options.fail_fast, options.verbose,
-        keep_results=False, on_event=screen.on_event, find_said=call.find_said,
-        retry_items=None if options.reprocess else read_retries(options.retry_items)))
+    result = run_plan(session._replace(on_event=screen.on_event))
     if not options.quiet or result.status != "success":
         tell_tails(result, screen.style)
         next_command = "" if options.backfill else make_next_command(result, call)
@@ -8160,7 +8411,9 @@ def make_next_command(result, call):
             names = named.get(tool, ())
             # All of the tool, unless the named are for sure those that have failed.
             are_those = o.items["failed"] == o.items["pending"] == len(names)
-            words += ["--retry-items", tool, *(names if are_those else ())]
+            words += ["--retry-items", tool]
+            for name in names if are_those else ():
+                words += ["--"] * name.startswith("-") + [name]
     if not left:
         return ""
     if options.no_history:

@@ -146,7 +146,7 @@ def test_a_period_that_failed_hinders_no_other_and_is_left_until_asked_for(line)
     line.break_at()
     ended = line.run(*THREE)
     assert (ended.code, line.ran()) == (1, [])
-    assert "3 left alone, 1 failed: 2024-02-29" in ended.err
+    assert "0 periods done now, 2 left alone, 1 failed: 2024-02-29" in ended.err
     assert line.run(*next_words).code == 0
     assert line.ran() == ["b 2024-02-29"]  # of what failed, what was done is not done again
     assert line.run(*next_words).code == 0
@@ -474,3 +474,28 @@ def test_a_period_that_is_run_again_tries_again_what_was_given_up_in_it_alone(qu
     assert quick.query("SELECT item, status FROM orchestrator_items ORDER BY item") == [
         ("2024-01-01 x", "success"), ("2024-01-01 y", "failed"),
         ("2024-01-02 x", "success"), ("2024-01-02 y", "success")]
+
+
+# --- what --status says of one ---
+
+def status_of(line):
+    """Return what --status shows of each tool: its status, the run and what there is to say."""
+    shown = json.loads(line.run("--status", "--json").out)["tools"]
+    return {each["tool"]: (each["status"], each["run_id"], each["error"], each["reason"])
+            for each in shown}
+
+
+def test_the_status_of_a_tool_is_that_of_a_period_that_failed(line):
+    line.break_at("a 2024-02-29")
+    line.run(*THREE)
+    assert status_of(line) == {
+        "a": ("failed", "2", "ValueError: broken", "in the period from 2024-02-29"),
+        "b": ("skipped", "2", "", "in the period from 2024-02-29; needs a, which failed")}
+    assert "ValueError: broken, in the period from 2024-02-29" in line.run("--status").out
+    line.break_at()
+    line.run("b", *THREE)  # another backfill, of another target
+    assert [each[:2] for each in status_of(line).values()] == [("failed", "2"), ("success", "6")]
+    line.run(*THREE, "--reprocess", "failed")
+    assert {each[0] for each in status_of(line).values()} == {"success"}
+    line.run("a")
+    assert status_of(line)["a"][0] == "success"

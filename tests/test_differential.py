@@ -629,6 +629,8 @@ def read_history(folder):
              for row in found["attempts"]}
     for row in found["attempts"]:
         row["work"] = whose.get(row["work"], row["work"])
+        if row["work"] and '"passed": 0' in (row["items"] or ""):
+            row["work"] = "its own, or that before"
     for log in sorted(folder.glob(".orchestrator/*/logs/*/*.log")):
         lines = normalize(log.read_text(encoding="utf-8"), folder).splitlines()
         found["logs"].append({"file": f"{log.parent.name}/{log.name}", "lines": sorted(lines)})

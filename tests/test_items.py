@@ -876,10 +876,13 @@ def test_a_failed_item_gets_its_tries_back_by_a_new_version_or_source_or_when_as
 def test_what_is_asked_for_again_but_never_was_given_up_is_told(world):
     world.set("broken", "b")
     world.run("a", "b")
-    result = world.run(retry_items={"t": ["nosuch"]})
-    assert result.failed == ["t"] and "nosuch" in result.errors["t"]
-    result = world.run(retry_items={"t": ["a"]})
-    assert result.errors["t"] == "a can not be tried again: not given up"
+    for name in ("nosuch", "a"):
+        with pytest.raises(UserError, match=f"{name} can not be tried again: not given up by t"):
+            world.run(retry_items={"t": [name]})
+    world.tool("other", "def run(): return 1")
+    result = world.run(retry_items={"t": ["a"]}, tools={"other": "other", "t": "t"})
+    assert (result.succeeded, result.failed) == (["other"], ["t"])
+    assert "a can not be tried again: not given up" in result.errors["t"]
 
 
 def test_a_version_is_done_once_and_a_former_one_again(world):
@@ -901,9 +904,10 @@ def test_one_item_alone_is_done_when_asked_for_by_name(world):
     assert (result.status, world.done()) == ("success", ["b"])
     result = world.run(item="b")
     assert (result.status, world.done()) == ("success", ["b"])
-    result = world.run(item="nosuch")
-    assert result.failed == ["t"]
-    assert "there is no item 'nosuch' among the 3 that are listed" in result.errors["t"]
+    with pytest.raises(UserError) as caught:
+        world.run(item="nosuch")
+    assert "there is no item 'nosuch' among the 3 that are listed" in str(caught.value)
+    assert "Known: a, b, c" in str(caught.value)
     world.set("broken", "c")
     world.run(item="c")
     world.set("broken")
@@ -1142,6 +1146,46 @@ def test_a_partial_run_says_so_and_what_to_type_next(line):
     assert "Next:" not in ended.err
 
 
+def test_the_status_shows_the_items_also_where_items_did_not_come_to_its_end(line):
+    before = {"success": 2, "failed": 1, "quarantined": 0, "pending": 0}
+    line.run()
+    assert statuses(line)["t"] == {**before, "failed": 1, "pending": statuses(line)["t"]["pending"]}
+    source = line.read("t.py")
+    line.tool("t", source + """
+    def items(conn):
+        if __import__("pathlib").Path("dies").exists():
+            __import__("os").kill(__import__("os").getpid(), 9)
+        raise ValueError("no list")
+    """.replace("\n    ", "\n"))
+    assert line.run("t").code == 1
+    assert statuses(line)["t"] == before
+    (line.folder / "dies").touch()
+    assert line.run("t").code != 0
+    assert statuses(line)["t"] == before
+    assert "2 done, 1 failed" in line.run("--status").out
+
+
+@pytest.mark.parametrize("words", [("--item", "--", "-x"), ("--item=-x",),
+                                   ("--retry-items", "t", "--", "-x", "--", "--jobs", "--force")])
+def test_an_item_may_be_called_like_a_flag(line, words):
+    line.retry()
+    line.set("-x", "--jobs", "c", broken=["-x", "--jobs"])
+    assert line.run("t").code == 1
+    line.set("-x", "--jobs", "c")
+    assert line.run("t", *words).code == 0
+    assert "-x" in done_of(line)
+    assert [item["item"] for item in json.loads(
+        line.run("--items", "t", "--", "-x", "--json").out)["items"]] == ["-x"]
+
+
+def test_the_next_command_names_an_item_that_is_called_like_a_flag(line):
+    line.retry()
+    line.set("-x", broken=["-x"])
+    line.run("t")
+    ended = line.run("t", "--retry-items", "t", "--", "-x")
+    assert "--retry-items t -- -x" in ended.err
+
+
 def test_a_resume_without_that_leaves_what_was_given_up(line):
     line.retry()
     line.run()
@@ -1162,7 +1206,7 @@ def test_items_are_tried_again_by_name_or_all_of_a_tool(line):
     assert line.run("t", "--retry-items", "t", "b").code == 0
     assert done_of(line) == ["b"]
     ended = line.run("t", "--retry-items", "t", "b", "nosuch")
-    assert ended.code == 1 and "b, nosuch can not be tried again: not given up" in ended.err
+    assert ended.code == 2 and "b, nosuch can not be tried again: not given up" in ended.err
     assert line.run("t", "--retry-items", "t").code == 0
     assert done_of(line) == ["b", "a", "c"]
     ended = line.run("--retry-items", "after")
@@ -1173,8 +1217,13 @@ def test_one_item_is_run_by_its_name(line):
     assert line.run("t", "--item", "d").code == 0
     assert done_of(line) == ["d"]
     assert line.run("t", "--item", "b c").code == 1
-    ended = line.run("t", "--item", "nosuch")
-    assert ended.code == 1 and "there is no item 'nosuch' among the 3" in ended.err
+    before = line.run("--history").out, line.run("--status").out
+    for words in ([], ["--jobs", "2"], ["-q"]):
+        ended = line.run("t", "--item", "b cc", *words)
+        assert ended.code == 2 and "there is no item 'b cc' among the 3" in ended.err
+        assert "Did you mean 'b c'?" in ended.err and "Next:" not in ended.err
+    assert re.sub("[0-9.]+ s", "", "".join(before)) == re.sub(
+        "[0-9.]+ s", "", line.run("--history").out + line.run("--status").out)
     ended = line.run("--item", "d")
     assert ended.code == 2 and "--item is for a single tool with items" in ended.err
 

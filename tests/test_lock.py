@@ -1,7 +1,9 @@
 """Two runs of one pipeline never overlap, and a lock that is left behind needs no hand."""
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -217,6 +219,32 @@ def test_the_refusal_names_the_run_its_process_since_when_and_the_tool(sandbox):
     assert fix == "  Wait for its end with --wait; --status shows what it does."
     end(sandbox, process)
     assert sandbox.read("began") == "1\nend of 1\n"
+
+
+@pytest.mark.parametrize("words", [(), ("--jobs", "2")])
+def test_the_refusal_names_the_process_of_a_run_that_is_just_beginning(sandbox, words):
+    """Also while the history tells of a run that was killed."""
+    sandbox.pipeline('TOOL_MAP = {"slow": "slow"}').tool("slow", """
+        import os, pathlib, time
+        def run(): pass
+        pathlib.Path("began").touch()
+        while not pathlib.Path("go").exists():
+            time.sleep(0.01)
+    """)
+    for _ in range(2):
+        process = sandbox.start(*words)
+        wait_until((sandbox.folder / "began").exists)
+        refused = sandbox.run()
+        assert (refused.code, refused.err) == (
+            4, "Another run of this pipeline is just beginning or ending: process "
+            f"{process.pid}.\n  Wait for its end with --wait; --status shows what it does.\n")
+        (sandbox.folder / "go").touch()
+        assert process.wait(timeout=20) == 0
+        process.communicate()
+        (sandbox.folder / "go").unlink(), (sandbox.folder / "began").unlink()
+        path = next(sandbox.folder.glob(".orchestrator/*/history.db"))
+        with contextlib.closing(sqlite3.connect(path)) as conn, conn:
+            conn.execute("UPDATE runs SET status = 'running'")  # as if it had been killed
 
 
 @pytest.mark.parametrize("words", [("--mark-done", "slow"), ("--prune", "1d"), ("--resume",)])

@@ -127,7 +127,12 @@ def test_a_plan_with_nothing_left_is_refused(more):
 
 
 def test_a_stage_without_tools_is_no_plan():
-    assert refusal("empty").startswith("Nothing is left to run.")
+    assert refusal("empty").startswith("There is nothing to run: empty has no tools.\n")
+    no_stage = load_pipeline({"a": "a"}, {"full": []})
+    with pytest.raises(UserError, match="^There is nothing to run: full has no tools."):
+        make_plan(no_stage)
+    with pytest.raises(UserError, match="^There is nothing to run: full has no tools."):
+        make_plan(no_stage, exclude=["a"])
 
 
 @pytest.mark.parametrize("targets, more", [
@@ -669,7 +674,10 @@ def test_ten_thousand_tools_are_one_plan():
     ("full --from=summarize --exclude render", ""),
     ("--from enrich", "enrich summarize render"),
 ])
-def test_words_may_stand_before_between_and_after_flags(words, tools, capsys):
+def test_words_may_stand_before_between_and_after_flags(words, tools, capsys, modules):
+    (modules() / "tools").mkdir()
+    for name in TOOLS:
+        (modules() / "tools" / f"{name}.py").write_text("def run(): pass")
     code = main(TOOLS, STAGES, argv=["--plan", "--json", *words.split()])
 
     out = capsys.readouterr().out
@@ -682,3 +690,51 @@ def test_words_may_stand_before_between_and_after_flags(words, tools, capsys):
 def test_a_flag_is_never_guessed_from_its_beginning(flag, capsys):
     assert main(TOOLS, STAGES, argv=["--plan", flag, "fetch"]) == 2
     assert f"There is no flag '{flag}'." in capsys.readouterr().err
+
+
+# --- what a run would refuse ---
+
+REFUSED = """
+def add_arguments(parser):
+    parser.add_argument("--since")
+
+NAME = "refused"
+TOOL_MAP = {"a": "a", "items": {"module": "items", "retries": 1}, "gone": "itms",
+            "each": {"module": "each", "each": "a"}, "broken": "broken", "empty": "empty",
+            "asks": "asks", "period": "period"}
+STAGES = {"full": ["a", "items"]}
+"""
+NO_LAMBDA = """
+get_connection = lambda: None
+"""
+
+
+@pytest.mark.parametrize("words, above, says", [
+    (["gone"], "", "TOOL_MAP['gone']: there is no module 'itms'.\n  Did you mean 'items'?"),
+    (["each"], "", "TOOL_MAP['each']: 'each' is 'a', which has no items."),
+    (["--item", "x"], "", "--item is for a single tool with items; the plan has a, items."),
+    (["a", "--item", "x"], "", "--item is for a single tool with items; the plan has a."),
+    (["--retry-items", "itms"], "", "--retry-items: 'itms' is no tool with items in this plan.\n"
+                                    "  Did you mean 'items'?"),
+    (["a", "--retry-items", "items"], "", "--retry-items: 'items' is no tool with items"),
+    (["--since", "monday"], "del TOOL_MAP['broken'], TOOL_MAP['gone']",
+     "--since: no tool takes 'since'."),
+    (["broken"], "", "TOOL_MAP['broken']: importing broken failed, broken.py:1:"),
+    (["empty"], "", "TOOL_MAP['empty']: empty.py has no function run()."),
+    (["asks"], "", "TOOL_MAP['asks']: run() of asks asks for 'unheard_of', which nothing gives."),
+    (["period"], "", "which only --backfill gives."),
+    (["period", "gone", "--backfill", "2013-01-01..2013-01-01"], "", "there is no module 'itms'."),
+    (["-j", "2"], NO_LAMBDA, "get_connection can not be sent to a worker process"),
+    ([], "def get_connection(x): pass", "get_connection() asks for 'x', which nothing gives."),
+])
+def test_a_plan_that_a_run_would_refuse_is_refused_alike(quick, words, above, says):
+    quick.pipeline(REFUSED + above).tool("a", "def run(): pass").tool("each", "def run(item): pass")
+    quick.tool("items", "def items(): return []\ndef run(item): pass").tool("broken", "def run(:")
+    quick.tool("empty", "x = 1").tool("asks", "def run(unheard_of): pass")
+    quick.tool("period", "def run(period_start): pass")
+
+    planned, ran = quick.run("--plan", *words, "--force"), quick.run(*words, "--force")
+
+    assert says in planned.err
+    assert (planned.code, planned.out) == (ran.code, "") == (2, "")
+    assert planned.err == ran.err.replace("\nPeriod 2013-01-01 to 2013-01-02 (1 of 1)\n", "")

@@ -1,11 +1,13 @@
 """What a resume goes on with, what it takes for done, and when a cached tool runs again."""
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import sys
 
 import pytest
-from conftest import wait_until
+from conftest import SQLITE, wait_until
 
 from orchestrator import Settled, UserError, run_pipeline
 
@@ -56,6 +58,10 @@ class Line:
         assert ended.code == 0, ended
         return {step["tool"]: (step["action"], step["reason"])
                 for step in json.loads(ended.out)["steps"]}
+
+    def last(self):
+        """Return the id of the last run."""
+        return json.loads(self.sandbox.run("--history", "--json").out)["runs"][0]["run_id"]
 
     def history(self, run=None):
         """Return {tool: status} of a run, by default the last."""
@@ -677,6 +683,127 @@ def test_in_a_plain_list_a_cached_tool_runs_again_when_one_before_it_has(line):
     line.run("a")
     assert line.plan("b")["b"] == ("run", "named; what it needs has run since run 3")
     assert line.run("b") == ["b"]
+
+
+BELOW_ITEMS = """
+TOOL_MAP = {
+    "fetch": {"module": "items", "needs": []},
+    "load":  {"module": "each", "each": "fetch"},
+    "sum":   {"module": "m", "needs": ["load"], "cache": True},
+    "top":   {"module": "m", "needs": ["sum"], "cache": True},
+    "show":  {"module": "m", "needs": ["top"]},
+}
+"""
+
+
+@pytest.fixture
+def below(quick):
+    """
+        fetch (items) - load (items) - sum (cached) - top (cached) - show
+    """
+    line = Line(quick, {}, "")
+    run = """
+        import pathlib
+        def run(item, context):
+            if item in pathlib.Path("broken").read_text().split():
+                raise ValueError("no")
+            with open("ran", "a") as file:
+                file.write(context.tool + ":" + item + "\\n")
+            return 1
+    """
+    quick.pipeline(SQLITE + BELOW_ITEMS).tool("each", run).tool("items", run + """
+        def items():
+            return pathlib.Path("names").read_text().split()
+    """)
+    (quick.folder / "names").write_text("x y")
+    assert line.run() == ["fetch:x", "fetch:y", "load:x", "load:y", "sum", "top", "show"]
+    return line
+
+
+def test_below_items_it_is_known_when_they_have_ended_whether_a_cached_tool_stays_so(below):
+    plan = below.plan()
+    assert {tool: action for tool, (action, _) in plan.items()} == {
+        "fetch": "run", "load": "run", "sum": "maybe", "top": "maybe", "show": "run"}
+    assert plan["sum"][1] == "unchanged since run 1, unless load does something new"
+    assert plan["top"][1] == "unchanged since run 1, unless sum does something new"
+    for words in ([], ["--jobs", "3"], []):
+        assert below.run(*words) == ["show"]
+        assert below.history(below.last())["sum"] == below.history(below.last())["top"] == "cached"
+    assert below.plan("sum", "top")["top"] == ("cached", "unchanged since run 1")
+    assert below.run("sum", "top") == []
+
+    (below.folder / "names").write_text("x y z")
+    assert below.run() == ["fetch:z", "load:z", "sum", "top", "show"]
+    assert below.run() == ["show"]
+    assert below.plan()["sum"][1] == "unchanged since run 6, unless load does something new"
+
+
+@pytest.mark.parametrize("jobs", [[], ["--jobs", "2"]])
+def test_what_is_changed_in_a_tool_itself_leaves_no_doubt_that_it_runs(below, jobs):
+    assert below.plan("--force", *jobs)["sum"][0] == "run"
+    below.sandbox.tool("m", TOOL + "    x = 1\n")
+    assert [below.plan(*jobs)[tool][0] for tool in ("sum", "top")] == ["run", "run"]
+    assert below.run(*jobs) == ["sum", "top", "show"]
+    assert below.run(*jobs) == ["show"]
+
+
+def test_items_that_were_done_by_a_run_that_was_cut_off_are_new_to_a_cached_tool(below):
+    (below.folder / "names").write_text("x y z a")
+    assert below.run("fetch", broken="a") == ["fetch:z"]
+    assert below.run("load") == ["load:z"]
+    path = next(below.folder.glob(".orchestrator/*/history.db"))
+    with contextlib.closing(sqlite3.connect(path)) as conn:  # as if it had been killed
+        with conn:
+            conn.execute("UPDATE runs SET status = 'running' WHERE run_id = 3")
+            conn.execute("UPDATE attempts SET status = 'running', work = NULL WHERE run_id = 3")
+    assert below.run("load", "sum") == ["sum"]
+    assert below.run("load", "sum") == []
+
+
+def test_a_resume_keeps_what_is_cached_below_items_that_did_nothing_new(below):
+    assert below.run(broken="show") == ["show"]
+    plan = below.plan("--resume")
+    assert {tool: action for tool, (action, _) in plan.items()} == {
+        "fetch": "skip", "load": "skip", "sum": "skip", "top": "skip", "show": "run"}
+    assert below.run("--resume", broken="show") == ["show"]
+    assert below.run("--resume") == ["show"]
+    assert below.run("load", "sum", "top") == []
+
+    (below.folder / "names").write_text("x y z")
+    assert below.run(broken="z") == []
+    assert below.run("--resume") == ["fetch:z", "load:z", "sum", "top", "show"]
+
+
+def test_a_cached_tool_is_skipped_below_items_that_failed(below):
+    (below.folder / "names").write_text("z")
+    assert below.run(broken="z") == []
+    assert below.history(below.last()) == {
+        "fetch": "failed", "load": "skipped", "sum": "skipped", "top": "skipped",
+        "show": "skipped"}
+    assert below.run("--resume") == ["fetch:z", "load:z", "sum", "top", "show"]
+
+
+def test_a_tool_whose_items_did_nothing_new_is_as_fresh_as_that_tells(below):
+    from datetime import datetime
+    below.sandbox.tool("items", """
+        def items(context):
+            with open("last", "a") as file:
+                print(context.last_success, file=file)
+            return ["x"]
+        def run(item): pass
+    """)
+    for _ in range(3):
+        below.run("fetch")
+    last = [datetime.fromisoformat(line) for line in below.sandbox.read("last").splitlines()[-2:]]
+    assert last[0] < last[1]
+
+
+def test_what_is_expected_reckons_with_what_runs_perhaps(below):
+    shown = json.loads(below.sandbox.run("--plan", "--json").out)
+    assert shown["critical_path"] == ["fetch", "load", "sum", "top", "show"]
+    assert all(step["expected_s"] > 0 for step in shown["steps"])
+    text = below.sandbox.run("--plan").out
+    assert "maybe" in text and "unless load does something new" in text
 
 
 def test_a_folder_with_a_link_to_nowhere_can_be_read(cached):

@@ -210,6 +210,149 @@ def test_a_signal_ends_the_run_with_its_code_and_closes_once(sandbox, number, co
     assert "--resume" in err and "Traceback" not in err
 
 
+RENTED = """
+NAME = "rented"
+TOOL_MAP = {
+    "rent":    {"module": "m", "needs": []},
+    "work":    {"module": "m", "needs": ["rent"]},
+    "report":  {"module": "m", "needs": ["work"]},
+    "release": {"module": "m", "needs": ["report"], "when": "always"%s},
+    "notify":  {"module": "m", "when": "always"},
+    "other":   {"module": "m", "needs": ["notify"]},
+    "unused":  {"module": "m", "needs": ["idle"], "when": "always"},
+    "idle":    {"module": "m", "needs": ["other"]},
+}
+STAGES = {"full": list(TOOL_MAP), "idling": ["idle", "unused"]}
+"""
+SLEEPS = """
+    import pathlib, time
+    def run(conn, context):
+        path = pathlib.Path(context.tool)
+        with open("ran", "a") as file:
+            file.write(context.tool + "\\n")
+        while pathlib.Path("sleeps").exists() and path.name in pathlib.Path("sleeps").read_text():
+            path.touch()
+            time.sleep(0.02)
+        conn.execute("CREATE TABLE IF NOT EXISTS done (tool TEXT)")
+        conn.execute("INSERT INTO done VALUES (?)", (context.tool,))
+        return 1
+"""
+
+
+def start_rented(sandbox, *words, sleeps="work", more="", **start):
+    """Start a pipeline that is to be cleaned up after, and return the process once it sleeps."""
+    sandbox.pipeline(SQLITE + RENTED % more).tool("m", SLEEPS)
+    (sandbox.folder / "sleeps").write_text(sleeps)
+    process = sandbox.start(*words, **start)
+    wait_until((sandbox.folder / sleeps.split()[-1]).exists)
+    return process
+
+
+@POSIX
+@pytest.mark.parametrize("number, code, more, words", [
+    (2, 130, "", ()), (2, 130, "", ("--jobs", "2")), (2, 130, ", 'isolate': True", ()),
+    (15, 143, "", ("--fail-fast",)), (15, 143, ", 'timeout': '1m'", ("--jobs", "2")),
+    (1, 129, "", ()),
+])
+def test_what_cleans_up_runs_after_a_signal_too(sandbox, number, code, more, words):
+    process = start_rented(sandbox, *words, more=more,
+                           preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+
+    assert process.returncode == code, err
+    assert {tool: line.split()[1] for tool, line in summary(err).items()} == {
+        "rent": "success", "work": "interrupted", "report": "pending", "release": "success",
+        "notify": "success", "other": "pending", "idle": "pending", "unused": "success"}
+    assert sandbox.read("ran").split() == ["rent", "work", "release", "notify", "unused"]
+    assert sandbox.query("SELECT tool FROM done") == [
+        ("rent",), ("release",), ("notify",), ("unused",)]
+    assert "interrupted" in sandbox.run("--history").out
+
+    (sandbox.folder / "sleeps").unlink()
+    assert sandbox.run("--resume").code == 0
+    assert sandbox.read("ran").split()[5:] == [
+        "work", "report", "release", "notify", "other", "idle", "unused"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_cleans_up_after_nothing_that_had_begun_stays_as_it_is(modules, jobs):
+    modules(a="def run(): raise KeyboardInterrupt", b="def run(): return 3")
+    events = []
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline([], {
+            "a": {"module": "a", "needs": []}, "b": {"module": "b", "needs": ["a"]},
+            "c": {"module": "b", "needs": ["b"]},
+            "of_c": {"module": "b", "needs": ["c"], "when": "always"},
+            "of_none": {"module": "b", "needs": ["d"], "when": "always"},
+            "d": {"module": "b", "needs": []},
+        }, jobs=jobs, on_event=events.append)
+
+    result = events[-1].result
+    ran = {"of_c"} if jobs == 1 else {"d", "of_c", "of_none"}
+    assert {tool for tool, o in result.outcomes.items() if o.status == "success"} == ran
+    assert result.outcomes["a"].status == "interrupted"
+    assert result.status == "interrupted"
+
+
+@POSIX
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_would_not_end_cleaning_up_is_ended_after_the_grace_and_the_next_comes(modules, jobs):
+    modules(a="def run(): raise KeyboardInterrupt", b="def run(): return 3", hangs="""
+        import time
+        def run():
+            time.sleep(60)
+    """)
+    events = []
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline([], {
+            "a": {"module": "a", "needs": []},
+            "b": {"module": "hangs", "needs": ["a"], "when": "always", "retries": 3},
+            "c": {"module": "b", "needs": ["b"], "when": "always"},
+        }, jobs=jobs, grace_s=0.3, on_event=events.append)
+
+    outcomes = events[-1].result.outcomes
+    assert [o.status for o in outcomes.values()] == ["interrupted", "interrupted", "success"]
+    assert outcomes["b"].reason == "not over 0.30 s after it began"
+
+
+@POSIX
+@pytest.mark.parametrize("words", [(), ("--jobs", "2")])
+def test_a_second_ctrl_c_ends_what_cleans_up(sandbox, words):
+    process = start_rented(sandbox, *words, sleeps="release work")
+    process.send_signal(signal.SIGINT)
+    wait_until((sandbox.folder / "release").exists)
+    press_ctrl_c_again(process, timeout_s=5)  # the grace would take longer
+    assert process.communicate(timeout=5) and process.returncode == 130
+    assert sandbox.read("ran").split() == ["rent", "work", "release"]
+
+
+@POSIX
+def test_what_cleans_up_and_waits_for_another_try_is_tried_at_once_after_ctrl_c(sandbox):
+    sandbox.pipeline("""
+TOOL_MAP = {"a": {"module": "a", "needs": []}, "b": {"module": "b", "needs": ["a"]},
+            "clean": {"module": "b", "needs": ["a"], "when": "always", "retries": 1}}
+""")
+    sandbox.tool("a", "def run(): return 1").tool("b", """
+        import pathlib, time
+        def run(context):
+            if context.attempt == 1:
+                pathlib.Path(context.tool).touch()
+                if context.tool == "clean":
+                    raise ValueError("not yet")
+                time.sleep(60)
+            return 5
+    """)
+    process = sandbox.start("--jobs", "2")
+    wait_until(lambda: "not yet" in sandbox.run("--status").out)
+    wait_until((sandbox.folder / "b").exists)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+
+    assert process.returncode == 130
+    assert "5 rows" in err and summary(err)["clean"].split()[1:3] == ["success", "5"]
+
+
 @POSIX
 @pytest.mark.parametrize("number, code, says", [
     (signal.SIGINT, 130, "interrupted by Ctrl-C, before anything had run\n"),

@@ -45,15 +45,17 @@ Critical path: fetch -> parse -> render
 """
 
 
+def get_connection():
+    raise AssertionError("a connection was opened for looking")
+
+
 @pytest.fixture
 def look(modules, capsys):
     """Return look(*words) -> what main() printed, in a pipeline of three tools."""
-    modules(fetch_files='"""Fetch the files.\n\nMore of it."""\nraise Exception("imported")\n',
+    modules(fetch_files='"""Fetch the files.\n\nMore of it."""\nraise Exception("imported")\n'
+                        'def run(): pass\n', m="def run(): pass",
             parse_files='def run(conn):\n    """\n    Make rows of them.\n    """\n',
             render_page="def run(conn):\n    pass\n")
-
-    def get_connection():
-        raise AssertionError("a connection was opened for looking")
 
     def call(*words, tools=TOOLS, stages=STAGES):
         code = main(tools, stages, get_connection, argv=words)
