@@ -1,7 +1,8 @@
 """A run that is killed at any moment: the next start tells of it, and a resume loses nothing.
 
-The tests kill a run before every single statement that goes to history.db, and at random, and
-look at what the tools themselves wrote down. Each of them is shown to fail with a naive engine.
+The tests kill a run before statements that go to history.db (before some of each kind, and in the
+sweep before every single one), and at random, and look at what the tools themselves wrote down.
+Each of them is shown to fail with a naive engine.
 """
 import contextlib
 import json
@@ -46,8 +47,11 @@ def get_connection():
     return conn
 
 
-def start(words, die_at=None):
-    """Return the exit code of a run in a fork, killed before a statement of its history."""
+def start(words, die_at=None, met=None):
+    """Return the exit code of a run in a fork, killed before a statement of its history.
+
+    `met` is a file for how each of its statements begins.
+    """
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -56,6 +60,10 @@ def start(words, die_at=None):
     def count(statement):
         nonlocal left
         left -= 1
+        if met:
+            is_row = statement.startswith(("INSERT", "UPDATE"))  # then of which table matters
+            met.write("-".join(statement.split()[:3 if is_row else 1]) + "\\n")
+            met.flush()
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -140,6 +148,17 @@ def kill_and_resume(die_at):
     return True
 
 
+def choose_statements(first):
+    """Yield before which statements to die: all, or some and one of each kind."""
+    if IS_MUTANT or IS_SWEEP:
+        yield from range(first, 10_000)
+    with open(folder / "met", "w") as met:
+        start(["-q", *WORDS], 10**9, met)
+    met = (folder / "met").read_text().splitlines()
+    kinds = {kind: number for number, kind in enumerate(met, 1)}  # the last of each
+    yield from sorted({*range(first, len(met), 12 if WORDS else 6), *kinds.values()})
+
+
 repeated = set()  # tools that did their work twice, as the kill came between the two commits
 MUTANT
 if __name__ == "__main__":  # workers import this file, too
@@ -147,14 +166,17 @@ if __name__ == "__main__":  # workers import this file, too
     folder.mkdir()
     os.environ["FOLDER"] = str(folder)
     main(TOOLS, {}, get_connection, argv=["-q", *WORDS], name="crash", home=str(folder / "home"))
-    die_at = 15 if IS_MUTANT or WORDS else 1  # before that, it makes the tables
-    folder = HERE / str(die_at)
+    folder = HERE / "met"
     folder.mkdir()
-    while kill_and_resume(die_at) and not (complaints and IS_MUTANT):
-        die_at += 1
+    kills = 0
+    # before the 15th, it makes the tables
+    for die_at in choose_statements(15 if IS_MUTANT or WORDS else 1):
         folder = HERE / str(die_at)
         folder.mkdir()
-    print(json.dumps([die_at, sorted(repeated), complaints]))
+        if not kill_and_resume(die_at) or complaints and IS_MUTANT:
+            break
+        kills += 1
+    print(json.dumps([kills, sorted(repeated), complaints]))
 '''
 
 TOOLS = """
@@ -180,11 +202,11 @@ TOOLS = """
 """
 
 
-def kill_at_every_statement(sandbox, words=(), mutant=""):
+def kill_at_statements(sandbox, words=(), mutant="", is_sweep=False):
     """Return [kills, tools that worked twice, complaints]."""
     sandbox.tool("tools", TOOLS)
     (sandbox.folder / "driver.py").write_text(
-        DRIVER.replace("\nMUTANT", f"\nIS_MUTANT = {bool(mutant)}\n{mutant}"))
+        DRIVER.replace("\nMUTANT", f"\nIS_MUTANT, IS_SWEEP = {bool(mutant)}, {is_sweep}\n{mutant}"))
     ended = subprocess.run(
         [sys.executable, "driver.py", *words], cwd=sandbox.folder, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, timeout=120,
@@ -194,7 +216,10 @@ def kill_at_every_statement(sandbox, words=(), mutant=""):
 
 
 @pytest.mark.parametrize("words", [(), ("--jobs", "2")], ids=["one", "two"])
-def test_a_run_killed_before_any_statement_of_its_history_is_resumed_without_loss(sandbox, words):
+@pytest.mark.parametrize("is_sweep", [
+    pytest.param(False, id="some"), pytest.param(True, id="all", marks=pytest.mark.sweep)])
+def test_a_run_killed_before_any_statement_of_its_history_is_resumed_without_loss(
+        sandbox, words, is_sweep):
     """
         a (cached) - b (second try) - d
                  \\- c ------------/
@@ -202,10 +227,10 @@ def test_a_run_killed_before_any_statement_of_its_history_is_resumed_without_los
     Only what ran at the kill works twice, and that once for each tool: at least once is what is
     promised where a kill comes between the tool's own commit and that of history.
     """
-    kills, twice, complaints = kill_at_every_statement(sandbox, words)
+    kills, twice, complaints = kill_at_statements(sandbox, words, is_sweep=is_sweep)
     assert complaints == []
-    assert kills > 40
-    assert twice == ["a", "b", "c", "d"] or words
+    assert kills > (40 if is_sweep else 10)
+    assert twice == ["a", "b", "c", "d"] or words or twice and not is_sweep
 
 
 @pytest.mark.parametrize("mutant, complaint", [
@@ -214,7 +239,7 @@ def test_a_run_killed_before_any_statement_of_its_history_is_resumed_without_los
     ("History.close_killed = lambda self: ('', [])", "but "),
 ], ids=["commits late", "forgets what is done", "says nothing"])
 def test_an_engine_that_is_careless_at_its_statements_is_caught(sandbox, mutant, complaint):
-    _, _, complaints = kill_at_every_statement(sandbox, mutant=mutant)
+    _, _, complaints = kill_at_statements(sandbox, mutant=mutant)
     assert any(complaint in each for each in complaints)
 
 
@@ -296,8 +321,9 @@ TOOL_MAP = {{name: {{"module": "step", "needs": []}} for name in {STEPS!r}}}
     return again
 
 
-def test_a_pipeline_killed_twenty_times_at_random_does_nothing_twice_that_was_done(sandbox):
-    assert kill_at_random(sandbox, kills=20) == []
+@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.sweep)])
+def test_a_pipeline_killed_at_random_does_nothing_twice_that_was_done(sandbox, kills):
+    assert kill_at_random(sandbox, kills) == []
     assert {tool for tool, in sandbox.query("SELECT DISTINCT tool FROM did")} == set(STEPS)
 
 

@@ -1,8 +1,8 @@
 """Items whose run is killed at any moment: each is done exactly once, its record with its work.
 
-The tests kill runs before and after every write to the pipeline's database, to history.db and to
-the slips, and at random, and look at what the items left in tables that would take it twice. Each
-of them is shown to fail with a naive engine.
+The tests kill runs before and after writes to the pipeline's database, to history.db and to the
+slips (some of each kind, and in the sweep every one), and at random, and look at what the items
+left in tables that would take it twice. Each of them is shown to fail with a naive engine.
 """
 import contextlib
 import json
@@ -21,8 +21,9 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork and SIGKIL
 # Starts the same pipeline again and again in forks of itself, and lets one of its processes die a
 # step later than in the start before; then starts it until it has nothing left to do, and looks.
 # Prints JSON: {"kills": ..., "where": {kind of process: kills}, "complaints": [...]}.
+# `every` is how many steps later; 0: one step of each kind that a run makes, any of them.
 DRIVER = '''
-import json, mmap, os, re, signal, sqlite3, struct, sys, time
+import json, mmap, os, random, re, signal, sqlite3, struct, sys, time
 from multiprocessing import forkserver
 from pathlib import Path
 import orchestrator
@@ -43,14 +44,17 @@ if __name__ == "__main__":
     SHARED.write_bytes(bytes(16))
 with SHARED.open("r+b") as file:  # steps that all processes of a run have made, and who was killed
     shared = mmap.mmap(file.fileno(), 16)
+NEVER = 10**9  # the step at which a run dies that is to note its steps
 HARMLESS = "SELECT|PRAGMA|BEGIN|SAVEPOINT|DROP TABLE IF|CREATE TEMP"
 complaints, where = [], {}
 folder = Path(__file__).parent
 die_at = main_pid = 0
 
 
-def step():
+def step(kind):
     """Count a step of any process of the run, and die if it is the one."""
+    if die_at == NEVER:
+        note("step", re.sub(r"\\W+", "-", kind))
     made, killed = struct.unpack("qq", shared[:])
     made += 1
     is_mine = die_at and made >= die_at and not killed
@@ -68,7 +72,7 @@ def step():
 def stepping(function):
     """Return a function that makes a step before it."""
     def wrapped(*args):
-        step()
+        step("unlink")
         return function(*args)
     return wrapped
 
@@ -86,10 +90,10 @@ class Cursor(sqlite3.Cursor):
 
     def execute(self, sql, *values):
         if not re.match(HARMLESS, sql):
-            step()
+            step("before " + " ".join(sql.split()[:3]))
         result = super().execute(sql, *values)
         if re.match("COMMIT|ROLLBACK", sql):
-            step()
+            step("after " + sql)
         return result
 
 
@@ -100,7 +104,7 @@ class Connection(Unsynced):
         return super().cursor(Cursor)
 
     def executemany(self, *args):
-        step()
+        step("many")
         return super().executemany(*args)
 
     def commit(self):
@@ -112,18 +116,18 @@ class Connection(Unsynced):
     def end(self, how):
         had_begun = self.in_transaction
         if had_begun:
-            step()
+            step("before " + how.__name__)
         how()
         if had_begun:
-            step()
+            step("after " + how.__name__)
 
 
 def write_and_note(fd, job, item):
     """Write a slip, with a step before and after it."""
-    step()
+    step("before slip")
     write_slip(fd, job, item)
     note("slip", job.tool, item.name if item else "-")
-    step()
+    step("after slip")
 
 
 def note(*words):
@@ -255,19 +259,34 @@ def kill_and_go_on(at):
     return bool(killed)
 
 
+def choose_steps():
+    """Yield the steps at which to die: each `every`th, or one of each kind."""
+    if OPTIONS["every"]:
+        yield from range(OPTIONS["every"], 10_000, OPTIONS["every"])
+    begin(NEVER)
+    kinds = {}
+    for number, (_, _, _, kind) in enumerate(read_calls(None, "step"), 1):
+        kinds.setdefault(kind, []).append(number)
+    chance = random.Random(1)  # the same steps each time
+    yield from sorted(chance.choice(numbers) for numbers in kinds.values())
+
+
 if __name__ == "__main__":  # workers import this file, too
     top = folder
-    for at in range(0, 10_000, OPTIONS["every"]):
-        folder = top / str(at)
+    for name in ("warm", "steps"):
+        folder = top / name
         folder.mkdir()
-        if not at:  # this process imports all that the runs will need
-            os.environ.update(FOLDER=str(folder), DIE_AT="0")
-            conn = get_connection()
-            conn.executescript("CREATE TABLE work (tool, item); CREATE TABLE more (tool, item)")
-            conn.close()
+        os.environ.update(FOLDER=str(folder), DIE_AT="0")
+        conn = get_connection()
+        conn.executescript("CREATE TABLE work (tool, item); CREATE TABLE more (tool, item)")
+        conn.close()
+        if name == "warm":  # this process imports all that the runs will need
             orchestrator.main(TOOLS, {}, get_connection, argv=["-q", *WORDS], name="crash",
                               home=str(folder / "home"))
-        elif not kill_and_go_on(at) or any(OPTIONS["until"] in each for each in complaints):
+    for at in choose_steps():
+        folder = top / str(at)
+        folder.mkdir()
+        if not kill_and_go_on(at) or any(OPTIONS["until"] in each for each in complaints):
             break
     print(json.dumps({"kills": sum(where.values()), "where": where, "complaints": complaints}))
 '''
@@ -330,10 +349,19 @@ def kill_at_every_step(sandbox, words=(), batch=1, journal="DELETE", first="", e
     return json.loads(ended.stdout.splitlines()[-1])
 
 
+RUNS = {"one": ((), 1, "", "DELETE"), "batch": ((), 3, "", "WAL"),
+        "killed before": ((), 1, "flaky", "DELETE"),
+        "workers": (("--jobs", "2"), 1, "", "WAL"),
+        "batches in workers": (("--jobs", "2"), 3, "", "DELETE")}
+
+
 @pytest.mark.parametrize("words, batch, first, journal, every", [
-    ((), 1, "", "DELETE", 1), ((), 3, "", "WAL", 2), ((), 1, "flaky", "DELETE", 4),
-    (("--jobs", "2"), 1, "", "WAL", 2), (("--jobs", "2"), 3, "", "DELETE", 6),
-], ids=["one", "batch", "killed before", "workers", "batches in workers"])
+    *(pytest.param(*RUNS[name], every, id=name) for name, every in (
+        ("one", 0), ("batch", 11), ("killed before", 17), ("workers", 13),
+        ("batches in workers", 19))),
+    *(pytest.param(*run, 1 + len(run[0]), id=f"{name}, each step", marks=pytest.mark.sweep)
+      for name, run in RUNS.items()),
+])
 def test_items_of_a_run_killed_at_any_step_are_done_exactly_once(sandbox, words, batch, first,
                                                                  journal, every):
     """
@@ -343,8 +371,9 @@ def test_items_of_a_run_killed_at_any_step_are_done_exactly_once(sandbox, words,
     """
     said = kill_at_every_step(sandbox, words, batch, journal, first, every)
     assert not said["complaints"], said
-    assert said["kills"] > 60 / every
-    assert not words or min(said["where"].values()) > 10 / every  # chance has a part in it
+    assert said["kills"] > (60 / every if every else 10)
+    # chance has a part in it
+    assert not words or every > 3 or min(said["where"].values()) > 10 / every
 
 
 RECORD = """        ledger.record(item._replace(tries=item.tries + 1), "success", time.time(),
@@ -475,9 +504,11 @@ def kill_at_random(sandbox, kills, seed, mutant=(), journal="DELETE"):
     return find_wrong(sandbox, MANY)
 
 
-@pytest.mark.parametrize("journal", ["DELETE", "WAL"])
-def test_items_killed_at_random_are_done_exactly_once(sandbox, journal):
-    assert kill_at_random(sandbox, 10, seed=1, journal=journal) == []
+@pytest.mark.parametrize("journal, kills", [
+    ("DELETE", 4), ("WAL", 4),
+    *(pytest.param(journal, 30, marks=pytest.mark.sweep) for journal in ("DELETE", "WAL"))])
+def test_items_killed_at_random_are_done_exactly_once(sandbox, journal, kills):
+    assert kill_at_random(sandbox, kills, seed=1, journal=journal) == []
     assert not find_slips(sandbox)
 
 
@@ -494,10 +525,10 @@ WITH_CHILD = f"""
             raise ValueError("its child was killed")
         conn.execute("INSERT INTO more VALUES (?, 1)", (item,))
 """
-KILLS = int(os.environ.get("ORCHESTRATOR_TEST_KILLS", "6"))
+KILLS = int(os.environ.get("ORCHESTRATOR_TEST_KILLS", "300"))  # of the sweep
 
 
-@pytest.mark.parametrize("kills, seed", [(KILLS, 1), pytest.param(300, 2, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("kills, seed", [(6, 1), pytest.param(KILLS, 2, marks=pytest.mark.sweep)])
 def test_items_are_done_once_whoever_is_killed_the_run_a_worker_or_a_child_of_a_tool(
         sandbox, kills, seed):
     chance = random.Random(seed)  # noqa: S311 - the same moments each time, nearly

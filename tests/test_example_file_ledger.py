@@ -286,14 +286,15 @@ def test_an_inbox_that_is_not_there_is_no_empty_inbox(pipeline):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("flags", MODES.values(), ids=MODES)
-def test_killed_at_random_moments_every_file_counts_exactly_once(pipeline, flags):
+def test_killed_at_random_moments_every_file_counts_exactly_once(pipeline, flags, kills):
     inbox, chance = pipeline.home / "inbox", random.Random(1)
     for day in range(1, 101):
         write_day(inbox, f"2025-{1 + day // 28:02}-{1 + day % 28:02}", *(
             (chance.choice(("harbour", "market", "station")), f"{chance.uniform(1, 90):.2f}")
             for _ in range(20)))
-    for goal in sorted(chance.sample(range(3 * 103), 8)):
+    for goal in sorted(chance.sample(range(3 * 103), kills)):
         process = subprocess.Popen(
             [sys.executable, "-m", "example.file_ledger.pipeline", "--wait", "20s", *flags],
             cwd=pipeline.folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

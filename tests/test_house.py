@@ -149,9 +149,14 @@ ENGINE_LINE = find_mark(LINES)
 
 
 def plant(text, room):
-    """Return the source with something more at the end of a room."""
-    at = next(i for i, line in enumerate(LINES) if line.startswith(f"# === {room + 1} "))
-    return "\n".join([*LINES[:at], text, *LINES[at:]])
+    """Return a model of the house, where rooms only name what is in them, with something more."""
+    lines = [LINES[ENGINE_LINE - 1]]
+    for i, name in enumerate(["MARK", *ROOMS]):
+        lines += [f"# === {i} {name} ==="] * (i > 0)
+        lines += [f"{bound} = None" for at, node in read_rooms(SOURCE) if at == i
+                  for bound in sorted(bound_names(node))]
+        lines += [text] * (i == room)
+    return "\n".join(lines)
 
 
 # --- the mark and the rooms ---

@@ -403,8 +403,12 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("batch, jobs, retries", [(1, 1, 0), (4, 1, 0), (1, 2, 1), (4, 2, 0)])
-@pytest.mark.parametrize("place", PLACES)
+WAYS = ((1, 1, 0), (4, 1, 0), (1, 2, 1), (4, 2, 0))
+
+
+@pytest.mark.parametrize("place, batch, jobs, retries", [  # each place in one way, in the sweep all
+    pytest.param(place, *way, marks=[pytest.mark.sweep] * ((i + j) % len(WAYS) > 0))
+    for i, place in enumerate(PLACES) for j, way in enumerate(WAYS)])
 def test_a_fault_of_the_place_fails_the_tool_and_is_charged_to_no_item(line, place, batch, jobs,
                                                                        retries):
     if "device" in PLACES[place] and not sys.platform.startswith("linux"):

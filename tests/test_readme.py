@@ -8,7 +8,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import TOP
+from conftest import ENVIRONMENT, TOP, Sandbox
 
 README = (TOP / "README.md").read_text(encoding="utf-8")
 BLOCKS = [(kind, textwrap.dedent(body)) for kind, body in
@@ -34,7 +34,7 @@ def run(command, cwd):
     return subprocess.run(f'"{sys.executable}"{command[len("python"):]}', shell=True, cwd=cwd,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           encoding="utf-8",
-                          env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+                          env={**ENVIRONMENT, "PYTHONIOENCODING": "utf-8"})
 
 
 def normal(text):
@@ -56,9 +56,8 @@ def example(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def copied(sandbox):
-    """The pipeline that the README tells to write, with the tool with items, in an empty folder."""
+def write_copied(sandbox):
+    """Write the pipeline that the README tells to write, with the tool with items."""
     tables = blocks("python", "TOOL_MAP = {")[0]
     last = '"report": "sales.report",\n'
     assert last in tables
@@ -69,6 +68,12 @@ def copied(sandbox):
     sandbox.tool("sales.load", blocks("python", '"""Load')[0])
     sandbox.tool("sales.report", blocks("python", '"""Print')[0])
     return sandbox
+
+
+@pytest.fixture
+def copied(sandbox):
+    """The pipeline that the README tells to write, in an empty folder."""
+    return write_copied(sandbox)
 
 
 @pytest.mark.parametrize("session", [body for kind, body in BLOCKS if kind == "console"])
@@ -94,19 +99,29 @@ def test_the_file_may_have_any_name(copied):
     assert "usage: nightly.py" in copied.run("--help", file="nightly.py").out
 
 
+@pytest.fixture(scope="module")
+def has_run(tmp_path_factory):
+    """The same pipeline, which ran once. It is to be copied."""
+    folder = tmp_path_factory.mktemp("has_run")
+    write_copied(Sandbox(folder))
+    for target in ("full", "load_files"):
+        assert run(f"python orchestrator.py {target}", folder).returncode == 0
+    return folder
+
+
 @pytest.mark.parametrize("command", [c for kind, body in BLOCKS if kind == "sh"
                                      for c in commands(body) if "orchestrator.py" in c])
-def test_a_command_of_the_readme_works_in_the_pipeline_that_it_tells_to_write(copied, command):
-    (copied.folder / "sales.db").unlink(missing_ok=True)
-    for target in ("full", "load_files"):
-        assert run(f"python orchestrator.py {target}", copied.folder).returncode == 0
-    ended = run(command, copied.folder)
+def test_a_command_of_the_readme_works_in_the_pipeline_that_it_tells_to_write(has_run, tmp_path,
+                                                                              command):
+    folder = tmp_path / has_run.name  # by which history knows the pipeline
+    shutil.copytree(has_run, folder)
+    ended = run(command, folder)
     assert ended.returncode == 0, ended.stdout
 
 
 def test_the_tests_are_one_line_that_makes_its_own_environment():
     line, = [c for kind, body in BLOCKS if kind == "sh" for c in commands(body) if "pytest" in c]
-    assert line.startswith("python -m venv") and line.endswith("-m pytest -q")
+    assert line.startswith("python -m venv") and line.endswith("-m pytest -q -n auto")
     assert "pip install" in line
 
 

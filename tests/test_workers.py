@@ -704,6 +704,8 @@ def test_where_a_tool_hung_at_its_timeout_is_in_its_log_for_all_threads(sandbox,
         if __name__ == "__main__":
             main({"t": {"module": "m", "timeout": 0.5}}, home="home")
     """)
+    program = sandbox.folder / "orchestrator.py"  # two of these do not hear the signal
+    program.write_text(sandbox.read("orchestrator.py").replace("GRACE_S = 10.0", "GRACE_S = 1.0"))
     ended = sandbox.run()
     assert ended.code == 1 and "timed out after 0.50 s" in ended.err
     log = sandbox.run("--logs", "t").out
@@ -770,7 +772,7 @@ def test_workers_ignore_what_nohup_ignores_and_hear_what_ends_them(modules):
 @pytest.mark.parametrize("how", ["as it is", "from elsewhere", "beside another", "by a link",
                                  "with a dot", "without .py", "as a module",
                                  "from a path of Python"])
-@pytest.mark.parametrize("spawn", ["", "1"])
+@pytest.mark.parametrize("spawn", ["", pytest.param("1", marks=pytest.mark.sweep)])
 def test_workers_have_the_same_main_program_however_it_is_started(sandbox, how, spawn):
     """Where another file of its name lies in the working folder, that is not taken for it."""
     here = sandbox.folder / "here"
