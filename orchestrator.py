@@ -72,6 +72,64 @@ def add_arguments(parser):
 # ruff: noqa: E402
 _YOURS = dict(globals())  # your names, before the engine adds its own: see the last lines
 
+import os
+import sys
+
+if sys.version_info < (3, 9):  # so all of this file is written in what 3.6 can read
+    sys.stderr.write("orchestrator.py needs Python 3.9 or newer; this is %d.%d.%d.\n"
+                     % sys.version_info[:3])
+    sys.exit(2)
+
+# What the engine imports of the standard library at any time, and what that imports, on any
+# Python, but for what each has built in, or loads before it looks at this file's folder.
+_NEEDED = """
+_ast _asyncio _bisect _blake2 _bootlocale _bz2 _colorize _compat_pickle _compression _contextvars
+_datetime _hashlib _heapq _json _lzma _multiprocessing _opcode _opcode_metadata _overlapped
+_pickle _posixshmem _posixsubprocess _py_warnings _random _sha2 _sha512 _socket _sqlite3 _ssl
+_struct _tokenize _weakrefset _zstd annotationlib argparse array ast asyncio atexit base64
+binascii bisect bz2 collections compression concurrent contextlib contextvars copy copyreg
+datetime difflib dis enum errno faulthandler fcntl fnmatch functools gettext glob graphlib grp
+hashlib heapq importlib inspect ipaddress json keyword linecache locale logging lzma math msvcrt
+multiprocessing ntpath numbers opcode operator pathlib pickle pkgutil platform pwd random re
+reprlib resource runpy select selectors shlex shutil signal socket sqlite3 sre_compile
+sre_constants sre_parse ssl string struct subprocess tempfile textwrap threading token tokenize
+traceback types typing unicodedata urllib warnings weakref zipfile zlib
+"""
+_AT_TOP = """
+_heapq argparse collections contextlib copyreg enum errno functools gettext heapq keyword operator
+re reprlib sre_compile sre_constants sre_parse types typing warnings
+"""  # those of them that are imported before main() can say anything
+
+
+def find_hiding(names, folders):
+    """Return a sentence for each file, or package, that has one of some names of Python's own
+    modules, in one of the folders before that of the standard library, as sys.path has them.
+
+    Also where this Python has that built in, or loads it before: the next one may not.
+    """
+    said, names = [], set(names.split())
+    for folder in map(os.path.abspath, folders):
+        if folder == os.path.dirname(os.__file__):
+            break
+        try:
+            there = {each.partition(".")[0] for each in os.listdir(folder)}
+        except OSError:  # it is an archive, or gone
+            continue
+        for name in sorted(there & names):
+            path = os.path.join(folder, name)
+            is_package = os.path.isfile(os.path.join(path, "__init__.py"))
+            if is_package or os.path.isfile(path + ".py"):
+                said.append("%s hides Python's own %s; rename it."
+                            % (path + ".py" * (not is_package), name))
+    return said
+
+
+_RENAME = "If it is a tool, say its new name in TOOL_MAP and where it is imported."
+_HIDING = find_hiding(_NEEDED if __name__ == "__main__" else _AT_TOP, sys.path)
+if _HIDING:
+    sys.stderr.write("\n".join(_HIDING + ["  " + _RENAME, ""]))
+    sys.exit(2)
+
 import _signal  # which `signal` makes slower, with names for its numbers
 import argparse
 import contextlib
@@ -80,20 +138,13 @@ import functools
 import gc
 import itertools
 import operator
-import os
 import re
-import sys
 import time
 from heapq import heappop, heappush
 from typing import (
     Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple,
     Union,
 )
-
-if sys.version_info < (3, 9):  # so all of this file is written in what 3.6 can read
-    sys.stderr.write("orchestrator.py needs Python 3.9 or newer; this is %d.%d.%d.\n"
-                     % sys.version_info[:3])
-    sys.exit(2)
 
 VERSION = "1.0.0"
 _ENGINE_FILE = _YOURS["__file__"]
@@ -132,6 +183,13 @@ class UserError(Exception):
 
     def __str__(self):
         return "\n  ".join([self.problem, *self.fix.splitlines()])
+
+
+def check_hiding(folders):
+    """Raise UserError if a file in a path of folders hides what the engine needs of Python."""
+    hiding = find_hiding(_NEEDED, folders)
+    if hiding:
+        raise UserError("\n".join(hiding), _RENAME)
 
 
 class Locked(UserError):
@@ -5120,6 +5178,7 @@ class Workers:
     """
 
     def __init__(self, setting, clock, grace_s):
+        check_hiding([""])  # where a new interpreter looks first, too
         check_can_travel(setting)
         self.setting, self.clock, self.grace_s = setting, clock, grace_s
         self.context = make_context()
@@ -6507,6 +6566,7 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     run: also for an argument that no tool in `tool_map` takes. On the main thread, Ctrl-C, SIGTERM
     and SIGHUP first end the run in order and then do what they would have done without it.
     """
+    check_hiding(sys.path)
     check_keywords(name, item, home, resume, grace_s, wait_s, on_event)
     forget_modules()
     pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
@@ -6930,6 +6990,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
     argv = list(sys.argv[1:] if argv is None else argv)
     code, command = EXIT_SUCCESS, command_run
     try:
+        check_hiding(sys.path)
         forget_modules()
         check_not_hidden(yours)
         parser = make_parser(add_arguments)
