@@ -7174,7 +7174,8 @@ def find_name():
     orchestrator.py.
     """
     file = getattr(sys.modules["__main__"], "__file__", None) or "pipeline"
-    folder, name = os.path.split(os.path.splitext(os.path.realpath(file))[0])
+    file = os.fsencode(os.path.realpath(file)).decode("utf-8", "backslashreplace")
+    folder, name = os.path.split(os.path.splitext(file)[0])
     return os.path.basename(folder) or "pipeline" if name == "orchestrator" else name
 
 
@@ -7213,6 +7214,9 @@ class Parser(argparse.ArgumentParser):
         check_companions(options, self.given.keys() - self.names)
         if [word.partition("=")[0] for word in words].count("--item") > 1:
             raise UserError("--item was given twice.", "Leave one out; without it, all are done.")
+        if re.search("[\ud800-\udfff]", options.item or ""):  # bytes that are no text
+            raise UserError(f"There is no item {options.item!r}: that is no text.",
+                            "Rename the file, or leave --item out.")
         if self.required and self.given.keys().isdisjoint((*_COMMANDS, "resume")):
             for each in self.required:  # argparse itself says which of them is missing
                 each.required = True
