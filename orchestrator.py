@@ -3369,12 +3369,15 @@ class Definition(NamedTuple):
 
 class Module(NamedTuple):
     """A module as it reads, or is: `definitions` by name, None if it can not be read, because it
-    is in C, say, or has a `problem`. `summary` is the first line of its docstring.
+    is in C, say, or has a `problem`. `summary` is the first line of its docstring; `imports` are
+    those of read_imports(), and `doubles` of find_doubles() in the main program.
     """
     path: str
     definitions: Optional[Dict[str, Definition]] = None
     summary: str = ""
     problem: Optional[UserError] = None
+    imports: Sequence[Tuple[str, int]] = ()
+    doubles: Sequence[UserError] = ()
 
 
 class Callee(NamedTuple):
@@ -3441,15 +3444,20 @@ def read_module(name):
         tree = parse(path) if path.endswith(".py") else None
     except UserError as error:
         return Module(path, problem=error)
-    return Module(path, read_definitions(tree), read_summary(tree)) if tree else Module(path)
+    if tree is None:
+        return Module(path)
+    return Module(path, read_definitions(tree), read_summary(tree), None, read_imports(tree),
+                  [*find_doubles(path, tree)] if name == "__main__" else ())
 
 
 def parse(path):
-    """Return the syntax tree of a file. Raise UserError if it can not be read, or is not Python."""
+    """Return the syntax tree of a file, down to an ENGINE mark, below which nothing is the user's.
+    Raise UserError if it can not be read, or is not Python.
+    """
     import ast
     try:
         with open(path, "rb") as file:
-            return ast.parse(file.read(), path)
+            return ast.parse(re.split(rb"\n#\s===\sENGINE ", file.read())[0], path)
     except (SyntaxError, ValueError, OSError) as error:
         line = getattr(error, "lineno", None) or 1
         raise UserError(f"{format_path(path)}:{line}: {format_one_line(error)}",
@@ -3482,6 +3490,46 @@ def read_definitions(tree):
             kind = find_kind(node.value) if is_given else ""  # of the names right below
             left += [(each, kind) for each in ast.iter_child_nodes(node)][::-1]
     return found
+
+
+def read_imports(tree):
+    """Return [(package, line)] of what a module imports whenever it is imported itself: not in a
+    function, `if` or `try`. None of one that changes sys.path: who knows what is there then.
+    """
+    import ast
+    top = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    if any(isinstance(each, ast.Attribute) and each.attr == "path" and ast.dump(each.value)
+           == ast.dump(ast.Name("sys", ast.Load())) for node in top for each in ast.walk(node)):
+        return []
+    return [(name.partition(".")[0], node.lineno) for node in top
+            for name in ([each.name for each in node.names] if isinstance(node, ast.Import)
+                         else [node.module] if isinstance(node, ast.ImportFrom) and not node.level
+                         else ())]
+
+
+def find_doubles(path, tree):
+    """Yield an error for each key that the tables of a module spell out twice, of which Python
+    keeps the last.
+    """
+    import ast
+    for node in tree.body:
+        table = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+        for each in ast.walk(table) if isinstance(table, ast.Dict) else ():
+            lines = {}
+            for key in each.keys if isinstance(each, ast.Dict) else ():
+                if not isinstance(key, ast.Constant):
+                    continue
+                if key.value in lines:
+                    yield UserError(f"{format_path(path)}:{key.lineno}: {key.value!r} is in this "
+                                    f"dict since line {lines[key.value]}, and Python keeps the "
+                                    "last one alone.", "Rename one of them, or take it out.")
+                lines[key.value] = key.lineno
+
+
+def find_table_doubles():
+    """Return the errors of find_doubles() in the main program, if it has the tables."""
+    has_tables = hasattr(sys.modules["__main__"], "TOOL_MAP")
+    return read_module("__main__").doubles if has_tables else ()
 
 
 def find_kind(value):
@@ -3618,18 +3666,21 @@ def find_versions(pipeline, tools):
 def find_base(get_connection):
     """Return the folder of the file that defines get_connection, else of the main program."""
     code = getattr(get_connection, "__code__", None)
-    file = getattr(code, "co_filename", None) \
-        or getattr(sys.modules["__main__"], "__file__", None) or "."
-    return os.path.dirname(os.path.realpath(file))
+    return os.path.dirname(os.path.realpath(getattr(code, "co_filename", None)
+                                            or find_main_file() or "."))
+
+
+def find_main_file():
+    """Return the path of the main program, or None."""
+    return getattr(sys.modules["__main__"], "__file__", None)
 
 
 def take_path():
     """Have modules looked for in the main program's folder, also where Python was told not to, by
     -P, -I or PYTHONSAFEPATH. Raise UserError if a file hides what the engine needs of Python.
     """
-    program = sys.modules["__main__"]
-    file = getattr(program, "__file__", None)
-    if file and not getattr(program, "__spec__", None) \
+    file = find_main_file()
+    if file and not getattr(sys.modules["__main__"], "__spec__", None) \
             and getattr(sys.flags, "safe_path", sys.flags.isolated):  # the former is of 3.11
         folder = os.path.dirname(os.path.realpath(file))
         if folder not in sys.path:
@@ -3675,6 +3726,10 @@ def read_mistakes(tool, available):
     elif module.definitions is not None:
         for line, error in find_mistakes(tool, module.path, read_functions(tool), available):
             yield UserError(f"{format_path(module.path)}:{line}: {error.problem}", error.fix)
+        for name, line in module.imports:
+            if find_module(name) is None:
+                yield UserError(f"{format_path(module.path)}:{line}: there is no module {name!r} "
+                                "to import.", "Install what it is in, or correct its name.")
 
 
 def find_mistakes(tool, path, functions, available):
@@ -5569,7 +5624,7 @@ def check_can_travel(setting):
     """Raise UserError if worker processes could not get, or import, what they need."""
     import pickle
     get_connection = setting.pipeline.get_connection
-    main_file = getattr(sys.modules["__main__"], "__file__", None)
+    main_file = find_main_file()
     try:
         pickle.dumps(get_connection)
         if get_connection.__module__ == "__main__" and not main_file:
@@ -6650,7 +6705,8 @@ def count_jobs(jobs):
         raise UserError(f"jobs is {jobs!r}, not a whole number from 0 on.",
                         "Give how many tools may run side by side; 0 means one for each core.")
     affinity = getattr(os, "sched_getaffinity", None)
-    return jobs or (len(affinity(0)) if affinity else os.cpu_count() or 1)
+    jobs = jobs or (len(affinity(0)) if affinity else os.cpu_count() or 1)
+    return min(jobs, 30) if os.name == "nt" else jobs  # it waits for 63 handles, two of a worker
 
 
 def check_keywords(name, item, home, resume, grace_s, wait_s, on_event):
@@ -7173,7 +7229,7 @@ def find_name():
     """Return the name of a pipeline that has none: that of its file, or of the folder around an
     orchestrator.py.
     """
-    file = getattr(sys.modules["__main__"], "__file__", None) or "pipeline"
+    file = find_main_file() or "pipeline"
     file = os.fsencode(os.path.realpath(file)).decode("utf-8", "backslashreplace")
     folder, name = os.path.split(os.path.splitext(file)[0])
     return os.path.basename(folder) or "pipeline" if name == "orchestrator" else name
@@ -7503,7 +7559,7 @@ def command_check(call):
             expand_target(pipeline, target)
     known = {*call.arguments, *PERIOD_ARGUMENTS, "conn", "context"}
     mistakes = dict.fromkeys(map(str, [  # tools may share a module
-        *pipeline.mistakes, *find_wrong_each(pipeline, tools),
+        *pipeline.mistakes, *find_table_doubles(), *find_wrong_each(pipeline, tools),
         *(mistake for tool in tools for mistake in read_mistakes(tool, known))]))
     for mistake in mistakes:
         show(mistake)
