@@ -72,6 +72,64 @@ def add_arguments(parser):
 # ruff: noqa: E402
 _YOURS = dict(globals())  # your names, before the engine adds its own: see the last lines
 
+import os
+import sys
+
+if sys.version_info < (3, 9):  # so all of this file is written in what 3.6 can read
+    sys.stderr.write("orchestrator.py needs Python 3.9 or newer; this is %d.%d.%d.\n"
+                     % sys.version_info[:3])
+    sys.exit(2)
+
+# What the engine imports of the standard library at any time, and what that imports, on any
+# Python, but for what each has built in, or loads before it looks at this file's folder.
+_NEEDED = """
+_ast _asyncio _bisect _blake2 _bootlocale _bz2 _colorize _compat_pickle _compression _contextvars
+_datetime _hashlib _heapq _json _lzma _multiprocessing _opcode _opcode_metadata _overlapped
+_pickle _posixshmem _posixsubprocess _py_warnings _random _sha2 _sha512 _socket _sqlite3 _ssl
+_struct _tokenize _weakrefset _zstd annotationlib argparse array ast asyncio atexit base64
+binascii bisect bz2 collections compression concurrent contextlib contextvars copy copyreg
+datetime difflib dis enum errno faulthandler fcntl fnmatch functools gettext glob graphlib grp
+hashlib heapq importlib inspect ipaddress json keyword linecache locale logging lzma math msvcrt
+multiprocessing ntpath numbers opcode operator pathlib pickle pkgutil platform pwd random re
+reprlib resource runpy select selectors shlex shutil signal socket sqlite3 sre_compile
+sre_constants sre_parse ssl string struct subprocess tempfile textwrap threading token tokenize
+traceback types typing unicodedata urllib warnings weakref zipfile zlib
+"""
+_AT_TOP = """
+_heapq argparse collections contextlib copyreg enum errno functools gettext heapq keyword operator
+re reprlib sre_compile sre_constants sre_parse types typing warnings
+"""  # those of them that are imported before main() can say anything
+
+
+def find_hiding(names, folders):
+    """Return a sentence for each file, or package, that has one of some names of Python's own
+    modules, in one of the folders before that of the standard library, as sys.path has them.
+
+    Also where this Python has that built in, or loads it before: the next one may not.
+    """
+    said, names = [], set(names.split())
+    for folder in map(os.path.abspath, folders):
+        if folder == os.path.dirname(os.__file__):
+            break
+        try:
+            there = {each.partition(".")[0] for each in os.listdir(folder)}
+        except OSError:  # it is an archive, or gone
+            continue
+        for name in sorted(there & names):
+            path = os.path.join(folder, name)
+            is_package = os.path.isfile(os.path.join(path, "__init__.py"))
+            if is_package or os.path.isfile(path + ".py"):
+                said.append("%s hides Python's own %s; rename it."
+                            % (path + ".py" * (not is_package), name))
+    return said
+
+
+_RENAME = "If it is a tool, say its new name in TOOL_MAP and where it is imported."
+_HIDING = find_hiding(_NEEDED if __name__ == "__main__" else _AT_TOP, sys.path)
+if _HIDING:
+    sys.stderr.write("\n".join(_HIDING + ["  " + _RENAME, ""]))
+    sys.exit(2)
+
 import _signal  # which `signal` makes slower, with names for its numbers
 import argparse
 import contextlib
@@ -80,20 +138,13 @@ import functools
 import gc
 import itertools
 import operator
-import os
 import re
-import sys
 import time
 from heapq import heappop, heappush
 from typing import (
     Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple,
     Union,
 )
-
-if sys.version_info < (3, 9):  # so all of this file is written in what 3.6 can read
-    sys.stderr.write("orchestrator.py needs Python 3.9 or newer; this is %d.%d.%d.\n"
-                     % sys.version_info[:3])
-    sys.exit(2)
 
 VERSION = "2.0.0"
 _ENGINE_FILE = _YOURS["__file__"]
@@ -132,6 +183,13 @@ class UserError(Exception):
 
     def __str__(self):
         return "\n  ".join([self.problem, *self.fix.splitlines()])
+
+
+def check_hiding(folders):
+    """Raise UserError if a file in a path of folders hides what the engine needs of Python."""
+    hiding = find_hiding(_NEEDED, folders)
+    if hiding:
+        raise UserError("\n".join(hiding), _RENAME)
 
 
 class Locked(UserError):
@@ -3581,12 +3639,15 @@ class Definition(NamedTuple):
 
 class Module(NamedTuple):
     """A module as it reads, or is: `definitions` by name, None if it can not be read, because it
-    is in C, say, or has a `problem`. `summary` is the first line of its docstring.
+    is in C, say, or has a `problem`. `summary` is the first line of its docstring; `imports` are
+    those of read_imports(), and `doubles` of find_doubles() in the main program.
     """
     path: str
     definitions: Optional[Dict[str, Definition]] = None
     summary: str = ""
     problem: Optional[UserError] = None
+    imports: Sequence[Tuple[str, int]] = ()
+    doubles: Sequence[UserError] = ()
 
 
 class Callee(NamedTuple):
@@ -3655,15 +3716,20 @@ def read_module(name):
         tree = parse(path) if path.endswith(".py") else None
     except UserError as error:
         return Module(path, problem=error)
-    return Module(path, read_definitions(tree), read_summary(tree)) if tree else Module(path)
+    if tree is None:
+        return Module(path)
+    return Module(path, read_definitions(tree), read_summary(tree), None, read_imports(tree),
+                  [*find_doubles(path, tree)] if name == "__main__" else ())
 
 
 def parse(path):
-    """Return the syntax tree of a file. Raise UserError if it can not be read, or is not Python."""
+    """Return the syntax tree of a file, down to an ENGINE mark, below which nothing is the user's.
+    Raise UserError if it can not be read, or is not Python.
+    """
     import ast
     try:
         with open(path, "rb") as file:
-            return ast.parse(file.read(), path)
+            return ast.parse(re.split(rb"\n#\s===\sENGINE ", file.read())[0], path)
     except (SyntaxError, ValueError, OSError) as error:
         line = getattr(error, "lineno", None) or 1
         raise UserError(f"{format_path(path)}:{line}: {format_one_line(error)}",
@@ -3696,6 +3762,46 @@ def read_definitions(tree):
             kind = find_kind(node.value) if is_given else ""  # of the names right below
             left += [(each, kind) for each in ast.iter_child_nodes(node)][::-1]
     return found
+
+
+def read_imports(tree):
+    """Return [(package, line)] of what a module imports whenever it is imported itself: not in a
+    function, `if` or `try`. None of one that changes sys.path: who knows what is there then.
+    """
+    import ast
+    top = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    if any(isinstance(each, ast.Attribute) and each.attr == "path" and ast.dump(each.value)
+           == ast.dump(ast.Name("sys", ast.Load())) for node in top for each in ast.walk(node)):
+        return []
+    return [(name.partition(".")[0], node.lineno) for node in top
+            for name in ([each.name for each in node.names] if isinstance(node, ast.Import)
+                         else [node.module] if isinstance(node, ast.ImportFrom) and not node.level
+                         else ())]
+
+
+def find_doubles(path, tree):
+    """Yield an error for each key that the tables of a module spell out twice, of which Python
+    keeps the last.
+    """
+    import ast
+    for node in tree.body:
+        table = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+        for each in ast.walk(table) if isinstance(table, ast.Dict) else ():
+            lines = {}
+            for key in each.keys if isinstance(each, ast.Dict) else ():
+                if not isinstance(key, ast.Constant):
+                    continue
+                if key.value in lines:
+                    yield UserError(f"{format_path(path)}:{key.lineno}: {key.value!r} is in this "
+                                    f"dict since line {lines[key.value]}, and Python keeps the "
+                                    "last one alone.", "Rename one of them, or take it out.")
+                lines[key.value] = key.lineno
+
+
+def find_table_doubles():
+    """Return the errors of find_doubles() in the main program, if it has the tables."""
+    has_tables = hasattr(sys.modules["__main__"], "TOOL_MAP")
+    return read_module("__main__").doubles if has_tables else ()
 
 
 def find_kind(value):
@@ -3832,9 +3938,26 @@ def find_versions(pipeline, tools):
 def find_base(get_connection):
     """Return the folder of the file that defines get_connection, else of the main program."""
     code = getattr(get_connection, "__code__", None)
-    file = getattr(code, "co_filename", None) \
-        or getattr(sys.modules["__main__"], "__file__", None) or "."
-    return os.path.dirname(os.path.abspath(file))
+    return os.path.dirname(os.path.realpath(getattr(code, "co_filename", None)
+                                            or find_main_file() or "."))
+
+
+def find_main_file():
+    """Return the path of the main program, or None."""
+    return getattr(sys.modules["__main__"], "__file__", None)
+
+
+def take_path():
+    """Have modules looked for in the main program's folder, also where Python was told not to, by
+    -P, -I or PYTHONSAFEPATH. Raise UserError if a file hides what the engine needs of Python.
+    """
+    file = find_main_file()
+    if file and not getattr(sys.modules["__main__"], "__spec__", None) \
+            and getattr(sys.flags, "safe_path", sys.flags.isolated):  # the former is of 3.11
+        folder = os.path.dirname(os.path.realpath(file))
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    check_hiding(sys.path)
 
 
 def check_modules(pipeline, tools):
@@ -3875,6 +3998,10 @@ def read_mistakes(tool, available):
     elif module.definitions is not None:
         for line, error in find_mistakes(tool, module.path, read_functions(tool), available):
             yield UserError(f"{format_path(module.path)}:{line}: {error.problem}", error.fix)
+        for name, line in module.imports:
+            if find_module(name) is None:
+                yield UserError(f"{format_path(module.path)}:{line}: there is no module {name!r} "
+                                "to import.", "Install what it is in, or correct its name.")
 
 
 def check_callable(tools, available):
@@ -3993,7 +4120,7 @@ def load_callees(tools, available, interrupts):
 def load_callee(tool, available, interrupts):
     """Return one tool, imported. Raise UserError if that can not be done."""
     interrupts.own_argv(tool)
-    module = import_module(tool)
+    module = import_module(tool, interrupts)
     given = {name: getattr(module, name) for name in (tool.function, *HOOKS)
              if hasattr(module, name)}
     found = {name: Definition(takes=find_parameters(value)) if callable(value)
@@ -4009,12 +4136,21 @@ def load_callee(tool, available, interrupts):
                   "main" in (tool.function, getattr(run, "__name__", "")))
 
 
-def import_module(tool):
+def import_module(tool, interrupts):
     """Return a tool's module, imported. Raise UserError if that fails."""
     import importlib
     where = f"TOOL_MAP[{tool.name!r}]: importing {tool.module}"
     try:
-        return importlib.import_module(tool.module)
+        try:
+            return importlib.import_module(tool.module)
+        except BaseException as error:
+            if interrupts.is_forked:
+                interrupts.end_fork(error)
+            raise
+        finally:
+            if interrupts.is_forked:
+                interrupts.end_fork()
+            interrupts.put_back()
     except SystemExit as error:
         raise UserError(f"{where} called {format_one_line(error)}, {format_place(error, tool)}.",
                         join_reasons('Put that under `if __name__ == "__main__":`',
@@ -4371,18 +4507,21 @@ class Interrupts:
     that was ignored before, as by nohup, stays ignored. A process that a tool forks takes
     signals as if there were no engine.
 
-    What foreign code makes of sys.argv ends with it, too, there where signals come: on the main
-    thread, since sys.argv is the whole process's.
+    What foreign code makes of this process ends with it, too, there where signals come: on the
+    main thread, since it is the whole process's. State: `put_back`, see make_put_back(), and of
+    what it puts back `folder` and `handler`, of Ctrl-C, which are looked at after each call.
     """
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all of them
     lasting = set()  # those of this process; empty in one that was forked from it
     signal = timer = None
     signal_s = 0.0  # when the first came
     in_tool = is_on_main_thread = False  # whether foreign code is being called; where it is
+    is_forked = False  # whether this process is one that a tool has forked
+    folder = handler = None
 
     def __init__(self):
-        self.pid, self.before = os.getpid(), {}
-        self.before_exit = lambda: None
+        self.before = {}
+        self.before_exit = self.put_back = lambda: None
 
     def __enter__(self):
         import threading
@@ -4392,7 +4531,14 @@ class Interrupts:
                 if _signal.getsignal(number) not in (_signal.SIG_IGN, None):
                     self.before[number] = _signal.signal(number, self.on_signal)
         self.lasting.add(self)
+        self.look()
         return self
+
+    def look(self):
+        """Note what of this process is put back from now on."""
+        if self.is_on_main_thread:
+            self.folder, self.handler = find_working_folder(), _signal.getsignal(SIGINT)
+            self.put_back = make_put_back()
 
     def __exit__(self, *_):
         self.lasting.discard(self)
@@ -4405,6 +4551,7 @@ class Interrupts:
     def leave_all():
         """Take signals as before. Runs in a process that was forked."""
         for interrupts in [*Interrupts.lasting]:
+            interrupts.is_forked = True
             interrupts.__exit__()
 
     def on_signal(self, number, _frame):
@@ -4434,8 +4581,10 @@ class Interrupts:
             self.timer.daemon = True
             self.timer.start()
 
-    def call(self, function, *args):
-        """Return what foreign code returns, which the first signal may interrupt."""
+    def call(self, function, *args, is_item=False):
+        """Return what foreign code returns, which the first signal may interrupt, and put back what
+        it changed of this process; between the items of one job, the folder and Ctrl-C alone.
+        """
         argv = sys.argv
         try:
             self.in_tool = True
@@ -4443,13 +4592,38 @@ class Interrupts:
                 if self.signal is not None:  # it came in the instant before
                     raise KeyboardInterrupt(self.signal)
                 return function(*args)
+            except BaseException as error:
+                if self.is_forked:
+                    self.end_fork(error)
+                raise
             finally:
                 self.in_tool = False
         finally:  # also if the signal came between these two
-            if os.getpid() != self.pid:
-                os._exit(EXIT_FAILED)  # a copy of this process, which a tool forked, came back
+            if self.is_forked:
+                self.end_fork()
             if self.is_on_main_thread:
                 sys.argv = argv
+                if not (is_item and _signal.getsignal(SIGINT) == self.handler
+                        and find_working_folder() == self.folder):
+                    self.put_back()
+
+    def end_fork(self, error=None):
+        """End this process, which a tool has forked, and of which its part in that has ended, be it
+        by an error: as Python does that, but nothing more of the run is done.
+        """
+        code, text = EXIT_SUCCESS, ""
+        if isinstance(error, SystemExit):
+            code = error.code or EXIT_SUCCESS
+            if not isinstance(code, int):
+                code, text = EXIT_FAILED, f"{code}\n"
+        elif error is not None:
+            code, text = EXIT_FAILED, format_traceback(error)
+        try:
+            sys.stderr.write(text)
+            flush(sys.stdout)
+            flush(sys.stderr)
+        finally:
+            os._exit(code & 0xFF)
 
     def own_argv(self, tool):
         """Let sys.argv be a tool's name alone, until call() returns: the words of the command line
@@ -4463,12 +4637,12 @@ class Interrupts:
         import threading
         if threading.current_thread() is not threading.main_thread():
             return step(*args)
-        self.in_tool = False
+        in_tool, self.in_tool = self.in_tool, False
         try:
             result = step(*args)
         finally:
-            self.in_tool = True
-        if self.signal is not None:
+            self.in_tool = in_tool
+        if in_tool and self.signal is not None:
             raise KeyboardInterrupt(self.signal)
         return result
 
@@ -4580,9 +4754,9 @@ class Setting(NamedTuple):
 
 class Kept:
     """What a process keeps from job to job: its connection, the tools that it has imported, its
-    slip. And where processes differ: `interrupts`, how signals reach tools; `ask(job, name)`,
-    which returns the result of a tool that a job may see, or the names of all for None; `pack`,
-    what a result is made into before the commit.
+    slip, the threads that are known. And where processes differ: `interrupts`, how signals reach
+    tools; `ask(job, name)`, which returns the result of a tool that a job may see, or the names of
+    all for None; `pack`, what a result is made into before the commit.
     """
     slip, slip_fd = "", -1
 
@@ -4590,7 +4764,8 @@ class Kept:
         self.setting, self.interrupts, self.ask, self.pack = setting, interrupts, ask, pack
         self.database = Database(setting.pipeline.get_connection,
                                  lambda: interrupts.signal is not None)
-        self.callees = {}
+        import threading
+        self.callees, self.threads = {}, {*threading.enumerate()}
 
     def load(self, tool):
         """Return a tool, imported. Raise UserError if that can not be done."""
@@ -4630,8 +4805,30 @@ def perform(job, setting, send, kept):
 
     This is the one way to do work, whatever the process. What `send` raises is no tool's fault.
     """
+    import threading
     doer = (Lister if job.is_listing else Trier)(job, setting, send, kept)
-    doer.tell("ended", doer.do())
+    problem = doer.do()
+    if doer.has_items:
+        kept.interrupts.put_back()
+    left = {*threading.enumerate()} - kept.threads
+    kept.threads |= left
+    left = list(itertools.filterfalse(is_of_library, left))
+    if left:
+        names = ", ".join(sorted(thread.name for thread in left))
+        doer.tell("event", {"kind": "log", "level": 30, "text": (
+            f"it has left {names} running: join() a thread before the function that started it "
+            "returns")})
+    doer.tell("ended", problem)
+
+
+def is_of_library(thread):
+    """Return whether a thread is kept by a library, to be used again: of one of Python's own pools,
+    or a daemon of a class of its own.
+    """
+    target = getattr(thread, "_target", None)
+    module = getattr(target, "__module__", None) or ""
+    return module.partition(".")[0] in ("asyncio", "concurrent", "multiprocessing") \
+        or thread.daemon and target is None
 
 
 _IN_LEDGER = "in the ledger: "
@@ -4930,10 +5127,10 @@ class Trier(Doer):
         try:
             result = call_run(callee, self.chosen)
         except SystemExit as error:  # ends the try, not the run
-            if not is_good_exit(error.code):
+            if not is_good_exit(error.code) or self.interrupts.is_forked:
                 raise
             result = None
-        if callee.check is not None:
+        if callee.check is not None and not self.interrupts.is_forked:
             self.interrupts.own_argv(self.tool)
             call_check(callee, self.given)
         return result
@@ -4945,12 +5142,12 @@ class Trier(Doer):
         and what tells why if nothing could be committed.
         """
         if not self.is_watched:
-            return self.interrupts.call(self._call)
+            return self.interrupts.call(self._call, is_item=True)
         if self.is_sqlite:
-            return self.interrupts.call(self._call_guarded)
+            return self.interrupts.call(self._call_guarded, is_item=True)
         ledger = self.ledger
         try:
-            result = self.interrupts.call(self._call)
+            result = self.interrupts.call(self._call, is_item=True)
             if ledger.kind not in ("mysql", "mariadb") and is_aborted(ledger.raw):
                 raise RuntimeError("an error of the database was caught and ignored, after which "
                                    "nothing can be committed")
@@ -5152,7 +5349,7 @@ class Lister(Doer):
         callee, found = self.callee, ()
         self.interrupts.own_argv(self.tool)
         if callee.items is not None:
-            with until_exit():
+            with until_exit(self.interrupts):
                 found = callee.items(**choose_arguments(callee.items_takes, self.given))
                 found = wait_for(found) if hasattr(found, "__await__") else found
             if isinstance(found, Mapping):
@@ -5161,23 +5358,28 @@ class Lister(Doer):
             if not isinstance(found, Iterable) or isinstance(found, bytes):
                 raise TypeError(f"items() returned {format_type(found)}; it returns a list of "
                                 "names, or yields them, or returns the text of a SELECT")
-        return found if isinstance(found, str) else yield_until_exit(found)
+        return found if isinstance(found, str) else yield_until_exit(found, self.interrupts)
 
 
 @contextlib.contextmanager
-def until_exit():
+def until_exit(interrupts):
     """Let sys.exit() end what is inside; it is a failure where it is one of a program."""
     try:
         yield
     except SystemExit as error:
-        if not is_good_exit(error.code):
+        if not is_good_exit(error.code) or interrupts.is_forked:
             raise
+    if interrupts.is_forked:
+        interrupts.end_fork()
 
 
-def yield_until_exit(found):
+def yield_until_exit(found, interrupts):
     """Yield what items() yields, unless it exits."""
-    with until_exit():
-        yield from found
+    with until_exit(interrupts):
+        for each in found:
+            if interrupts.is_forked:
+                interrupts.end_fork()
+            yield each
 
 
 def format_retry(tool):
@@ -5378,38 +5580,92 @@ class Copier:
         return getattr(self._stream, name)
 
 
+_STREAMS = {"stdin": "rb", "stdout": "wb", "stderr": "wb"}  # and how the file below is opened
+
+
 def make_put_back():
     """Return a function that puts back what tools change of this process: its working folder, its
-    streams, how signals are taken, the mask of new files, how deep calls may go, and which logging
-    is off. On another thread than the main one, neither it nor tools can do that.
+    streams, also those that were closed, the mask of new files, how deep calls may go, which
+    logging is off, and all of make_put_back_signals(). On another thread than the main one, neither
+    it nor tools can do that.
     """
-    signals = find_signals(*Interrupts.NAMES, "SIGALRM", "SIGCHLD", "SIGPIPE", "SIGUSR1", "SIGUSR2")
-
     def look():
         logging = sys.modules.get("logging")
-        return ((sys.stdin, sys.stdout, sys.stderr), [*map(_signal.getsignal, signals)],
-                find_working_folder(), sys.getrecursionlimit(),
-                logging.root.manager.disable if logging else 0)
+        return ([getattr(sys, name, None) for name in _STREAMS], find_working_folder(),
+                sys.getrecursionlimit(), logging.root.manager.disable if logging else 0)
 
-    before, mask = look(), os.umask(0o077)
-    os.umask(mask)
+    before, umask = look(), os.umask(0o077)
+    os.umask(umask)
+    reopen = [make_reopen(*each) for each in zip(before[0], _STREAMS.values())]
+    put_back_signals = make_put_back_signals()
 
     def put_back():
         """Put it back."""
-        os.umask(mask)
-        if look() == before:
-            return
-        (sys.stdin, sys.stdout, sys.stderr), handlers, folder, limit, disabled = before
-        for number, handler in zip(signals, handlers):
-            if handler is not None:
-                _signal.signal(number, handler)
-        with contextlib.suppress(OSError):  # the tool removed it
-            os.chdir(folder)
-        sys.setrecursionlimit(limit)
-        if "logging" in sys.modules:
-            sys.modules["logging"].disable(disabled)
+        os.umask(umask)
+        if look() != before:
+            streams, folder, limit, disabled = before
+            vars(sys).update(zip(_STREAMS, streams))
+            with contextlib.suppress(OSError):  # the tool removed it
+                os.chdir(folder)
+            sys.setrecursionlimit(limit)
+            if "logging" in sys.modules:
+                sys.modules["logging"].disable(disabled)
+        for each in reopen:
+            each()
+        if "signal" in sys.modules:  # else nobody has changed anything of it
+            put_back_signals()
 
     return put_back
+
+
+def make_put_back_signals():
+    """Return a function that puts back how signals are taken, which are blocked, whom they wake,
+    and that no alarm is on its way.
+    """
+    numbers = find_signals(*Interrupts.NAMES, "SIGALRM", "SIGCHLD", "SIGPIPE", "SIGQUIT", "SIGTSTP",
+                           "SIGUSR1", "SIGUSR2", "SIGWINCH")
+    handlers, wakeup_fd = [*map(_signal.getsignal, numbers)], _signal.set_wakeup_fd(-1)
+    has_mask = hasattr(_signal, "pthread_sigmask")
+    mask = has_mask and _signal.pthread_sigmask(_signal.SIG_BLOCK, ())
+    has_no_alarm = hasattr(_signal, "setitimer") and not any(_signal.getitimer(0))  # of real time
+
+    def put_back():
+        """Put it back."""
+        _signal.set_wakeup_fd(wakeup_fd)
+        if has_no_alarm:
+            _signal.setitimer(0, 0)
+        for number, handler in zip(numbers, handlers):
+            if handler is not None and _signal.getsignal(number) != handler:
+                _signal.signal(number, handler)
+        if has_mask:  # what waited comes now, and is taken as before
+            _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
+
+    put_back()
+    return put_back
+
+
+def make_reopen(stream, mode):
+    """Return a function that opens a stream of Python's again if it was closed, the same object,
+    for others hold it; the descriptor below stays open then. It does nothing for one without.
+    """
+    stream = getattr(stream, "_stream", stream)  # below a Copier
+    try:
+        fd, how = stream.fileno(), {name: getattr(stream, name) for name in (
+            "encoding", "errors", "line_buffering", "write_through")}
+    except (AttributeError, OSError, ValueError):
+        return lambda: None
+
+    def reopen():
+        """Open it, if it is not."""
+        try:
+            is_closed = stream.closed
+        except ValueError:  # detached from what is below
+            is_closed = True
+        if is_closed:
+            with contextlib.suppress(OSError):  # the tool closed the descriptor, too
+                stream.__init__(open(fd, mode, closefd=False), **how)
+
+    return reopen
 
 
 def find_working_folder():
@@ -5448,8 +5704,8 @@ class Here:
 
     def __init__(self, setting, kept, capture, hear):
         self.setting, self.kept, self.capture, self.hear = setting, kept, capture, hear
-        self.put_back = make_put_back() if kept.interrupts.is_on_main_thread else lambda: None
         self.job = None
+        kept.interrupts.look()
 
     def reserve(self):
         """Return the id of the process that will do what is started next."""
@@ -5465,10 +5721,7 @@ class Here:
         """
         job, self.job = self.job, None
         self.capture.log = job.log
-        try:
-            perform(job, self.setting, self.hear, self.kept)
-        finally:
-            self.put_back()
+        perform(job, self.setting, self.hear, self.kept)
         return self.capture.end()
 
 
@@ -5506,6 +5759,7 @@ class Workers:
     """
 
     def __init__(self, setting, clock, grace_s):
+        check_hiding([""])  # where a new interpreter looks first, too
         check_can_travel(setting)
         self.setting, self.clock, self.grace_s = setting, clock, grace_s
         self.context = make_context()
@@ -5756,7 +6010,7 @@ def check_can_travel(setting):
     """Raise UserError if worker processes could not get, or import, what they need."""
     import pickle
     get_connection = setting.pipeline.get_connection
-    main_file = getattr(sys.modules["__main__"], "__file__", None)
+    main_file = find_main_file()
     try:
         pickle.dumps(get_connection)
         if getattr(get_connection, "__module__", "") == "__main__" and not main_file:
@@ -5802,7 +6056,7 @@ class Server:
         take_signals()
         with Interrupts() as self.interrupts:
             kept = Kept(self.setting, self.interrupts, self.ask, self.pack)
-            self.put_back, is_leaving = make_put_back(), False
+            is_leaving = False
             while not is_leaving and self.interrupts.signal is None:
                 try:
                     self.job = channel.recv()
@@ -5830,7 +6084,6 @@ class Server:
         try:
             with output_to(self.job.log), bounded_memory(tool.memory_bytes):
                 perform(self.job, self.setting, send, kept)
-                self.put_back()
             return ended[0][2]
         except Exception as error:  # what the tool did to this process reaches the engine
             return Try(None, "failed", error="in its worker: " + format_one_line(error),
@@ -6953,7 +7206,8 @@ def count_jobs(jobs):
         raise UserError(f"jobs is {jobs!r}, not a whole number from 0 on.",
                         "Give how many tools may run side by side; 0 means one for each core.")
     affinity = getattr(os, "sched_getaffinity", None)
-    return jobs or (len(affinity(0)) if affinity else os.cpu_count() or 1)
+    jobs = jobs or (len(affinity(0)) if affinity else os.cpu_count() or 1)
+    return min(jobs, 30) if os.name == "nt" else jobs  # it waits for 63 handles, two of a worker
 
 
 def check_keywords(name, item, home, resume, grace_s, wait_s, on_event):
@@ -7008,6 +7262,7 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     run: also for an argument that no tool in `tool_map` takes. On the main thread, Ctrl-C, SIGTERM
     and SIGHUP first end the run in order and then do what they would have done without it.
     """
+    take_path()
     check_keywords(name, item, home, resume, grace_s, wait_s, on_event)
     forget_modules()
     pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
@@ -7436,6 +7691,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
     argv = list(sys.argv[1:] if argv is None else argv)
     code, command = EXIT_SUCCESS, command_run
     try:
+        take_path()
         forget_modules()
         check_not_hidden(yours)
         parser = make_parser(add_arguments)
@@ -7479,8 +7735,9 @@ def find_name():
     """Return the name of a pipeline that has none: that of its file, or of the folder around an
     orchestrator.py.
     """
-    file = getattr(sys.modules["__main__"], "__file__", None) or "pipeline"
-    folder, name = os.path.split(os.path.splitext(os.path.abspath(file))[0])
+    file = find_main_file() or "pipeline"
+    file = os.fsencode(os.path.realpath(file)).decode("utf-8", "backslashreplace")
+    folder, name = os.path.split(os.path.splitext(file)[0])
     return os.path.basename(folder) or "pipeline" if name == "orchestrator" else name
 
 
@@ -7519,6 +7776,9 @@ class Parser(argparse.ArgumentParser):
         check_companions(options, self.given.keys() - self.names)
         if [word.partition("=")[0] for word in words].count("--item") > 1:
             raise UserError("--item was given twice.", "Leave one out; without it, all are done.")
+        if re.search("[\ud800-\udfff]", options.item or ""):  # bytes that are no text
+            raise UserError(f"There is no item {options.item!r}: that is no text.",
+                            "Rename the file, or leave --item out.")
         if self.required and self.given.keys().isdisjoint((*_COMMANDS, "resume")):
             for each in self.required:  # argparse itself says which of them is missing
                 each.required = True
@@ -7819,7 +8079,7 @@ def command_check(call):
             expand_target(pipeline, target)
     known = {*call.arguments, *PERIOD_ARGUMENTS, "conn", "context"}
     mistakes = dict.fromkeys(map(str, [  # tools may share a module
-        *pipeline.mistakes, *find_wrong_each(pipeline, tools),
+        *pipeline.mistakes, *find_table_doubles(), *find_wrong_each(pipeline, tools),
         *(mistake for tool in tools for mistake in read_mistakes(tool, known))]))
     for mistake in mistakes:
         show(mistake)

@@ -197,7 +197,8 @@ def test_a_file_may_declare_another_encoding(sandbox, check):
     "def run(conn): pass\ndef check(conn): pass",
     "def run(conn): pass\ndef helper(a, b): pass",
 ])
-def test_a_run_that_can_take_what_it_is_given_is_accepted(check_source, source):
+def test_a_run_that_can_take_what_it_is_given_is_accepted(sandbox, check_source, source):
+    sandbox.tool("elsewhere", RAISES)
     assert is_clean(check_source(source))
 
 
@@ -396,3 +397,61 @@ def test_a_missing_last_module_ends_a_run_before_the_first_is_imported(sandbox):
     assert ended.code == 2
     assert "TOOL_MAP['parse']: there is no module 'tools.parse'." in ended.err
     assert not (sandbox.folder / "imported").exists()
+
+
+# --- what only reading tells ---
+
+def test_a_function_of_the_main_program_is_looked_for_above_the_mark_alone(sandbox):
+    sandbox.pipeline('''
+        TOOL_MAP = {"a": "__main__:load", "b": "__main__:make_parser"}
+        def load(conn, **kwargs): pass
+    ''')
+    ended = sandbox.run("--check")
+    assert ended.code == 2 and "TOOL_MAP['a']" not in ended.out, ended
+    assert "orchestrator.py has no function make_parser()" in ended.out, ended
+
+
+def test_a_key_that_is_twice_in_a_table_is_told_with_both_lines(sandbox):
+    sandbox.pipeline('''
+        TOOL_MAP = {
+            "a": "ck_a",
+            "b": {"module": "ck_a", "retries": 1,
+                  "retries": 2},
+            "a": "ck_a",
+        }
+        STAGES = {"s": ["a"],
+                  "s": ["b"]}
+    ''').tool("ck_a", "def run(conn): pass")
+    ended = sandbox.run("--check")
+    said = [line for line in ended.out.splitlines() if "since line" in line]
+    assert ended.code == 2 and len(said) == 3 and "3 mistakes found" in ended.out, ended
+    assert "orchestrator.py:9: 'a' is in this dict since line 6" in ended.out
+    assert "orchestrator.py:8: 'retries' is in this dict since line 7" in ended.out
+    assert "orchestrator.py:12: 's' is in this dict since line 11" in ended.out
+
+
+@pytest.mark.parametrize("source", ["import numpyy", "import json, numpyy.linalg as x",
+                                    "from numpyy.linalg import norm"])
+def test_an_import_of_what_is_not_there_is_a_mistake_found_without_importing(check_source, source):
+    code, lines = check_source(f"{source}\n{RAISES}def run(conn): pass\n")
+
+    assert code == 2 and lines[-1] == "1 tool read, 1 mistake found"
+    assert lines[0] == "ck_tool.py:1: there is no module 'numpyy' to import."
+
+
+@pytest.mark.parametrize("source", [
+    "try:\n    import numpyy\nexcept ImportError:\n    numpyy = None\n",
+    "def load():\n    import numpyy\n",
+    "import sys\nif sys.platform == 'other':\n    import numpyy\n",
+    "from . import numpyy\n",
+    "import os.path, xml.dom\nfrom collections import abc\n",
+    "import sys\nsys.path.append('lib')\nimport numpyy\n",
+])
+def test_an_import_that_may_be_there_is_none(check_source, source):
+    assert is_clean(check_source(source + RAISES + "def run(conn): pass\n"))
+
+
+def test_an_import_of_a_module_beside_the_tool_is_none(sandbox, check_source):
+    sandbox.tool("ck_helper", RAISES).tool("ck_package.part", RAISES)
+
+    assert is_clean(check_source("import ck_helper, ck_package.part\ndef run(conn): pass\n"))

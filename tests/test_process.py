@@ -1,7 +1,9 @@
 """What a tool does to its process ends with it."""
+import os
 import sys
 
 import pytest
+from conftest import SQLITE
 
 NO_DATABASE = "def get_connection(): return None\n\n"
 CHANGES = {
@@ -12,10 +14,23 @@ CHANGES = {
                "isinstance(sys.stdout.fileno(), int) and sys.stdout.fileno() == 1"),
     "stderr": ("sys.stderr = io.StringIO()", "not isinstance(sys.stderr, io.StringIO)"),
     "stdin": ("sys.stdin = io.StringIO()", "not isinstance(sys.stdin, io.StringIO)"),
+    "a closed stdout": ("sys.stdout.close()", "not sys.stdout.closed"),
+    "a detached stdout": ("sys.stdout.detach()", "not sys.stdout.closed"),
+    "a stdout that a wrapper closed": ("sys.stdout = io.TextIOWrapper(sys.stdout.buffer, 'ascii')",
+                                       "not sys.stdout.closed and sys.stdout.encoding == 'utf-8'"),
+    "Python's own stdout": ("sys.__stdout__.close()", "not sys.stdout.closed"),
+    "no stdout": ("del sys.stdout", "not sys.stdout.closed"),
+    "a closed stderr": ("sys.stderr.close()", "not sys.stderr.closed"),
     "Ctrl-C": ("signal.signal(signal.SIGINT, signal.SIG_IGN)",
                "signal.getsignal(signal.SIGINT) is not signal.SIG_IGN"),
     "SIGTERM": ("signal.signal(signal.SIGTERM, lambda *_: None)",
                 "'lambda' not in repr(signal.getsignal(signal.SIGTERM))"),
+    "a signal that ends nothing else": ("signal.signal(signal.SIGWINCH, signal.SIG_IGN)",
+                                        "signal.getsignal(signal.SIGWINCH) is signal.SIG_DFL"),
+    "blocked signals": ("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])",
+                        "not signal.pthread_sigmask(signal.SIG_BLOCK, [])"),
+    "who is woken": ("import socket; a, b = socket.socketpair(); a.setblocking(False); "
+                     "signal.set_wakeup_fd(a.detach())", "signal.set_wakeup_fd(-1) == -1"),
     "argv": ("sys.argv[:] = ['--force']; sys.argv = ['x', '--force']",
              "sys.argv == [context.tool]"),
     "umask": ("os.umask(0)", "os.umask(0o22) == 0o22"),
@@ -50,6 +65,203 @@ def test_what_a_tool_changes_does_not_reach_the_next(quick, what, isolate, how):
     if how != "pass":  # what is said of the run does not depend on it either
         assert "orchestrator.py --resume" in ended.err.splitlines()[-1]
         assert quick.run("--resume").code == 1
+
+
+ALL_OF_IT = """
+    os.chdir("/")
+    sys.stdin.close()
+    signal.alarm(50)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    os.umask(0o77)
+    sys.stdout.close()
+    sys.stderr.close()
+"""
+IS_AS_BEFORE = """
+    assert os.getcwd() == HERE and os.umask(0o22) == 0o22
+    assert sys.stdin.read() == "" and signal.alarm(0) == 0
+    assert "lambda" not in repr(signal.getsignal(signal.SIGINT))
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    print("as before")
+    print("this as well", file=sys.stderr)
+"""
+STEPS = {
+    "import": "change()",
+    "items": "def items():\n    yield 'x'\n    change()\n    yield 'y'",
+    "items that fail": "def items():\n    change()\n    raise ValueError('no')",
+    "check": "def check(): change()",
+    "a check that fails": "def check():\n    change()\n    return False",
+    "an import that fails": "change()\nraise ValueError('no')",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders in use and signals of POSIX")
+@pytest.mark.parametrize("words", ["", "--no-history", "-j 2"])
+@pytest.mark.parametrize("step", STEPS)
+def test_what_any_step_of_a_tool_changes_ends_with_it(sandbox, step, words):
+    sandbox.pipeline(NO_DATABASE + 'import os\nos.umask(0o22)\nTOOL_MAP = {"a": "a", "b": "b"}')
+    item = "item" * step.startswith("items")
+    sandbox.tool("a", f"""
+import os, signal, sys
+def run({item}): pass
+def change():
+    {ALL_OF_IT.strip()}
+""" + STEPS[step])
+    head = f"import os, signal, sys\nHERE = {str(sandbox.folder.resolve())!r}\n"
+    sandbox.tool("b", head + "def run():" + IS_AS_BEFORE)
+    if step == "an import that fails":
+        if words == "-j 2":
+            return  # they are imported here first
+        ended = sandbox.run("--exclude", "b", *words.split())
+        assert ended.code == 2 and "\n  ValueError: no" in ended.err, ended
+        assert "importing a failed, a.py:" in ended.err  # as seen from the folder of before
+        return
+    fails = "fail" in step
+    ended = sandbox.run(*words.split(), "b" * fails or "a", *["a"] * fails, "b")
+    ended = sandbox.run(*words.split(), "--exclude", "a") if fails else ended
+    assert ended.code == 0 and "as before" in ended.out, ended
+    assert "this as well" in ended.err + ended.out and "success: " in ended.err, ended
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_each_try_of_an_item_finds_the_process_as_it_was(quick):
+    quick.pipeline(NO_DATABASE + 'TOOL_MAP = {"a": "a"}').tool("a", """
+        import os, signal
+        HERE = os.getcwd()
+        def items(): return ["x", "y", "z"]
+        def run(item):
+            assert os.getcwd() == HERE and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+            os.chdir("/")
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """)
+    ended = quick.run()
+    assert ended.code == 0 and "3 rows" not in ended.err, ended
+
+
+TAKERS = {
+    "signal": "signal.signal(signal.SIGINT, signal.SIG_IGN)",
+    "asyncio": """
+            import asyncio
+            async def take():
+                asyncio.get_running_loop().add_signal_handler(signal.SIGINT, lambda: None)
+            asyncio.run(take())""",
+    "blocks it": "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])",
+    "at import": "pass\n        signal.signal(signal.SIGINT, signal.SIG_IGN)",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("how", TAKERS)
+def test_ctrl_c_ends_a_run_after_any_tool_that_took_it(quick, how):
+    quick.pipeline(NO_DATABASE + 'TOOL_MAP = {"a": "a", "b": "b"}').tool("a", f"""
+        import signal
+        def run():
+            {TAKERS[how]}
+    """).tool("b", """
+        import os, signal
+        def run():
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000): pass
+            raise AssertionError("not reached")
+    """)
+    ended = quick.run()
+    assert ended.code == 130 and "not reached" not in ended.err, ended
+
+
+# --- threads that a tool leaves behind ---
+
+LEAVES = """
+    import threading, time
+    stop = threading.Event()
+    def run():
+        threading.Thread(target=stop.wait, name="slow copy", daemon=%s).start()
+"""
+
+
+@pytest.mark.parametrize("words", ["", "-j 2"])
+def test_a_thread_that_a_tool_leaves_behind_is_told_once(quick, words):
+    quick.pipeline(NO_DATABASE + """TOOL_MAP = {"a": "a", "b": "b"}""")
+    quick.tool("a", LEAVES % True).tool("b", "def run(): print('b was here')")
+    ended = quick.run(*words.split())
+    told = [line for line in ended.err.splitlines() if "slow copy" in line]
+    assert ended.code == 0 and len(told) == 1 and " a " in told[0] and "join()" in told[0], ended
+
+
+def test_threads_of_pools_and_threads_that_have_ended_are_not_told(quick):
+    quick.pipeline(NO_DATABASE + """TOOL_MAP = {"a": "a"}""").tool("a", """
+        import asyncio, threading
+        from concurrent.futures import ThreadPoolExecutor
+        from multiprocessing.pool import ThreadPool
+        class Monitor(threading.Thread):
+            def run(self): threading.Event().wait()
+        def run():
+            global kept
+            kept = ThreadPoolExecutor(2), ThreadPool(2)
+            kept[0].submit(print, "x").result()
+            kept[1].map(print, "yz")
+            Monitor(name="monitor", daemon=True).start()
+            thread = threading.Thread(target=print)
+            thread.start()
+            thread.join()
+            asyncio.run(wait())
+        async def wait(): await asyncio.get_running_loop().run_in_executor(None, print)
+    """)
+    ended = quick.run()
+    assert ended.code == 0 and "running:" not in ended.err, ended
+
+
+# --- processes that a tool forks ---
+
+FORKS = {
+    "run": "def run(): fork()",
+    "check": "def run(): pass\ndef check(): fork()",
+    "items": "def items():\n    fork()\n    return ['x']\ndef run(item): pass",
+    "yielded items": "def items():\n    yield 'x'\n    fork()\n    yield 'y'\n"
+                     "def run(item): pass",
+    "item": "def items(): return ['x']\ndef run(item): fork()",
+    "import": "fork()\ndef run(): pass",
+}
+ENDS = {"raise ValueError('of the child')": 1, "sys.exit(7)": 7, "sys.exit('of the child')": 1,
+        "return": 0, "sys.exit()": 0}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("words", ["", "-j 2"])
+@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("where", FORKS)
+def test_what_ends_a_forked_child_is_seen_and_it_does_nothing_of_the_run(quick, where, how, words):
+    quick.pipeline(SQLITE + 'TOOL_MAP = {"a": {"module": "a"}, "b": "b"}')
+    quick.tool("a", f"""
+import os, sys
+def fork():
+    pid = os.fork()
+    if not pid:
+        {how}
+    else:
+        _, status = os.waitpid(pid, 0)
+        assert os.WEXITSTATUS(status) == {ENDS[how]} and not os.WTERMSIG(status), status
+{FORKS[where]}
+""").tool("b", "def run(): print('b was here')")
+    ended = quick.run(*words.split())
+    assert ended.code == 0 and ended.out.count("b was here") == 1, ended
+    said = ended.err + ended.out
+    assert ("of the child" in said) == ("of the child" in how), ended
+    assert ("Traceback" in said) == ("raise" in how) and 'orchestrator.py", line' not in said, ended
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_an_exception_in_a_process_of_multiprocessings_fork_is_seen(quick):
+    quick.pipeline(NO_DATABASE + 'TOOL_MAP = {"a": "a"}').tool("a", """
+        import multiprocessing
+        def work(): raise ValueError("of the child")
+        def run():
+            child = multiprocessing.get_context("fork").Process(target=work)
+            child.start()
+            child.join()
+            assert child.exitcode == 1
+    """)
+    ended = quick.run()
+    assert ended.code == 0 and "ValueError: of the child" in ended.err, ended
 
 
 def test_a_tool_that_takes_ctrl_c_for_itself_leaves_it_to_the_next(quick):
