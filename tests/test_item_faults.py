@@ -663,3 +663,29 @@ def test_an_item_that_fails_in_a_tool_after_another_is_tried_again_there(world):
     (world.folder / "up").touch()
     assert world.run(tools=tools).status == "success"
     assert (world.done(), world.done("load")) == (["a", "b"], ["a", "b"])
+
+
+def test_a_death_that_could_not_be_recorded_is_not_forgotten_by_the_next_attempt(quick):
+    """The worker after it gets no connection, which fails the tool, and that is tried again."""
+    quick.pipeline("""
+TOOL_MAP = {"t": {"module": "t", "isolate": True, "retries": 2, "retry_delay": 0}}
+def get_connection():
+    import os, sqlite3
+    here = Path(__file__).parent
+    with open(here / "opened", "a") as file:
+        file.write("x")
+    if (here / "opened").read_text() == "xx":
+        raise OSError(28, os.strerror(28))
+    return sqlite3.connect(here / "data.db")
+""").tool("t", """
+    import os, pathlib
+    def items(): return ["x", "y"]
+    def run(item, context):
+        if item == "x" and not pathlib.Path("died").exists():
+            pathlib.Path("died").touch()
+            os._exit(3)
+    """)
+    ended = quick.run()
+    assert ended.code == 0, ended
+    assert quick.query("SELECT item, status, attempts, deaths FROM orchestrator_items "
+                       "ORDER BY item") == [("x", "success", 1, 1), ("y", "success", 1, 0)]
