@@ -3713,7 +3713,7 @@ def read_module(name):
     if not path and spec.submodule_search_locations:  # it is a mere folder
         return Module(name.replace(".", os.sep), {})
     try:
-        tree = parse(path) if path.endswith(".py") else None
+        tree = parse(path) if path.endswith(".py") and os.path.exists(path) else None
     except UserError as error:
         return Module(path, problem=error)
     if tree is None:

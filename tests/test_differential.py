@@ -651,6 +651,7 @@ NORMAL = [(re.compile(pattern), other) for pattern, other in (
     (r"\b\d+(\.\d+)? (s|ms)\b|\b\d+m \d\ds\b", "SPAN"),
     (r'"(\w+_(?:at|s)|at|pid)": (?:"[^"]*"|[-+\d.e]+)', r'"\1": N'),
     (r"\b(process|pid) \d+", r"\1 N"),
+    (r"\bversion +[\d.]+", "version N"),
     (r'Critical path: .*|"critical_path": \[[^]]*\]', "PATH"),  # the longest, by measured times
     (r"\bline \d+", "line N"),
     (r"\b0x[0-9a-f]+\b", "0xN"),

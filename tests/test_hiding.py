@@ -126,7 +126,8 @@ def test_a_pipeline_that_imports_the_engine_is_told_by_main(folder, name):
     folder.tool(name, "")
     for start in (["pipeline.py"], ["-m", "pipeline"], ["pipeline.py", "--check"]):
         ended = python(folder.folder, *start)
-        assert is_told(ended, folder.folder / f"{name}.py", name), ended
+        if "Could not import runpy" not in ended.stderr:  # else -m of Python itself needs it
+            assert is_told(ended, folder.folder / f"{name}.py", name), ended
 
 
 def test_run_pipeline_raises_it(folder):

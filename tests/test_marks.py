@@ -299,7 +299,7 @@ def test_prune_keeps_the_last_success_also_where_others_came_after_it(line):
     line.run("a", "--item", "x")
     (line.folder / "list").write_text("x 4\ny 1\nz 1")
     line.run("a", broken="z")
-    line.run("a", "--item", "nosuch", code=1)
+    line.run("a", "--item", "nosuch", code=2)
     line.run("--prune", "0s")
     assert line.ask("SELECT min(run_id) FROM runs") == [(1,)]
     (line.folder / "list").write_text("x 5")

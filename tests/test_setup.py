@@ -892,7 +892,7 @@ def test_whatever_the_reads_and_writes_each_reader_comes_after_its_writers_or_be
     ("LIMITS = []", [], "LIMITS is a list, not a dict.", "LIMITS = {"),
     ("", ["--exlude", "fetch"], "There is no flag '--exlude'.",
      "Did you mean '--exclude' or '--resume'?"),
-    ("", ["nothing"], "Nothing is left to run.", "--list"),
+    ("", ["nothing"], "There is nothing to run: nothing has no tools.", "--list"),
     ('STAGES["fetch"] = ["parse"]', ["parse"],
      "STAGES['fetch']: a tool has this name too and is not in the stage", "Rename"),
     ("def format_table(): pass", [], "format_table", "Rename"),
