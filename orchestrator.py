@@ -2248,12 +2248,15 @@ def read_tail(path, lines, line_bytes=1000):
     return [line[-line_bytes:] for line in clean(text).splitlines()[-lines:]] if lines else []
 
 
-_ESCAPES = (r"\x1b(\[[0-?]*[ -/]*[@-~]|[\]P^_X][^\x07\x1b]*(\x07|\x1b\\)?|[ -~]?)"  # of terminals
-            r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What --json escapes although JSON need not: it is not seen, but moves, turns or hides what is.
+HIDDEN = r"[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
+_ESCAPES = (r"\x1b(\[[0-?]*[ -/]*[@-~]|[\]P^_X][^\x07\x1b\n]*(\x07|\x1b\\)?|[ -/]*[0-~]?)"
+            r"|[\x00-\x08\x0b-\x1f]|" + HIDDEN)  # those of terminals: ECMA-48, 5.3 and 5.6
 
 
 def clean(text):
-    """Return a text without control characters but tabs and ends of lines.
+    """Return a text without what can take hold of a terminal: control characters but tabs and ends
+    of lines, and what else is HIDDEN.
 
     >>> clean("a\\x1b[31mred\\x1b[0m\\r\\n\\x00b")
     'ared\\nb'
@@ -3863,7 +3866,7 @@ def format_one_line(error):
     if isinstance(error, SystemExit):
         line = f"sys.exit({error.code!r})"
     else:
-        text = "".join(c if c.isprintable() else " " for c in clean(text))
+        text = clean("".join(c if c.isprintable() or c < "\xa0" else " " for c in text))
         kind = "" if isinstance(error, SaysFailed) else type(error).__name__
         line = ": ".join(filter(None, [kind, " ".join(text.split())]))
     return line if len(line) <= _LINE_LENGTH else line[:_LINE_LENGTH - 3] + "..."
@@ -6554,17 +6557,18 @@ _COLOURS = {"success": 32, "cached": 32, "failed": 31, "quarantined": 31, "parti
 
 
 class Style(NamedTuple):
-    """How text is to look: with colours or without."""
+    """How text is to look: with colours or without; and how the code of one begins."""
     colour: bool = False
+    ink: str = "\x1b["
 
     def paint(self, text, status):
         """Return text in the colour of a status."""
         code = _COLOURS.get(status)
-        return f"\x1b[{code}m{text}\x1b[0m" if self.colour and code else text
+        return f"{self.ink}{code}m{text}{self.ink}0m" if self.colour and code else text
 
     def bold(self, text):
         """Return text that stands out."""
-        return f"\x1b[1m{text}\x1b[0m" if self.colour else text
+        return f"{self.ink}1m{text}{self.ink}0m" if self.colour else text
 
 
 def format_table(columns, rows, style=Style(), has_head=True):
@@ -7777,13 +7781,14 @@ class Screen:
         if self.is_terminal and not self.quiet and event.at - self.shown_s >= 0.1:
             self.shown_s, self.is_live = event.at, True
             line = format_progress(event, self.width, event.at - self.started_s[event.tool])
-            say("\r" + line[:find_columns(self.stream) - 1] + "\x1b[K", self.stream, end="")
+            say("", self.stream, end="\r")
+            say(line[:find_columns(self.stream) - 1], self.stream, end="\x1b[K")
 
     def clear(self):
         """Make room where the live line is."""
         if self.is_live:
             self.is_live = False
-            say("\r\x1b[K", self.stream, end="")
+            say("", self.stream, end="\r\x1b[K")
 
     def write(self, text):
         """Write a line, over the live one."""
@@ -7808,7 +7813,19 @@ def is_terminal(stream):
 def make_style(stream):
     """Return the style for a stream: colours on a terminal, unless NO_COLOR is set."""
     has_colours = os.environ.get("TERM", "dumb") != "dumb" or "WT_SESSION" in os.environ
-    return Style(has_colours and not os.environ.get("NO_COLOR") and is_terminal(stream))
+    return Style(has_colours and not os.environ.get("NO_COLOR") and is_terminal(stream), _INK)
+
+
+# How a code of the engine's own begins until it is written. No tool can know it; so all others in
+# what the engine says, of errors, names and log lines, are taken out.
+_INK = f"\x1b{os.urandom(8).hex()}["
+
+
+def write_text(stream, text, end):
+    """Write text of the engine's, in which nothing but its own codes takes hold of a terminal, and
+    an end. Raise OutputError if that fails.
+    """
+    write_out(stream, "\x1b[".join(map(clean, text.split(_INK))) + end)
 
 
 class OutputError(Exception):
@@ -7846,7 +7863,7 @@ def write_out(stream, content):
 def show(text, end="\n"):
     """Write a line to stdout: what a command was asked for. Raise OutputError if that fails."""
     try:
-        write_out(sys.stdout, text + end)
+        write_text(sys.stdout, text, end)
     except OutputError:
         let_go(sys.stdout)
         raise
@@ -7863,13 +7880,14 @@ def let_go(stream):
 def say(text, stream=None, end="\n"):
     """Write a line to stderr: what there is to say beside that. No run ends for want of it."""
     with contextlib.suppress(OutputError):
-        write_out(sys.stderr if stream is None else stream, text + end)
+        write_text(sys.stderr if stream is None else stream, text, end)
 
 
 def to_json(data):
-    """Return data as JSON for programs."""
+    """Return data as JSON for programs, which people look at, too."""
     import json
-    return json.dumps(data, indent=2, ensure_ascii=False)
+    return re.sub(HIDDEN, lambda found: f"\\u{ord(found[0]):04x}",
+                  json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def make_next_command(result, call):
