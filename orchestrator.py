@@ -7024,6 +7024,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         load = read_pipeline if command is command_check else load_pipeline
         pipeline = load(tool_map, stages, get_connection, name=name or find_name(), limits=limits)
         base = find_base(get_connection)
+        check_edited(pipeline.tools.values(), base)
         home = home or os.environ.get("ORCHESTRATOR_HOME") or os.path.join(base, ".orchestrator")
         code = command(Call(
             pipeline, options, arguments, argv, parser, parser.given, find_program(), base,
@@ -7071,6 +7072,39 @@ def check_not_hidden(yours):
         raise UserError("Above the ENGINE mark, the engine's own names hide yours: "
                         + ", ".join(hidden) + ".",
                         "Rename yours, or put them into a module of your own.")
+
+
+_FIRST_TOOL = """Write a tool, hello.py beside it:
+
+def run(conn, **kwargs):
+    print("hello")
+
+and put it in their place, above the ENGINE mark:
+"""
+
+
+def check_edited(tools, base):
+    """Raise UserError if the tools are those of the example, which is not there, with tables to
+    begin with: of the modules in the folder `base`, or one below, that have a function `run`.
+    """
+    is_example = tools and all(tool.module.startswith("example.") for tool in tools)
+    if not is_example or find_module("example"):
+        return
+    from glob import escape, glob
+    paths = [path for pattern in ("*.py", os.path.join("*", "*.py"))
+             for path in sorted(glob(os.path.join(escape(base), pattern)))]
+    names = [os.path.relpath(path, base)[:-3].replace(os.sep, ".") for path in paths]
+    names = [name for name in names if not re.search(r"(^|\.)test|[^\w.]", name) and (
+        (read_module(name).definitions or {}).get("run", Definition()).takes is not ANYTHING)]
+    shown = names or ["hello"]
+    last = [name.rpartition(".")[2] for name in shown]
+    rows = "".join(f'    "{each if last.count(each) == 1 else name.replace(".", "_")}": "{name}",\n'
+                   for each, name in zip(last, shown))
+    raise UserError(
+        "Above the ENGINE mark are the tables of the example, and example/ is not here. "
+        + ("Put these in their place, in the order in which they are to run:\n" if names
+           else _FIRST_TOOL) + f"\nTOOL_MAP = {{  # a tool's name: its module\n{rows}}}\n\n"
+        "STAGES = {}  # a stage's name: its tools\n")
 
 
 class Parser(argparse.ArgumentParser):

@@ -388,7 +388,7 @@ def test_no_class_is_longer_than_two_hundred_and_fifty_lines():
 TOKENS = {
     "MARK": 118, "WORDS": 1597, "SETUP": 2639, "PLANNING": 2992, "HISTORY": 5291,
     "CONNECTION": 2038, "LEDGER": 2948, "MODULES": 3732, "CALLING": 6372, "WORKERS": 3223,
-    "RUNNING": 7325, "VIEWS": 2767, "DOOR": 7502,
+    "RUNNING": 7325, "VIEWS": 2767, "DOOR": 7742,
 }
 
 
