@@ -278,7 +278,7 @@ class Success(NamedTuple):
     kind: str
     arguments: str
     source: Mapping[str, Any]
-    inputs: str
+    inputs: Mapping[str, Any]
     needed: Mapping[str, int]
 
 
@@ -1602,6 +1602,14 @@ UPDATE runs SET item = '' WHERE words LIKE '%"-' || '-item"%' OR words LIKE '%"-
        + VIEWS,
 }
 
+_TYPES = {"INTEGER": int, "REAL": float, "TEXT": str}
+# What JSON in a column is like: each part of a list like the one part here, each of an object like
+# the one of its name, which has to be there, or else like that named "".
+_LIKE = {"targets": [""], "exclude": [""], "words": [""], "arguments": {}, "said": {},
+         "sources": {}, "called": {"": 0}, "source": {"calls": "", "source": "", "options": {}},
+         "inputs": {"reads": {"": []}, "": [""]}, "needed": {"": 0}}
+_FAR_S = 2.5e11  # later moments have no date
+
 RESULT_CAP_BYTES = 2**20  # a longer result is not kept
 LOG_CAP_BYTES = 10 * 2**20  # a longer log keeps its beginning and its end
 WORKERS_END_S = 5.0  # workers of a killed run are gone by then
@@ -1663,10 +1671,18 @@ def append_line(path, line):
         file.write(line.encode("utf-8", "backslashreplace") + b"\n")
 
 
+# How the errors begin that SQLite has for a file that is whole (sqlite3ErrStr() of its source).
+_OF_PLACE = ("database (table )?is locked|locking|unable to|attempt to|disk I/O|database or disk|"
+             "out of memory|access|authorization|interrupted")
+
+
 def refused(path, error):
-    """Return the sentence for a folder or file of the history that can not be used."""
-    text = getattr(error, "strerror", None) or str(error)
-    if "not a database" in text or "malformed" in text:
+    """Return the sentence for a folder or file of the history that can not be used: for want of
+    rights or room, or else because it is damaged.
+    """
+    text, *_ = (getattr(error, "strerror", None) or str(error)).split(" with text ")
+    text = " ".join(text.split())
+    if not isinstance(error, OSError) and not re.match(_OF_PLACE, text):
         return UserError(f"{path} is damaged: {text}.",
                          "Nothing was changed in it. Move it away to begin a new history, or run "
                          "without one: --no-history.")
@@ -1800,7 +1816,7 @@ def open_database(path):
                         f"{SCHEMA_VERSION}.", "Use the newer orchestrator.py that wrote it.")
     if version < SCHEMA_VERSION:
         use_wal(db)
-        upgrade(db)
+        upgrade(db, 0 if path == MEMORY else find_last_log(os.path.dirname(path)))
     return db
 
 
@@ -1815,11 +1831,15 @@ def use_wal(db):
         db.execute("COMMIT")
 
 
-def upgrade(db):
-    """Bring a history to the schema of this engine, or create it, in one transaction."""
+def upgrade(db, last_id):
+    """Bring a history to the schema of this engine, or create it, in one transaction. In a new one
+    runs have ids after the last: there are logs of those before, though nothing else.
+    """
     db.execute("BEGIN IMMEDIATE")
     version = db.execute("PRAGMA user_version").fetchone()[0]  # another start may have been first
     steps = [UPGRADES[each] for each in range(version, SCHEMA_VERSION)] if version else [SCHEMA]
+    if not version:
+        steps.append(f"INSERT INTO sqlite_sequence VALUES ('runs', {last_id});")  # noqa: S608
     steps.append(f"PRAGMA user_version = {SCHEMA_VERSION}; "
                  f"PRAGMA application_id = {APPLICATION_ID}")
     for statement in re.sub(r"--.*", "", "".join(steps)).split(";"):
@@ -1829,13 +1849,16 @@ def upgrade(db):
 
 _SUCCESSES = """
     SELECT tool, success_id, work, run_id, started_at, ended_at, rows, result, kind, arguments,
-           CASE WHEN source LIKE '{%' THEN source ELSE '{}' END AS source, inputs, needed
+           CASE WHEN source LIKE '{%' THEN source ELSE '{}' END AS source,
+           coalesce(nullif(inputs, ''), '{}') AS inputs, needed,
+           arguments AS said, result AS returned
     FROM successes
 """
 _LAST_RESUME = """
     WITH RECURSIVE chain (run_id) AS (  -- a run, and each time the last that goes on with it
         SELECT ? UNION ALL
-        SELECT (SELECT max(run_id) FROM runs WHERE resumes = chain.run_id) FROM chain
+        SELECT (SELECT max(run_id) FROM runs WHERE resumes = chain.run_id
+                AND run_id > chain.run_id) FROM chain
         WHERE run_id IS NOT NULL)
     SELECT max(run_id) FROM chain
 """
@@ -1845,8 +1868,54 @@ _STARTED = """
         SELECT r.resumes FROM runs r JOIN chain USING (run_id) WHERE r.resumes IS NOT NULL)
     SELECT coalesce((SELECT started_at FROM attempts WHERE tool = ? AND attempt > 0
                      AND run_id IN chain ORDER BY attempt_id DESC LIMIT 1),
-                    (SELECT min(started_at) FROM runs WHERE run_id IN chain))
+                    (SELECT min(started_at) FROM runs WHERE run_id IN chain)) AS started_at
 """
+
+
+@functools.lru_cache(maxsize=None)
+def find_types():
+    """Return the types that the values of each column of SCHEMA may have, by its name."""
+    types = {}
+    for name, kind, never in re.findall(r"^ +(\w+) +(INTEGER|REAL|TEXT)( NOT NULL)?", SCHEMA, re.M):
+        types[name] = (_TYPES[kind], *[type(None)] * (not never))
+    types["called_at"] = types["duration_s"]
+    del types["run_id"]  # which some views have as text
+    return types
+
+
+class Row(dict):
+    """A row of the history in the file `path`, by column; of which a damaged schema lacks some."""
+
+    def __missing__(self, name):
+        raise refused(self.path, ValueError(f"it has no column {name}"))
+
+
+def check_row(row, columns):
+    """Read the JSON in some columns of a row. Raise ValueError for what is none of the schema: the
+    file may be damaged, or somebody else has written to it.
+    """
+    import json
+    types = find_types()
+    for name, value in row.items():
+        if name in types and (type(value) not in types[name]
+                              or type(value) is float and abs(value) > _FAR_S):
+            raise ValueError(f"a value of {name} is malformed")
+    for name in columns:
+        if row[name] is not None:
+            row[name] = json.loads(row[name])
+            if not is_like(row[name], _LIKE.get(name)):
+                raise ValueError(f"a value of {name} is malformed")
+
+
+def is_like(value, like):
+    """Return whether what JSON says is like something, see _LIKE; anything is like None."""
+    if like is None or type(value) is not type(like):
+        return like is None
+    if isinstance(like, dict):
+        return all(is_like(value[name], like.get(name, like.get(""))) for name in value) \
+            and (not value or like.keys() - {""} <= value.keys())
+    return not isinstance(like, list) or all(
+        is_like(each, part) for each in value for part in like)
 
 
 class Store:
@@ -1861,33 +1930,43 @@ class Store:
         self._cursor = None  # one for all: to make one each time costs time
 
     def do(self, sql, values=()):
-        """Execute a statement. Raise UserError if the file does not take it."""
+        """Execute a statement and return its rows. Raise UserError if the file does not take it."""
         import sqlite3
         try:
             if not self._cursor:
                 self._cursor = open_database(self.path).cursor()
-            return self._cursor.execute(sql, values)
-        except (sqlite3.Error, OSError) as error:
+            return self._cursor.execute(sql, values).fetchall()
+        except (sqlite3.Error, OSError, UnicodeDecodeError, OverflowError) as error:
             raise refused(self.path, error) from error
 
-    def load(self, sql, *values):
-        """Return the rows of a query, as dicts by column."""
-        rows = list(map(dict, self.do(sql, values)))
+    def load(self, sql, *values, json=""):
+        """Return the rows of a query, as dicts by column, those read that hold `json`. Raise
+        UserError if what stands there can not have been written by us.
+        """
+        rows = list(map(Row, self.do(sql, values)))
         for row in rows:
+            row.path = self.path
+            try:
+                check_row(row, json.split())
+            except (ValueError, RecursionError) as error:
+                raise refused(self.path, error) from error
             if self.killed and row.get("status") == "running":  # there is one run at a time
                 row["status"] = "interrupted"
         return rows
 
     def ask(self, sql, *values):
         """Return the first value of a query; None if there is no row."""
-        row = self.do(sql, values).fetchone()
-        return row and row[0]
+        rows = self.load(sql, *values)
+        return next(iter(rows[0].values())) if rows else None
 
     def change(self, sql, values=()):
         """Execute a statement that commit() makes durable, and return the id of a row that it made.
         In memory nothing is recorded: it would cost time, and nobody can ask for it later.
         """
-        return self.do(sql, values).lastrowid if self.folder else 0  # sqlite3 itself begins
+        if not self.folder:
+            return 0
+        self.do(sql, values)  # before which sqlite3 itself begins
+        return self._cursor.lastrowid
 
     def commit(self):
         """Make durable what was recorded."""
@@ -1908,12 +1987,8 @@ class Store:
 
     def load_runs(self, which, *values):
         """Return rows of `runs`, with what is JSON in them read."""
-        import json
-        runs = self.load(f"SELECT * FROM runs {which}", *values)  # noqa: S608 - text of our own
-        for run in runs:
-            for name in ("targets", "exclude", "arguments", "words", "sources"):
-                run[name] = run[name] and json.loads(run[name])
-        return runs
+        return self.load(f"SELECT * FROM runs {which}", *values,  # noqa: S608 - text of our own
+                         json="targets exclude arguments words sources")
 
     def load_last_runs(self, count):
         """Return the rows of the last runs, the newest first."""
@@ -1960,10 +2035,11 @@ class Store:
         """Return, by arguments as they are recorded, the last run with each of the same targets
         and item.
         """
-        return {row["arguments"]: row for row in map(dict, self.do(
-            "SELECT max(run_id) AS run_id, status, arguments FROM runs WHERE targets = :targets "
-            "AND exclude = :exclude AND start_from IS :start_from AND item IS :item "
-            "GROUP BY arguments", make_columns(request._asdict())))}
+        row = make_columns(request._asdict())
+        return {row["arguments"]: row for row in self.load(
+            "SELECT max(run_id) AS run_id, status, arguments FROM runs WHERE targets = ? "
+            "AND exclude = ? AND start_from IS ? AND item IS ? GROUP BY arguments",
+            row["targets"], row["exclude"], row["start_from"], row["item"])}
 
     def load_attempts(self, run_id):
         """Return the rows of `attempts` of a run, in the order in which they began."""
@@ -1974,7 +2050,8 @@ class Store:
         """Return the rows of the view `last_attempts` by tool; after a period of a backfill that
         ended well, that of one that did not, if that was the last run of it.
         """
-        lasts = {row["tool"]: row for row in self.load("SELECT * FROM last_attempts")}
+        lasts = {row["tool"]: row for row in self.load(
+            "SELECT *, called_items AS called FROM last_attempts", json="called")}
         for run_id in {row["run_id"] for row in lasts.values() if row["status"] in DONE}:
             run = self.find_run(run_id)
             for other in self.load_other_periods(run) if has_period(run["arguments"]) else ():
@@ -2026,11 +2103,8 @@ class Store:
         """Return rows of the view `successes`. What ran is {} where that is not recorded, or only
         the fingerprint of a syntax tree: of engines that did not say which function they called.
         """
-        import json
-        rows = self.load(_SUCCESSES + which, *values)
-        for row in rows:
-            row.update(needed=json.loads(row["needed"]), source=json.loads(row["source"]))
-        return [Success(**row) for row in rows]
+        rows = self.load(_SUCCESSES + which, *values, json="source inputs needed said returned")
+        return [Success(*map(row.get, Success._fields)) for row in rows]
 
     def find_done(self, run_id):
         """Return the tools that ended well in a run or were done before it."""
@@ -2328,15 +2402,14 @@ def hash_file(path):
 
 def find_changed_file(tool, base, inputs):
     """Return what changed of a tool's files since `inputs` were recorded, in words, or ""."""
-    import json
-    was = {"reads": {}, "writes": [], **json.loads(inputs or "{}")}
+    was = {"reads": {}, "writes": [], **inputs}
     old, new = was["reads"], find_reads(tool, base, was["reads"])
     for name in [*new, *old]:
         if name not in old:
             return f"{name} is new"
         if name not in new:
             return f"{name} is gone"
-        if old[name][2] != new[name][2]:
+        if old[name][2:] != new[name][2:]:
             return f"{name} changed"
     writes = find_writes(tool, base)
     return next((f"{name} is gone" for name in was["writes"] if name not in writes), "")
@@ -2345,6 +2418,13 @@ def find_changed_file(tool, base, inputs):
 def find_logs(folder, run_id):
     """Return the folder for the logs of a run."""
     return os.path.join(folder, "logs", run_id)
+
+
+def find_last_log(folder):
+    """Return the id of the last run of which there are logs in the folder of a pipeline, or 0."""
+    logs = find_logs(folder, "")
+    names = os.listdir(logs) if os.path.isdir(logs) else ()
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def find_log(logs, tool, attempt):
@@ -2393,12 +2473,15 @@ def read_tail(path, lines, line_bytes=1000):
     return [line[-line_bytes:] for line in clean(text).splitlines()[-lines:]] if lines else []
 
 
-_ESCAPES = (r"\x1b(\[[0-?]*[ -/]*[@-~]|[\]P^_X][^\x07\x1b]*(\x07|\x1b\\)?|[ -~]?)"  # of terminals
-            r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What --json escapes although JSON need not: it is not seen, but moves, turns or hides what is.
+HIDDEN = r"[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
+_ESCAPES = (r"\x1b(\[[0-?]*[ -/]*[@-~]|[\]P^_X][^\x07\x1b\n]*(\x07|\x1b\\)?|[ -/]*[0-~]?)"
+            r"|[\x00-\x08\x0b-\x1f]|" + HIDDEN)  # those of terminals: ECMA-48, 5.3 and 5.6
 
 
 def clean(text):
-    """Return a text without control characters but tabs and ends of lines.
+    """Return a text without what can take hold of a terminal: control characters but tabs and ends
+    of lines, and what else is HIDDEN.
 
     >>> clean("a\\x1b[31mred\\x1b[0m\\r\\n\\x00b")
     'ared\\nb'
@@ -4296,7 +4379,7 @@ def format_one_line(error):
     if isinstance(error, SystemExit):
         line = f"sys.exit({error.code!r})"
     else:
-        text = "".join(c if c.isprintable() else " " for c in clean(text))
+        text = clean("".join(c if c.isprintable() or c < "\xa0" else " " for c in text))
         kind = "" if isinstance(error, SaysFailed) else type(error).__name__
         line = ": ".join(filter(None, [kind, " ".join(text.split())]))
     return line if len(line) <= _LINE_LENGTH else line[:_LINE_LENGTH - 3] + "..."
@@ -7310,17 +7393,18 @@ _COLOURS = {"success": 32, "cached": 32, "failed": 31, "quarantined": 31, "parti
 
 
 class Style(NamedTuple):
-    """How text is to look: with colours or without."""
+    """How text is to look: with colours or without; and how the code of one begins."""
     colour: bool = False
+    ink: str = "\x1b["
 
     def paint(self, text, status):
         """Return text in the colour of a status."""
         code = _COLOURS.get(status)
-        return f"\x1b[{code}m{text}\x1b[0m" if self.colour and code else text
+        return f"{self.ink}{code}m{text}{self.ink}0m" if self.colour and code else text
 
     def bold(self, text):
         """Return text that stands out."""
-        return f"\x1b[1m{text}\x1b[0m" if self.colour else text
+        return f"{self.ink}1m{text}{self.ink}0m" if self.colour else text
 
 
 def format_table(columns, rows, style=Style(), has_head=True):
@@ -7558,7 +7642,8 @@ def count_statuses(listed, counts):
     if not listed:  # items() has not said it
         return shown
     ended = sum(new for status, (_, new) in counts.items() if status != "pending") \
-        if "passed" not in listed else sum(listed[key] for key in ("passed", "failed", "elsewhere"))
+        if "passed" not in listed else sum(
+            listed.get(key, 0) for key in ("passed", "failed", "elsewhere"))
     shown["pending"] = max(0, listed.get("pending", 0) - ended)
     return shown
 
@@ -7654,7 +7739,7 @@ def format_run(shown, style):
     resumed = f", which resumed run {run['resumes']}" if run["resumes"] else ""
     commit = f", commit {run['git_commit'][:12]}" if run["git_commit"] else ""
     facts = {**run, "run": run["run_id"] + resumed, "without": run["exclude"],
-             "from": run["start_from"], "version": run["version"] + commit,
+             "from": run["start_from"], "version": f"{run['version']}{commit}",
              "arguments": json.dumps(run["arguments"], ensure_ascii=False)}
     names = "run status targets without from arguments started_at duration_s version".split()
     cells = [{"name": format_head(name), "value": format_cell(name, facts[name])}
@@ -7701,6 +7786,7 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         load = read_pipeline if command is command_check else load_pipeline
         pipeline = load(tool_map, stages, get_connection, name=name or find_name(), limits=limits)
         base = find_base(get_connection)
+        check_edited(pipeline.tools.values(), base)
         home = home or os.environ.get("ORCHESTRATOR_HOME") or os.path.join(base, ".orchestrator")
         code = command(Call(
             pipeline, options, arguments, argv, parser, parser.given, find_program(), base,
@@ -7749,6 +7835,39 @@ def check_not_hidden(yours):
         raise UserError("Above the ENGINE mark, the engine's own names hide yours: "
                         + ", ".join(hidden) + ".",
                         "Rename yours, or put them into a module of your own.")
+
+
+_FIRST_TOOL = """Write a tool, hello.py beside it:
+
+def run(conn, **kwargs):
+    print("hello")
+
+and put it in their place, above the ENGINE mark:
+"""
+
+
+def check_edited(tools, base):
+    """Raise UserError if the tools are those of the example, which is not there, with tables to
+    begin with: of the modules in the folder `base`, or one below, that have a function `run`.
+    """
+    is_example = tools and all(tool.module.startswith("example.") for tool in tools)
+    if not is_example or find_module("example"):
+        return
+    from glob import escape, glob
+    paths = [path for pattern in ("*.py", os.path.join("*", "*.py"))
+             for path in sorted(glob(os.path.join(escape(base), pattern)))]
+    names = [os.path.relpath(path, base)[:-3].replace(os.sep, ".") for path in paths]
+    names = [name for name in names if not re.search(r"(^|\.)test|[^\w.]", name) and (
+        (read_module(name).definitions or {}).get("run", Definition()).takes is not ANYTHING)]
+    shown = names or ["hello"]
+    last = [name.rpartition(".")[2] for name in shown]
+    rows = "".join(f'    "{each if last.count(each) == 1 else name.replace(".", "_")}": "{name}",\n'
+                   for each, name in zip(last, shown))
+    raise UserError(
+        "Above the ENGINE mark are the tables of the example, and example/ is not here. "
+        + ("Put these in their place, in the order in which they are to run:\n" if names
+           else _FIRST_TOOL) + f"\nTOOL_MAP = {{  # a tool's name: its module\n{rows}}}\n\n"
+        "STAGES = {}  # a stage's name: its tools\n")
 
 
 class Parser(argparse.ArgumentParser):
@@ -8003,7 +8122,7 @@ class Call(NamedTuple):
 
 def open_history(call):
     """Return the history to look at, without its lock; one that knows nothing if there is none."""
-    is_there = os.path.exists(os.path.join(call.folder, "history.db"))
+    is_there = has_bytes(os.path.join(call.folder, "history.db"))
     return History(call.folder if is_there and not call.options.no_history else "", call.base)
 
 
@@ -8012,6 +8131,8 @@ def need_history(call):
     history = open_history(call)
     if not history.folder:
         raise UserError(f"There is no history in {format_path(call.folder)}.",
+                        "It is lost: only the logs of former runs are there."
+                        if find_last_log(call.folder) and not call.options.no_history else
                         "Nothing has been run yet, or it was run with --no-history.")
     return history
 
@@ -8103,9 +8224,8 @@ def count_items_of(call, lasts):
     """Return how many items have each status, for the tools that had items when they ran last;
     `lasts` are the newest rows of tools.
     """
-    import json
     counts = {}
-    having = [last for last in lasts if last["called_items"] or last["status"] not in DONE
+    having = [last for last in lasts if last["called"] or last["status"] not in DONE
               and last["tool"] in call.pipeline.tools
               and has_items(call.pipeline.tools[last["tool"]])]
     if having:
@@ -8114,8 +8234,7 @@ def count_items_of(call, lasts):
                 with open_ledger(call, conn, last["tool"]) as ledger:
                     if ledger:
                         counts[last["tool"]] = count_statuses(
-                            json.loads(last["called_items"] or "{}"),
-                            ledger.count(last["called_at"] or 0.0))
+                            last["called"] or {}, ledger.count(last["called_at"] or 0.0))
     return counts
 
 
@@ -8265,7 +8384,12 @@ def read_pieces(path, at, is_whole):
 @contextlib.contextmanager
 def change_history(call):
     """Hold the history to write to it, in which a run that was killed is closed, and say so."""
+    is_lost = find_last_log(call.folder) and not has_bytes(History(call.folder).path)
     with hold_history(call.folder, call.base, call.options.wait) as history:
+        if is_lost:
+            say(f"warning: the history is lost, {format_path(history.path)} is empty or gone, and "
+                "a new one begins: what former runs have done, of which there are still logs, is "
+                "not known.")
         run_id, tools = history.close_killed()
         if run_id:
             where = f"at {', '.join(tools)}" if tools else "between two tools"
@@ -8465,6 +8589,9 @@ def carry_out(call, history, resumes=None):
         tell_tails(result, screen.style)
         next_command = "" if options.backfill else make_next_command(result, call)
         say(format_summary(result, next_command, screen.style))
+    if history.folder and not has_bytes(history.path):
+        say(f"warning: {format_path(history.path)} was removed during the run, which is therefore "
+            "not recorded.")
     if result.status == "interrupted":
         return EXIT_SIGNAL + (result.signal or SIGINT)
     return EXIT_FAILED if result.status == "failed" or screen.has_lost else EXIT_SUCCESS
@@ -8566,13 +8693,14 @@ class Screen:
         if self.is_terminal and not self.quiet and event.at - self.shown_s >= 0.1:
             self.shown_s, self.is_live = event.at, True
             line = format_progress(event, self.width, event.at - self.started_s[event.tool])
-            say("\r" + line[:find_columns(self.stream) - 1] + "\x1b[K", self.stream, end="")
+            say("", self.stream, end="\r")
+            say(line[:find_columns(self.stream) - 1], self.stream, end="\x1b[K")
 
     def clear(self):
         """Make room where the live line is."""
         if self.is_live:
             self.is_live = False
-            say("\r\x1b[K", self.stream, end="")
+            say("", self.stream, end="\r\x1b[K")
 
     def write(self, text):
         """Write a line, over the live one."""
@@ -8597,7 +8725,19 @@ def is_terminal(stream):
 def make_style(stream):
     """Return the style for a stream: colours on a terminal, unless NO_COLOR is set."""
     has_colours = os.environ.get("TERM", "dumb") != "dumb" or "WT_SESSION" in os.environ
-    return Style(has_colours and not os.environ.get("NO_COLOR") and is_terminal(stream))
+    return Style(has_colours and not os.environ.get("NO_COLOR") and is_terminal(stream), _INK)
+
+
+# How a code of the engine's own begins until it is written. No tool can know it; so all others in
+# what the engine says, of errors, names and log lines, are taken out.
+_INK = f"\x1b{os.urandom(8).hex()}["
+
+
+def write_text(stream, text, end):
+    """Write text of the engine's, in which nothing but its own codes takes hold of a terminal, and
+    an end. Raise OutputError if that fails.
+    """
+    write_out(stream, "\x1b[".join(map(clean, text.split(_INK))) + end)
 
 
 class OutputError(Exception):
@@ -8635,7 +8775,7 @@ def write_out(stream, content):
 def show(text, end="\n"):
     """Write a line to stdout: what a command was asked for. Raise OutputError if that fails."""
     try:
-        write_out(sys.stdout, text + end)
+        write_text(sys.stdout, text, end)
     except OutputError:
         let_go(sys.stdout)
         raise
@@ -8652,13 +8792,14 @@ def let_go(stream):
 def say(text, stream=None, end="\n"):
     """Write a line to stderr: what there is to say beside that. No run ends for want of it."""
     with contextlib.suppress(OutputError):
-        write_out(sys.stderr if stream is None else stream, text + end)
+        write_text(sys.stderr if stream is None else stream, text, end)
 
 
 def to_json(data):
-    """Return data as JSON for programs."""
+    """Return data as JSON for programs, which people look at, too."""
     import json
-    return json.dumps(data, indent=2, ensure_ascii=False)
+    return re.sub(HIDDEN, lambda found: f"\\u{ord(found[0]):04x}",
+                  json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def make_next_command(result, call):

@@ -2,9 +2,11 @@
 import ast
 import importlib.util
 import os
+import re
 import sys
 
 import pytest
+from conftest import TOP
 
 from orchestrator import main
 
@@ -455,3 +457,56 @@ def test_an_import_of_a_module_beside_the_tool_is_none(sandbox, check_source):
     sandbox.tool("ck_helper", RAISES).tool("ck_package.part", RAISES)
 
     assert is_clean(check_source("import ck_helper, ck_package.part\ndef run(conn): pass\n"))
+# --- a copy that nobody has edited yet ---
+
+def copy_unedited(sandbox):
+    """Let the sandbox have the file as it is downloaded, without example/."""
+    (sandbox.folder / "orchestrator.py").write_text(
+        (TOP / "orchestrator.py").read_text(encoding="utf-8"), encoding="utf-8")
+    return sandbox
+
+
+def paste(sandbox, err):
+    """Put the tables that were told in the place of the example's, as a person would."""
+    text = sandbox.read("orchestrator.py")
+    tables = err[err.index("TOOL_MAP = {"):]
+    start, end = text.index("TOOL_MAP = {"), text.index("def get_connection")
+    (sandbox.folder / "orchestrator.py").write_text(
+        text[:start] + tables + "\n\n" + text[end:], encoding="utf-8")
+
+
+@pytest.mark.parametrize("words", [(), ("--check",), ("--list",), ("--plan",)])
+def test_an_unedited_copy_shows_the_tables_for_the_modules_beside_it(sandbox, words):
+    copy_unedited(sandbox)
+    run = "raise SystemExit('imported')\ndef run(conn, **kwargs): "
+    for name in ("load", "sales.load", "sales.report", "tests.test_load"):
+        sandbox.tool(name, run + "pass")
+    sandbox.tool("helper", "from subprocess import run").tool("broken", "def run(:")
+
+    ended = sandbox.run(*words)
+
+    assert (ended.code, ended.out) == (2, "")
+    assert len([line for line in ended.err.splitlines() if "example" in line]) == 1
+    assert re.findall(r'^    ("\w+": "[\w.]+"),$', ended.err, re.M) \
+        == ['"load": "load"', '"sales_load": "sales.load"', '"report": "sales.report"']
+
+
+@pytest.mark.parametrize("module, text", [
+    ("sales.load", "def run(conn, **kwargs): print('it runs')"), (None, None)])
+def test_what_is_told_of_an_unedited_copy_can_be_pasted_and_runs(sandbox, module, text):
+    copy_unedited(sandbox)
+    if module:
+        sandbox.tool(module, text)
+    ended = sandbox.run()
+    assert ended.code == 2 and ("Write a tool, hello.py" in ended.err) is not bool(module)
+    if not module:
+        sandbox.tool("hello", "\n".join(re.findall(r"^def run.*\n.*$", ended.err, re.M)))
+    paste(sandbox, ended.err)
+    again = sandbox.run()
+    assert again.code == 0 and again.out == ("it runs\n" if module else "hello\n"), again
+
+
+def test_an_example_with_a_module_missing_is_told_as_any_other(sandbox):
+    copy_unedited(sandbox).tool("example.fetch", "def run(): pass")
+    ended = sandbox.run("fetch", "render")
+    assert ended.code == 2 and "there is no module 'example.render'" in ended.err

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import sqlite3
@@ -278,6 +279,128 @@ def test_a_history_with_a_page_of_zeros_is_refused_or_read_and_never_a_traceback
         for side in ("-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{path}{side}")
+
+
+GARBAGE = ["'text'", "'{'", "'[1]'", "'[[]]'", "'null'", "'5'", "'{\"a\": 1}'", "7", "3.5", "9e999",
+           "-1e300", "x'ff00'", "CAST(x'ff41' AS TEXT)", "NULL", "''",
+           "'{\"reads\": {\"m.py\": [1]}, \"writes\": [1]}'"]
+COLUMNS = re.findall(r"^ +(\w+) +(?:INTEGER|REAL|TEXT)", SCHEMA, re.M)
+CACHED = """
+TOOL_MAP = {"a": {"module": "m", "cache": True, "needs": [], "reads": ["m.py"]},
+            "b": {"module": "m", "needs": ["a"], "retries": 1, "retry_delay": 0}}
+"""
+
+
+@pytest.fixture
+def cached(line):
+    """A history of a cached tool and one that failed last, and the file that holds it."""
+    line.pipeline(NO_DATABASE + CACHED).tool("m", """
+        import os
+        def run(context):
+            if context.last_success and context.tool == "b":
+                raise ValueError("again")
+            return [1]
+    """)
+    line.run()
+    line.run()
+    path, = line.folder.glob(".orchestrator/*/history.db")
+    return line, path, path.read_bytes()
+
+
+def look_at_damage(line, words):
+    """Run a command and check that it shows what it can, or says what is wrong in a sentence."""
+    ended = line.run(*words)
+    assert ended.code in (0, 1, 2) and "bug in" not in ended.err, ended
+    if ended.code == 2:
+        assert len(ended.err.splitlines()) == 2, ended
+    return ended
+
+
+@pytest.mark.parametrize("column", range(len(COLUMNS)), ids=lambda i: f"{i}-{COLUMNS[i]}")
+def test_garbage_in_a_column_is_damage_and_never_a_bug(cached, column):
+    line, path, whole = cached
+    table = "attempts" if column > COLUMNS.index("attempt_id") - 1 else "runs"
+    looks = [["--status"], ["--history", "2"], ["--plan"], [], ["--resume"], ["--plan", "--resume"]]
+    for i, garbage in list(enumerate(GARBAGE))[column % 3::3]:  # and others for the next column
+        path.write_bytes(whole)
+        with contextlib.closing(sqlite3.connect(path)) as conn, \
+                contextlib.suppress(sqlite3.IntegrityError), conn:
+            conn.execute(f"UPDATE {table} SET {COLUMNS[column]} = {garbage}")  # noqa: S608
+        look_at_damage(line, looks[(i + column) % len(looks)])
+
+
+def test_a_bit_that_flipped_anywhere_is_damage_and_never_a_bug(cached):
+    line, path, whole = cached
+    chance = random.Random(6)  # noqa: S311
+    for i in range(100):
+        at = chance.randrange(len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)])
+                         + whole[at + 1:])
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{path}-wal")
+        look_at_damage(line, LOOKS[i % len(LOOKS)])
+
+
+@pytest.mark.parametrize("sql, words", [
+    ("UPDATE runs SET targets = '{'", ["--history"]), ("UPDATE runs SET arguments = '[1]'", []),
+    ("UPDATE runs SET started_at = 'noon'", ["--history"]),
+    ("UPDATE runs SET words = '[1]'", ["--resume"]),
+    ("UPDATE attempts SET result = '{'", []), ("UPDATE attempts SET needed = '[]'", []),
+    ("UPDATE attempts SET inputs = '{\"reads\": 1}'", []),
+    ("UPDATE attempts SET source = '{\"x\": 1}'", []),
+    ("UPDATE attempts SET duration_s = 1e300", ["--status"]),
+    ("UPDATE attempts SET reason = CAST(x'ff41' AS TEXT)", ["--status"]),
+    ("ALTER TABLE attempts RENAME COLUMN log TO lob", ["--history", "1"]),
+])
+def test_what_the_engine_can_not_have_written_is_refused_and_left_alone(cached, sql, words):
+    line, path, _ = cached
+    with contextlib.closing(sqlite3.connect(path)) as conn, conn:
+        conn.execute(sql)
+    content = path.read_bytes()
+    check_refused(line, path, content, "is damaged", "Move it away", looks=[words])
+
+
+def test_a_run_that_resumes_itself_is_no_endless_search(cached):
+    line, path, _ = cached
+    with contextlib.closing(sqlite3.connect(path)) as conn, conn:
+        conn.execute("UPDATE runs SET resumes = run_id")
+    assert line.run("--resume", timeout=20).code in (1, 2)
+
+
+@pytest.mark.parametrize("lose", [os.unlink, lambda path: open(path, "w").close()],
+                         ids=["gone", "empty"])
+def test_a_lost_history_is_told_and_its_logs_are_not_mixed_with_new_ones(line, lose):
+    line.run()
+    path, _ = write_history(line, lose) if lose is not os.unlink else (
+        next(line.folder.glob(".orchestrator/*/history.db")), None)
+    if lose is os.unlink:
+        lose(path)
+
+    looked, ended, again = line.run("--history"), line.run(), line.run()
+
+    assert looked.code == 2 and "only the logs of former runs" in looked.err
+    assert ended.code == again.code == 0
+    told = [each for each in ended.err.splitlines() if "history is lost" in each]
+    assert len(told) == 1 and "history is lost" not in again.err
+    ids = [row["run_id"] for row in ask(line.folder, "SELECT run_id FROM runs")]
+    assert ids[0] == 1 + max(1, *(int(each) for each in os.listdir(path.parent / "logs")
+                                  if int(each) not in ids))
+
+
+@pytest.mark.parametrize("words", [(), ("-j", "2")])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_history_that_is_removed_during_the_run_is_told_at_its_end(line, words, fails):
+    line.tool("m", f"""
+        import shutil
+        def run(context):
+            print("here")
+            if context.tool == "a":
+                shutil.rmtree(".orchestrator")
+            assert not {fails}
+    """)
+    ended = line.run(*words)
+    assert ended.code == fails and "bug in" not in ended.err
+    assert "was removed during the run, which is therefore not recorded." in ended.err
 
 
 @pytest.mark.parametrize("thing", ["home", "folder"])

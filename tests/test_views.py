@@ -524,6 +524,75 @@ def test_a_terminal_shows_colours_unless_no_color_is_set(sandbox, env, has_colou
     assert bool(ESCAPE.search(seen)) is has_colours
 
 
+# --- what others wrote into what the engine says ---
+
+GRIP = "\x1b[2J\x1b]0;title\x07\x1b(0\x9b31m\x08\x7f\r\u202egpj\u2066\u200b\u2028"
+GRIPS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+SPEAKING = f"""
+TOOL_MAP = {{"good": "good", "bad": "bad", "odd": {{"module": "odd", "needs": []}}}}
+
+def get_connection():
+    import sqlite3
+    return sqlite3.connect(Path(__file__).with_name("data.db"))
+
+def add_arguments(parser):
+    parser.add_argument("--title", default={GRIP!r})
+"""
+
+
+@pytest.fixture
+def speaking(sandbox):
+    """A pipeline whose tools, items and arguments hold what takes hold of a terminal."""
+    sandbox.pipeline(SPEAKING)
+    sandbox.tool("good", f'"""Good {GRIP!a}."""\ndef run(context): context.log.warning({GRIP!r})')
+    sandbox.tool("bad", f"def run(): raise ValueError({GRIP!r} + 'seen')")
+    return sandbox.tool("odd", f"""
+        def items(): return ["a{GRIP!a}"[1:-1]]
+        def run(item): raise ValueError(item)
+    """)
+
+
+@pytest.mark.parametrize("words", [
+    (), ("-v",), ("-j", "2"), ("--list",), ("--plan",), ("--status",), ("--history",),
+    ("--history", "1"), ("--items", "odd"), ("--logs",), ("nobody" + GRIP,), ("--check",)])
+def test_nothing_that_the_engine_says_takes_hold_of_a_terminal(speaking, words):
+    speaking.run()
+
+    ended = speaking.run(*words)
+    seen = ESCAPE.sub("", run_on_terminal(speaking, *words, env={})).replace("\x1b[K", "")
+
+    assert ended.code in (0, 1, 2) and not GRIPS.findall(ended.out + ended.err)
+    assert not GRIPS.findall(seen.replace("\r", ""))
+
+
+def test_a_colour_of_a_tool_is_none_of_the_engine(speaking):
+    speaking.tool("bad", "def run(): raise ValueError('x\\n\x1b[31myours')")
+
+    seen = run_on_terminal(speaking, "bad", env={})
+
+    assert "\nyours" in seen and "\x1b[31mfailed" in seen
+
+
+def test_what_tools_print_themselves_goes_through_as_it_is(speaking):
+    speaking.tool("bad", f"def run(): print({GRIP!r})")
+
+    for words in ((), ("-j", "2")):
+        assert GRIP in run_on_terminal(speaking, "bad", *words, env={})
+
+
+@pytest.mark.parametrize("words", ["--history 1", "--status", "--items odd", "--list", "--logs"])
+def test_json_is_true_to_the_data_and_hides_no_letter_of_it(speaking, words):
+    speaking.run()
+
+    ended = speaking.run(*words.split(), "--json")
+
+    assert not GRIPS.findall(ended.out)
+    if words == "--history 1":
+        run, = json.loads(ended.out)["runs"]
+        assert run["arguments"]["title"] == GRIP
+        assert any(GRIP in tool["traceback"] for tool in run["tools"] if tool["traceback"])
+
+
 # --- a whole run ---
 
 def test_a_run_tells_on_stderr_and_leaves_stdout_to_the_tools(sandbox):
