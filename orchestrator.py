@@ -5014,7 +5014,7 @@ class Doer:
         self.give()
         self.step = "in setup(): "
         self.interrupts.own_argv(self.tool)
-        with until_exit():
+        with until_exit(self.interrupts):
             self.interrupts.call(call_function, "setup", callee.setup,
                                  choose_arguments(callee.setup_takes, self.given))
         if has_conn:
