@@ -6782,16 +6782,15 @@ class Work:
     def hear_ended(self, doing, problem):
         """Take it that a job is over, and what kept it from the rest."""
         run, tool, count = self.run, self.tool, len(doing.job.items)
-        if problem is None:
-            if count and self.tally:  # the next are to take about _CHUNK_S together
-                took_s = max(run.clock.monotonic() - doing.started_s, 1e-6)
-                self.size = max(1, min(int(_CHUNK_S * count / took_s), 10 * self.size,
-                                       max(_CHUNK_ITEMS, tool.batch)))
-        elif problem.status == "pending":
+        if problem is None and count and self.tally:  # the next are to take _CHUNK_S together
+            took_s = max(run.clock.monotonic() - doing.started_s, 1e-6)
+            self.size = max(1, min(int(_CHUNK_S * count / took_s), 10 * self.size,
+                                   max(_CHUNK_ITEMS, tool.batch)))
+        if problem and problem.status == "pending":
             problem = self.take_no_connection(doing, problem)
-        elif problem.status == "interrupted":
+        if problem and problem.status == "interrupted":
             run.interrupt()
-        else:
+        elif problem:
             charged = {item.name: item for item in [*self.left, *doing.left.values(), problem.item]
                        if item and item.is_death}
             for name, item in charged.items():  # as long as that could not be recorded
