@@ -1959,6 +1959,11 @@ class Store:
         return self.ask("SELECT run_id FROM attempts WHERE tool = ? AND attempt > 0 "
                         "ORDER BY attempt_id DESC LIMIT 1", tool)
 
+    def find_good_run(self, tool):
+        """Return the row of the last run in which a tool was called and succeeded; else None."""
+        return next(iter(self.load_runs("WHERE run_id = (SELECT max(run_id) FROM attempts "
+                                        "WHERE tool = ? AND status = 'success')", tool)), None)
+
     def find_started_at(self, tool, run_id):
         """Return when the last attempt of a tool began in a run or in those that it goes on with;
         if there was none, as there is of the tool "", when the first of these runs began.
@@ -6835,6 +6840,18 @@ def format_summary(result, next_command, style):
     return "\n".join(["", *lines])
 
 
+def format_failure(facts, changed, commits, style):
+    """Return, to be handed on, what is known of a tool that failed; `facts` tell its name, the run,
+    the last run in which it succeeded, when that began, the error and the place.
+    """
+    head = "{tool} failed in run {run_id}, and succeeded last in run {good_id} ({good_at}):"
+    rows = [("error", facts["error"]), ("at", facts["place"]),
+            ("changed", format_some(changed) or "none of the tables, modules and arguments"),
+            *(("commit", each) for each in commits)]
+    return "\n".join(["", style.bold(head.format(**facts)), *format_table("name value", [
+        {"name": "  " + name, "value": value} for name, value in rows if value], has_head=False)])
+
+
 def format_local(moment):
     """Return a moment of format_moment() as people's clocks say it: `2013-01-01 07:00:00`."""
     from datetime import datetime
@@ -7732,12 +7749,11 @@ def find_resumed(call, history):
     recorded = read_arguments(run, now)
     arguments = {**recorded, **{name: value for name, value in call.arguments.items()
                                 if name in call.given}}
-    changed = find_changed(format_arguments(recorded), format_arguments(arguments))
+    changed = format_changed(recorded, arguments)
     if changed and words is not None:
         words = (*words, *call.argv)
     done = find_valid(call.pipeline, history.find_done(run["run_id"]), arguments)
-    return request._replace(item=item, words=words), arguments, done, [
-        f"{name} ({arguments[name]}, was {recorded[name]})" for name in changed]
+    return request._replace(item=item, words=words), arguments, done, changed
 
 
 def find_run_to_resume(call, history):
@@ -7764,6 +7780,12 @@ def find_changed(was, now):
     return [name for name in now if now[name] != was.get(name, now[name])]
 
 
+def format_changed(was, now):
+    """Return the arguments that are not as they were, each with both values, in words."""
+    return [f"{name} ({now[name]}, was {was[name]})"
+            for name in find_changed(format_arguments(was), format_arguments(now))]
+
+
 def find_valid(pipeline, done, arguments):
     """Return those of the tools that are done which got no other arguments than they would now."""
     now = format_arguments(arguments)
@@ -7775,15 +7797,20 @@ def find_valid(pipeline, done, arguments):
 
 def tell_changes(pipeline, run, plan, changed):
     """Say what changed since a run that is resumed, and which of that is not run again."""
-    now = find_versions(pipeline, [pipeline.tools[step.tool] for step in plan.steps])
-    modules = [module for module, source in now["sources"].items()
-               if run["sources"].get(module, source) != source]
-    what = ["the tables"] * (now["tables"] != run["tables"]) + modules + changed
+    what = find_differences(
+        run, find_versions(pipeline, [pipeline.tools[step.tool] for step in plan.steps]))
     kept = [step.tool for step in plan.steps if step.success
-            and pipeline.tools[step.tool].module in modules]
-    if what:
-        say(f"Changed since run {run['run_id']}: {', '.join(what)}."
+            and pipeline.tools[step.tool].module in what]
+    if what or changed:
+        say(f"Changed since run {run['run_id']}: {', '.join(what + changed)}."
             + (f" Done before, and not run again: {', '.join(kept)}." if kept else ""))
+
+
+def find_differences(was, now):
+    """Return what differs of what ran, in words, by the rows of a run and of a later one."""
+    return ["the tables"] * (now["tables"] != was["tables"]) + [
+        module for module, source in now["sources"].items()
+        if was["sources"].get(module, source) != source]
 
 
 def carry_out(call, history, resumes=None):
@@ -7799,6 +7826,8 @@ def carry_out(call, history, resumes=None):
         retry_items=None if options.reprocess else read_retries(options.retry_items)))
     if not options.quiet or result.status != "success":
         tell_tails(result, screen.style)
+        if result.failed + result.partial and not options.quiet:
+            tell_failure(call, history, result, screen.style)
         next_command = "" if options.backfill else make_next_command(result, call)
         say(format_summary(result, next_command, screen.style))
     if history.folder and not has_bytes(history.path):
@@ -7816,6 +7845,40 @@ def tell_tails(result, style):
         if tail:
             head = style.bold(f"Last lines of {tool} ({format_path(outcome.log)}):")
             say("\n" + "\n  ".join([head, *tail]))
+
+
+def tell_failure(call, history, result, style):
+    """Say what somebody has to know who is asked for help: of the first tool that failed and has
+    succeeded before, how and where it failed, and what changed since then.
+    """
+    found = ((tool, history.find_good_run(tool)) for tool in result.failed + result.partial)
+    tool, good = next((each for each in found if each[1]), ("", None))
+    if not good:
+        return
+    outcome, now = result.outcomes[tool], history.find_run(result.run_id)
+    own = find_module(call.pipeline.tools[tool].module).origin
+    frames = re.findall(r'^ +File "(.+)", line (\d+)', outcome.traceback, re.M)
+    places = frames[-1:] + [frame for frame in frames if frame[0] == own]
+    changed = find_differences(good, now) + format_changed(good["arguments"], now["arguments"])
+    facts = {"tool": tool, "run_id": result.run_id, "good_id": good["run_id"],
+             "good_at": format_local(format_moment(good["started_at"])), "error": outcome.error,
+             "place": "".join(f"{format_path(file)}:{line}" for file, line in places[-1:])}
+    say(format_failure(facts, changed, load_subjects(
+        call.base, good["git_commit"], now["git_commit"]), style))
+
+
+def load_subjects(folder, since, until):
+    """Return the commits between two, up to five, as git tells them; none where it does not."""
+    if since == until or not all(re.fullmatch("[0-9a-f]{40,64}", each or "")
+                                 for each in (since, until)):
+        return []
+    from subprocess import DEVNULL, PIPE, SubprocessError, run
+    try:
+        return run(["git", "-C", folder, "log", "-5", "--format=%h %s", f"{since}..{until}", "--"],
+                   stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, timeout=5.0, encoding="utf-8",
+                   errors="replace", check=True).stdout.splitlines()
+    except (OSError, SubprocessError):
+        return []
 
 
 def read_retries(given):

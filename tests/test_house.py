@@ -246,7 +246,7 @@ def test_no_room_reads_a_name_of_the_users_part_but_the_last_lines():
     (("argparse",), {"MARK", "DOOR"}),
     (("json",), {"HISTORY", "RUNNING", "VIEWS", "DOOR"}),  # in the database, and for programs
     (("os.environ",), {"WORKERS", "DOOR"}),
-    (("subprocess",), {"DOOR"}),  # of which it takes the quoting of words for Windows
+    (("subprocess",), {"DOOR"}),  # the quoting of words for Windows; git, asked for its commits
     (("time.time", "time.monotonic", "time.sleep"), {"HISTORY", "CALLING", "WORKERS", "RUNNING"}),
     (("os.system", "subprocess.run", "subprocess.Popen", "subprocess.call",
       "subprocess.check_output", "eval", "exec"), set()),
@@ -386,9 +386,9 @@ def test_no_class_is_longer_than_two_hundred_and_fifty_lines():
 
 # of each room, and of what is at the mark: lowered with each landing, and never raised
 TOKENS = {
-    "MARK": 118, "WORDS": 1597, "SETUP": 2639, "PLANNING": 2992, "HISTORY": 5291,
+    "MARK": 118, "WORDS": 1597, "SETUP": 2639, "PLANNING": 2992, "HISTORY": 5317,
     "CONNECTION": 2038, "LEDGER": 2948, "MODULES": 3732, "CALLING": 6372, "WORKERS": 3223,
-    "RUNNING": 7325, "VIEWS": 2767, "DOOR": 7742,
+    "RUNNING": 7325, "VIEWS": 2881, "DOOR": 8159,
 }
 
 
