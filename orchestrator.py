@@ -5040,7 +5040,9 @@ class Capture:
 class Copier:
     """A stream of Python's of which a copy is kept. Nothing that can not be shown is a reason for
     a tool to fail: nobody reads it, the disk is full, the stdout of a cron job lacks a letter.
+    `is_open`: whether its last line has no end yet.
     """
+    is_open = False
 
     def __init__(self, stream, capture, name):
         self._stream, self._capture, self._name = stream, capture, name
@@ -5048,6 +5050,7 @@ class Copier:
     def write(self, text):
         """Write a text, and keep it."""
         stream, capture = self._stream, self._capture
+        self.is_open = text[-1:] not in ("", "\n") or not text and self.is_open
         try:
             written = stream.write(text)
             if "\n" in text:
@@ -6811,7 +6814,13 @@ def format_details(outcome):
     """Return what there is to say of a tool beside its status, in one line."""
     rows = "" if outcome.rows is None else f"{outcome.rows:,} row{'s' * (outcome.rows != 1)}"
     took = format_duration(outcome.duration_s) if outcome.attempts else ""
-    return ", ".join(filter(None, [rows, took, outcome.error, outcome.reason]))
+    return ", ".join(filter(None, [rows, took, format_note(outcome)]))
+
+
+def format_note(outcome):
+    """Return why a tool ended as it did, in one line."""
+    error = outcome.error.rstrip(".") if outcome.reason else outcome.error
+    return ", ".join(filter(None, [error, outcome.reason]))
 
 
 def format_progress(event, width, elapsed_s):
@@ -6829,7 +6838,7 @@ def format_summary(result, next_command, style):
     """Return the closing table of a run: every tool, then the verdict and what to type next."""
     lines = format_table("tool status >rows >duration_s note", [
         {**o._asdict(), "tool": tool, "duration_s": o.duration_s if o.attempts else None,
-         "note": ", ".join(filter(None, [o.error, o.reason]))}
+         "note": format_note(o)}
         for tool, o in result.outcomes.items()], style)
     lines += ["", style.paint(result.status, result.status)
               + f": {len(result.succeeded) + len(result.cached)} of "
@@ -7825,7 +7834,7 @@ def carry_out(call, history, resumes=None):
         keep_results=False, on_event=screen.on_event, find_said=call.find_said,
         retry_items=None if options.reprocess else read_retries(options.retry_items)))
     if not options.quiet or result.status != "success":
-        tell_tails(result, screen.style)
+        tell_tails(result, screen)
         if result.failed + result.partial and not options.quiet:
             tell_failure(call, history, result, screen.style)
         next_command = "" if options.backfill else make_next_command(result, call)
@@ -7838,12 +7847,13 @@ def carry_out(call, history, resumes=None):
     return EXIT_FAILED if result.status == "failed" or screen.has_lost else EXIT_SUCCESS
 
 
-def tell_tails(result, style):
-    """Say what the tools that failed printed last."""
+def tell_tails(result, screen):
+    """Say what the tools that failed printed last, but for the last one: that was just shown."""
     for tool, outcome in result.outcomes.items():
-        tail = read_tail(outcome.log, 10) if outcome.status == "failed" else []
+        is_told = outcome.status != "failed" or tool == screen.last
+        tail = [] if is_told else read_tail(outcome.log, 10)
         if tail:
-            head = style.bold(f"Last lines of {tool} ({format_path(outcome.log)}):")
+            head = screen.style.bold(f"Last lines of {tool} ({format_path(outcome.log)}):")
             say("\n" + "\n  ".join([head, *tail]))
 
 
@@ -7893,22 +7903,25 @@ class Screen:
     """The listener of a run on the command line: one line per event, one live line.
 
     State: `started_s`, by tool, when it started; `outputs`, by tool that runs, the file that takes
-    what its worker prints, and how much of it was shown; `is_live`, whether the last line is the
-    live one, to be written over, and `shown_s`, when that was; `has_lost`, whether what tools
-    printed did not reach stdout.
+    what its worker prints, and how much of it was shown; `tracebacks` that were told last; `last`,
+    the tool that ended last, if what it printed is seen right before; `is_live`, whether the last
+    line is the live one, to be written over, and `shown_s`, when that was; `is_open`, whether a
+    worker's output has no end of its last line; `has_lost`, whether what tools printed did not
+    reach stdout.
     """
 
     def __init__(self, stream, quiet, verbose, way_out=""):
         self.stream, self.out, self.style = stream, sys.stdout, make_style(stream)
         self.is_terminal = is_terminal(stream)  # asked once: a tool may close it
+        self.is_one_screen = self.is_terminal and is_terminal(self.out)
         self.quiet, self.follows = quiet, verbose  # workers' output, which is shown at once
-        self.log_level = 10 if verbose else 30 if quiet else 20  # DEBUG, WARNING, INFO
+        self.log_level = 10 if verbose else 40 if quiet else 20  # DEBUG, ERROR, INFO
         self.way_out = way_out  # for who misses what did not reach stdout
         self.width = 0  # of the longest name of a tool
         self.started_s = {}
-        self.outputs = {}
+        self.outputs, self.tracebacks, self.last = {}, {}, ""
         self.shown_s = 0.0
-        self.is_live = self.has_lost = False
+        self.is_live = self.is_open = self.has_lost = False
 
     def on_event(self, event):
         """Show an event."""
@@ -7925,8 +7938,12 @@ class Screen:
             self.show(event)
         elif event.kind in ("tool_ended", "tool_retried"):
             self.show_output(event.tool, is_whole=True)
-            if event.outcome.traceback:
-                self.write(event.outcome.traceback.rstrip())
+            if event.outcome.attempts and self.is_one_screen:
+                self.last = event.tool
+            traceback = event.outcome.traceback.rstrip()
+            if traceback and traceback != self.tracebacks.get(event.tool):  # the same is told once
+                self.write(traceback)
+            self.tracebacks[event.tool] = traceback
             self.show(event)
         elif event.kind == "tick" and self.follows:
             for tool in list(self.outputs):
@@ -7950,6 +7967,7 @@ class Screen:
         self.clear()
         try:
             write_out(self.out, content)
+            self.is_open = not content.endswith(b"\n")
         except OutputClosed:
             pass
         except OutputError as error:
@@ -7966,6 +7984,7 @@ class Screen:
     def show_live(self, event):
         """Write the live line, on a terminal and at most ten times a second."""
         if self.is_terminal and not self.quiet and event.at - self.shown_s >= 0.1:
+            self.end_line()
             self.shown_s, self.is_live = event.at, True
             line = format_progress(event, self.width, event.at - self.started_s[event.tool])
             say("", self.stream, end="\r")
@@ -7977,10 +7996,20 @@ class Screen:
             self.is_live = False
             say("", self.stream, end="\r\x1b[K")
 
+    def end_line(self):
+        """End the line on the terminal that a tool has left without an end."""
+        open_ones = [each for each in (self, sys.stdout, sys.stderr)
+                     if getattr(each, "is_open", False)]
+        if open_ones and self.is_one_screen and not self.is_live:
+            say("", self.stream)
+        for each in open_ones:
+            each.is_open = False
+
     def write(self, text):
         """Write a line, over the live one."""
         self.clear()
         flush(sys.stdout)  # what the tool printed belongs before what we say of it
+        self.end_line()
         say(text, self.stream)
 
 
