@@ -2083,6 +2083,11 @@ class Store:
         return self.ask("SELECT run_id FROM attempts WHERE tool = ? AND attempt > 0 "
                         "ORDER BY attempt_id DESC LIMIT 1", tool)
 
+    def find_good_run(self, tool):
+        """Return the row of the last run in which a tool was called and succeeded; else None."""
+        return next(iter(self.load_runs("WHERE run_id = (SELECT max(run_id) FROM attempts "
+                                        "WHERE tool = ? AND status = 'success')", tool)), None)
+
     def find_started_at(self, tool, run_id):
         """Return when the last attempt of a tool began in a run or in those that it goes on with;
         if there was none, as there is of the tool "", when the first of these runs began.
@@ -5623,7 +5628,9 @@ class Capture:
 class Copier:
     """A stream of Python's of which a copy is kept. Nothing that can not be shown is a reason for
     a tool to fail: nobody reads it, the disk is full, the stdout of a cron job lacks a letter.
+    `is_open`: whether its last line has no end yet.
     """
+    is_open = False
 
     def __init__(self, stream, capture, name):
         self._stream, self._capture, self._name = stream, capture, name
@@ -5631,6 +5638,7 @@ class Copier:
     def write(self, text):
         """Write a text, and keep it."""
         stream, capture = self._stream, self._capture
+        self.is_open = text[-1:] not in ("", "\n") or not text and self.is_open
         try:
             written = stream.write(text)
             if "\n" in text:
@@ -7562,7 +7570,13 @@ def format_details(outcome):
     """Return what there is to say of a tool beside its status, in one line."""
     rows = "" if outcome.rows is None else f"{outcome.rows:,} row{'s' * (outcome.rows != 1)}"
     took = format_duration(outcome.duration_s) if outcome.attempts else ""
-    return ", ".join(filter(None, [rows, took, outcome.error, outcome.reason]))
+    return ", ".join(filter(None, [rows, took, format_note(outcome)]))
+
+
+def format_note(outcome):
+    """Return why a tool ended as it did, in one line."""
+    error = outcome.error.rstrip(".") if outcome.reason else outcome.error
+    return ", ".join(filter(None, [error, outcome.reason]))
 
 
 def format_progress(event, width, elapsed_s):
@@ -7580,7 +7594,7 @@ def format_summary(result, next_command, style):
     """Return the closing table of a run: every tool, then the verdict and what to type next."""
     lines = format_table("tool status >rows >duration_s note", [
         {**o._asdict(), "tool": tool, "duration_s": o.duration_s if o.attempts else None,
-         "note": ", ".join(filter(None, [o.error, o.reason]))}
+         "note": format_note(o)}
         for tool, o in result.outcomes.items()], style)
     lines += ["", style.paint(result.status, result.status)
               + f": {len(result.succeeded) + len(result.cached)} of "
@@ -7589,6 +7603,18 @@ def format_summary(result, next_command, style):
     if next_command:
         lines.append("Next: " + style.bold(next_command))
     return "\n".join(["", *lines])
+
+
+def format_failure(facts, changed, commits, style):
+    """Return, to be handed on, what is known of a tool that failed; `facts` tell its name, the run,
+    the last run in which it succeeded, when that began, the error and the place.
+    """
+    head = "{tool} failed in run {run_id}, and succeeded last in run {good_id} ({good_at}):"
+    rows = [("error", facts["error"]), ("at", facts["place"]),
+            ("changed", format_some(changed) or "none of the tables, modules and arguments"),
+            *(("commit", each) for each in commits)]
+    return "\n".join(["", style.bold(head.format(**facts)), *format_table("name value", [
+        {"name": "  " + name, "value": value} for name, value in rows if value], has_head=False)])
 
 
 def format_local(moment):
@@ -8513,12 +8539,11 @@ def find_resumed(call, history):
     recorded = read_arguments(run, now)
     arguments = {**recorded, **{name: value for name, value in call.arguments.items()
                                 if name in call.given}}
-    changed = find_changed(format_arguments(recorded), format_arguments(arguments))
+    changed = format_changed(recorded, arguments)
     if changed and words is not None:
         words = (*words, *call.argv)
     done = find_valid(call.pipeline, history.find_done(run["run_id"]), arguments)
-    return request._replace(item=item, words=words), arguments, done, [
-        f"{name} ({arguments[name]}, was {recorded[name]})" for name in changed]
+    return request._replace(item=item, words=words), arguments, done, changed
 
 
 def find_run_to_resume(call, history):
@@ -8545,6 +8570,12 @@ def find_changed(was, now):
     return [name for name in now if now[name] != was.get(name, now[name])]
 
 
+def format_changed(was, now):
+    """Return the arguments that are not as they were, each with both values, in words."""
+    return [f"{name} ({now[name]}, was {was[name]})"
+            for name in find_changed(format_arguments(was), format_arguments(now))]
+
+
 def find_valid(pipeline, done, arguments):
     """Return those of the tools that are done which got no other arguments than they would now."""
     now = format_arguments(arguments)
@@ -8556,15 +8587,20 @@ def find_valid(pipeline, done, arguments):
 
 def tell_changes(pipeline, run, plan, changed):
     """Say what changed since a run that is resumed, and which of that is not run again."""
-    now = find_versions(pipeline, [pipeline.tools[step.tool] for step in plan.steps])
-    modules = [module for module, source in now["sources"].items()
-               if run["sources"].get(module, source) != source]
-    what = ["the tables"] * (now["tables"] != run["tables"]) + modules + changed
+    what = find_differences(
+        run, find_versions(pipeline, [pipeline.tools[step.tool] for step in plan.steps]))
     kept = [step.tool for step in plan.steps if not step.may_run()
-            and pipeline.tools[step.tool].module in modules]
-    if what:
-        say(f"Changed since run {run['run_id']}: {', '.join(what)}."
+            and pipeline.tools[step.tool].module in what]
+    if what or changed:
+        say(f"Changed since run {run['run_id']}: {', '.join(what + changed)}."
             + (f" Done before, and not run again: {', '.join(kept)}." if kept else ""))
+
+
+def find_differences(was, now):
+    """Return what differs of what ran, in words, by the rows of a run and of a later one."""
+    return ["the tables"] * (now["tables"] != was["tables"]) + [
+        module for module, source in now["sources"].items()
+        if was["sources"].get(module, source) != source]
 
 
 def make_session(call, history, resumes=None):
@@ -8585,7 +8621,9 @@ def carry_out(call, history, resumes=None):
     gc.freeze()  # what is here will stay: no collection during the run need walk it
     result = run_plan(session._replace(on_event=screen.on_event))
     if not options.quiet or result.status != "success":
-        tell_tails(result, screen.style)
+        tell_tails(result, screen)
+        if result.failed + result.partial and not options.quiet:
+            tell_failure(call, history, result, screen.style)
         next_command = "" if options.backfill else make_next_command(result, call)
         say(format_summary(result, next_command, screen.style))
     if history.folder and not has_bytes(history.path):
@@ -8596,13 +8634,48 @@ def carry_out(call, history, resumes=None):
     return EXIT_FAILED if result.status == "failed" or screen.has_lost else EXIT_SUCCESS
 
 
-def tell_tails(result, style):
-    """Say what the tools that failed printed last."""
+def tell_tails(result, screen):
+    """Say what the tools that failed printed last, but for the last one: that was just shown."""
     for tool, outcome in result.outcomes.items():
-        tail = read_tail(outcome.log, 10) if outcome.status == "failed" else []
+        is_told = outcome.status != "failed" or tool == screen.last
+        tail = [] if is_told else read_tail(outcome.log, 10)
         if tail:
-            head = style.bold(f"Last lines of {tool} ({format_path(outcome.log)}):")
+            head = screen.style.bold(f"Last lines of {tool} ({format_path(outcome.log)}):")
             say("\n" + "\n  ".join([head, *tail]))
+
+
+def tell_failure(call, history, result, style):
+    """Say what somebody has to know who is asked for help: of the first tool that failed and has
+    succeeded before, how and where it failed, and what changed since then.
+    """
+    found = ((tool, history.find_good_run(tool)) for tool in result.failed + result.partial)
+    tool, good = next((each for each in found if each[1]), ("", None))
+    if not good:
+        return
+    outcome, now = result.outcomes[tool], history.find_run(result.run_id)
+    own = find_module(call.pipeline.tools[tool].module).origin
+    frames = re.findall(r'^ +File "(.+)", line (\d+)', outcome.traceback, re.M)
+    places = frames[-1:] + [frame for frame in frames if frame[0] == own]
+    changed = find_differences(good, now) + format_changed(good["arguments"], now["arguments"])
+    facts = {"tool": tool, "run_id": result.run_id, "good_id": good["run_id"],
+             "good_at": format_local(format_moment(good["started_at"])), "error": outcome.error,
+             "place": "".join(f"{format_path(file)}:{line}" for file, line in places[-1:])}
+    say(format_failure(facts, changed, load_subjects(
+        call.base, good["git_commit"], now["git_commit"]), style))
+
+
+def load_subjects(folder, since, until):
+    """Return the commits between two, up to five, as git tells them; none where it does not."""
+    if since == until or not all(re.fullmatch("[0-9a-f]{40,64}", each or "")
+                                 for each in (since, until)):
+        return []
+    from subprocess import DEVNULL, PIPE, SubprocessError, run
+    try:
+        return run(["git", "-C", folder, "log", "-5", "--format=%h %s", f"{since}..{until}", "--"],
+                   stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, timeout=5.0, encoding="utf-8",
+                   errors="replace", check=True).stdout.splitlines()
+    except (OSError, SubprocessError):
+        return []
 
 
 def read_retries(given):
@@ -8617,22 +8690,25 @@ class Screen:
     """The listener of a run on the command line: one line per event, one live line.
 
     State: `started_s`, by tool, when it started; `outputs`, by tool that runs, the file that takes
-    what its worker prints, and how much of it was shown; `is_live`, whether the last line is the
-    live one, to be written over, and `shown_s`, when that was; `has_lost`, whether what tools
-    printed did not reach stdout.
+    what its worker prints, and how much of it was shown; `tracebacks` that were told last; `last`,
+    the tool that ended last, if what it printed is seen right before; `is_live`, whether the last
+    line is the live one, to be written over, and `shown_s`, when that was; `is_open`, whether a
+    worker's output has no end of its last line; `has_lost`, whether what tools printed did not
+    reach stdout.
     """
 
     def __init__(self, stream, quiet, verbose, way_out=""):
         self.stream, self.out, self.style = stream, sys.stdout, make_style(stream)
         self.is_terminal = is_terminal(stream)  # asked once: a tool may close it
+        self.is_one_screen = self.is_terminal and is_terminal(self.out)
         self.quiet, self.follows = quiet, verbose  # workers' output, which is shown at once
-        self.log_level = 10 if verbose else 30 if quiet else 20  # DEBUG, WARNING, INFO
+        self.log_level = 10 if verbose else 40 if quiet else 20  # DEBUG, ERROR, INFO
         self.way_out = way_out  # for who misses what did not reach stdout
         self.width = 0  # of the longest name of a tool
         self.started_s = {}
-        self.outputs = {}
+        self.outputs, self.tracebacks, self.last = {}, {}, ""
         self.shown_s = 0.0
-        self.is_live = self.has_lost = False
+        self.is_live = self.is_open = self.has_lost = False
 
     def on_event(self, event):
         """Show an event."""
@@ -8649,8 +8725,12 @@ class Screen:
             self.show(event)
         elif event.kind in ("tool_ended", "tool_retried"):
             self.show_output(event.tool, is_whole=True)
-            if event.outcome.traceback:
-                self.write(event.outcome.traceback.rstrip())
+            if event.outcome.attempts and self.is_one_screen:
+                self.last = event.tool
+            traceback = event.outcome.traceback.rstrip()
+            if traceback and traceback != self.tracebacks.get(event.tool):  # the same is told once
+                self.write(traceback)
+            self.tracebacks[event.tool] = traceback
             self.show(event)
         elif event.kind == "tick" and self.follows:
             for tool in list(self.outputs):
@@ -8674,6 +8754,7 @@ class Screen:
         self.clear()
         try:
             write_out(self.out, content)
+            self.is_open = not content.endswith(b"\n")
         except OutputClosed:
             pass
         except OutputError as error:
@@ -8690,6 +8771,7 @@ class Screen:
     def show_live(self, event):
         """Write the live line, on a terminal and at most ten times a second."""
         if self.is_terminal and not self.quiet and event.at - self.shown_s >= 0.1:
+            self.end_line()
             self.shown_s, self.is_live = event.at, True
             line = format_progress(event, self.width, event.at - self.started_s[event.tool])
             say("", self.stream, end="\r")
@@ -8701,10 +8783,20 @@ class Screen:
             self.is_live = False
             say("", self.stream, end="\r\x1b[K")
 
+    def end_line(self):
+        """End the line on the terminal that a tool has left without an end."""
+        open_ones = [each for each in (self, sys.stdout, sys.stderr)
+                     if getattr(each, "is_open", False)]
+        if open_ones and self.is_one_screen and not self.is_live:
+            say("", self.stream)
+        for each in open_ones:
+            each.is_open = False
+
     def write(self, text):
         """Write a line, over the live one."""
         self.clear()
         flush(sys.stdout)  # what the tool printed belongs before what we say of it
+        self.end_line()
         say(text, self.stream)
 
 

@@ -776,6 +776,71 @@ def test_the_text_of_history_shows_the_runs_and_all_of_one(line):
     assert re.search(r"a +success$", line.run("--list").out, re.M)
 
 
+# --- what a failure says of what changed ---
+
+FAILURE = re.compile(r"\n\n(\w+ failed in run \d+, and succeeded last in run .*?)\n\n", re.S)
+
+
+def find_failure(ended):
+    """Return the lines of the block on a tool that failed and had succeeded before."""
+    found, = FAILURE.findall(ended.err)
+    return found.splitlines()
+
+
+def test_a_failure_tells_the_last_good_run_and_what_changed_since(line):
+    assert line.run().code == 0 and line.run("--day", "sunday").code == 0
+    (line.folder / "m.py").write_text("# changed\n" + line.read("m.py"))
+    (line.folder / "broken").touch()
+
+    ended = line.run()
+
+    head, *facts = find_failure(ended)
+    assert re.fullmatch(r"b failed in run 3, and succeeded last in run 2 \(\S+ \S+\):", head)
+    assert [" ".join(each.split()) for each in facts] == [
+        "error ValueError: b is broken", "at m.py:7", "changed m, day (monday, was sunday)"]
+    assert ended.err.index(head) < ended.err.index("Next: ")
+
+
+@pytest.mark.parametrize("words", [("-q",), ("--no-history",)])
+def test_a_failure_says_nothing_of_changes_where_nobody_asks_or_knows(line, words):
+    line.run()
+    (line.folder / "broken").touch()
+    assert "succeeded last" not in line.run(*words).err
+
+
+def test_the_first_failure_of_all_has_nothing_to_be_compared_with(line):
+    (line.folder / "broken").touch()
+    assert "succeeded last" not in line.run().err
+    (line.folder / "broken").unlink()
+    assert "succeeded last" not in line.run().err
+
+
+def test_a_failure_without_a_change_says_so(line):
+    line.run()
+    (line.folder / "broken").touch()
+    assert find_failure(line.run())[-1].split(None, 1) \
+        == ["changed", "none of the tables, modules and arguments"]
+
+
+def test_a_failure_tells_the_commits_between_and_does_without_git(line):
+    def commit(text):
+        git(line.folder, "commit", "-q", "--allow-empty", "-m", text)
+
+    git(line.folder, "init", "-q")
+    commit("before")
+    line.run()
+    for i in range(7):
+        commit(f"change {i}")
+    (line.folder / "broken").touch()
+
+    lines = find_failure(line.run())
+    without = find_failure(line.run(env={"PATH": "/nowhere"}))
+
+    assert [each.split(None, 2)[2] for each in lines if each.split()[0] == "commit"] \
+        == [f"change {i}" for i in range(6, 1, -1)]
+    assert len(lines) < 11 and not [each for each in without if "commit" in each]
+
+
 @pytest.mark.parametrize("words", [["--history", "7"], ["--logs", "--run", "7"],
                                    ["--history", "\udcff"], ["--logs", "a", "--run", "x"]])
 def test_a_run_that_is_not_there_is_told_with_the_last_that_is(line, words):

@@ -251,7 +251,7 @@ def test_no_room_reads_a_name_of_the_users_part_but_the_last_lines():
     (("argparse",), {"MARK", "DOOR"}),
     (("json",), {"HISTORY", "RUNNING", "VIEWS", "DOOR"}),  # in the database, and for programs
     (("os.environ",), {"WORKERS", "DOOR"}),
-    (("subprocess",), {"DOOR"}),  # of which it takes the quoting of words for Windows
+    (("subprocess",), {"DOOR"}),  # the quoting of words for Windows; git, asked for its commits
     (("time.time", "time.monotonic", "time.sleep"), {"HISTORY", "CALLING", "WORKERS", "RUNNING"}),
     (("os.system", "subprocess.run", "subprocess.Popen", "subprocess.call",
       "subprocess.check_output", "eval", "exec"), set()),
@@ -392,9 +392,9 @@ def test_no_class_is_longer_than_two_hundred_and_fifty_lines():
 
 # of each room, and of what is at the mark: lowered with each landing, and never raised
 TOKENS = {
-    "MARK": 329, "WORDS": 1666, "SETUP": 2639, "PLANNING": 3056, "HISTORY": 5858,
-    "CONNECTION": 2670, "LEDGER": 3290, "MODULES": 4464, "CALLING": 7772, "WORKERS": 3208,
-    "RUNNING": 8157, "VIEWS": 2830, "DOOR": 7964,
+    "MARK": 329, "WORDS": 1666, "SETUP": 2639, "PLANNING": 3056, "HISTORY": 5884,
+    "CONNECTION": 2670, "LEDGER": 3290, "MODULES": 4464, "CALLING": 7799, "WORKERS": 3208,
+    "RUNNING": 8157, "VIEWS": 2968, "DOOR": 8546,
 }
 
 

@@ -593,6 +593,56 @@ def test_json_is_true_to_the_data_and_hides_no_letter_of_it(speaking, words):
         assert any(GRIP in tool["traceback"] for tool in run["tools"] if tool["traceback"])
 
 
+# --- what is told once ---
+
+@pytest.mark.parametrize("words", [(), ("-j", "2")])
+def test_an_error_is_told_at_its_event_and_in_the_closing_table(sandbox, words):
+    sandbox.pipeline(PIPELINE).tool("good", "def run(conn): pass")
+    sandbox.pipeline(PIPELINE.replace('"bad": "bad"', '"bad": {"module": "bad", "retries": 2, '
+                                                      '"retry_delay": 0}'))
+    sandbox.tool("bad", "def run(conn): raise ValueError('no way.')")
+
+    err = sandbox.run(*words).err
+
+    assert err.count("Traceback") == 1  # the tries that failed the same way have a line each
+    assert len([line for line in err.splitlines() if "ValueError: no way" in line]) == 5
+    assert ".," not in err and "ValueError: no way, try 3 of 3" in summary(err)["bad"]
+
+
+def test_another_traceback_of_a_try_is_told_too(sandbox):
+    sandbox.pipeline(PIPELINE.replace('"bad": "bad"', '"bad": {"module": "bad", "retries": 1, '
+                                                      '"retry_delay": 0}'))
+    sandbox.tool("good", "def run(conn): pass")
+    sandbox.tool("bad", "def run(conn, context): raise ValueError(context.attempt)")
+    assert sandbox.run().err.count("Traceback") == 2
+
+
+@pytest.mark.parametrize("words", [(), ("-j", "2")])
+def test_a_line_without_an_end_swallows_none_of_the_engine(sandbox, words):
+    sandbox.pipeline(PIPELINE).tool("good", "def run(conn): print('half', end='')")
+    sandbox.tool("bad", """
+        def run(conn, context):
+            print('way', end='')
+            for _ in context.progress(range(3)): pass
+            raise ValueError('no')
+    """)
+
+    seen = ESCAPE.sub("", run_on_terminal(sandbox, *words, env={}))
+
+    lines = seen.replace("\r", "\n").splitlines()
+    assert "half" in lines and "way" in lines
+    assert [line for line in lines if re.match(r"\d\d:\d\d:\d\d  good +success", line)]
+    assert "Last lines of bad" not in seen  # they stand right above
+
+
+def test_quiet_says_no_warning(sandbox):
+    sandbox.pipeline(PIPELINE)
+    sandbox.tool("good", "def run(conn, context):\n    context.log.warning('mind')\n"
+                         "    context.log.error('alas')")
+    err = sandbox.run("-q", "good").err
+    assert "mind" not in err and "alas" in err
+
+
 # --- a whole run ---
 
 def test_a_run_tells_on_stderr_and_leaves_stdout_to_the_tools(sandbox):
