@@ -947,6 +947,19 @@ def test_prune_keeps_the_newest_run_and_the_last_successes_and_removes_logs(line
     assert [run["run_id"] for run in of_json(line, "--history")["runs"]][0] > "5"
 
 
+@pytest.mark.parametrize("python", [sys.executable, *map(str, sorted(
+    Path.home().glob(".pyenv/versions/3.1[2-9]*/bin/python")))],
+    ids=lambda path: path.split(os.sep)[-3])
+def test_no_command_uses_what_python_will_drop(sandbox, monkeypatch, python):
+    monkeypatch.setattr(sys, "executable", python)
+    sandbox.pipeline(NO_DATABASE + CACHED)
+    sandbox.tool("m", "def run(context): print(context.last_success)")
+    for words in ([], ["--force"], *LOOKS[:4], ["--prune", "0s"], ["--plan", "--jobs", "2"],
+                  ["a", "-j", "2"]):
+        ended = sandbox.run(*words, env={"PYTHONWARNINGS": "error"})
+        assert ended.code == 0 and "Warning" not in ended.err, ended
+
+
 def test_ids_are_never_given_again(line):
     (line.folder / "broken").touch()
     for _ in range(2):

@@ -1,4 +1,5 @@
 """Every command of the README runs, and what it shows is what is printed."""
+import contextlib
 import os
 import re
 import shutil
@@ -152,6 +153,37 @@ def test_the_python_lines_of_the_readme_run(copied):
         "import sqlite3\n" + blocks("python", "from orchestrator import run_pipeline")[0]
         .replace("lambda: None", 'lambda: sqlite3.connect("sales.db")'))
     assert "success {'load': 2} {}" in run("python notebook.py", copied.folder).stdout
+
+
+def test_a_row_that_was_committed_late_is_taken_and_none_twice(copied):
+    copied.tool("sales.load", blocks("python", "OVERLAP = ")[0])
+    with contextlib.closing(sqlite3.connect(copied.folder / "sales.db")) as conn:
+        conn.execute("CREATE TABLE incoming (id INTEGER, price REAL, changed_at TEXT)")
+        conn.execute("CREATE TABLE copied (id INTEGER PRIMARY KEY, price REAL)")
+        for rows in ([(1, 0, "now"), (2, 0, "now")], [(3, 5, "-9 minutes"), (1, 7, "now")]):
+            for number, price, at in rows:
+                conn.execute("INSERT INTO incoming VALUES (?, ?, datetime('now', ?))",
+                             (number, price, at if at != "now" else "+0 days"))
+            conn.commit()
+            assert copied.run("load").code == 0
+        assert conn.execute("SELECT * FROM copied").fetchall() == [(1, 7.0), (2, 0.0), (3, 5.0)]
+
+
+def test_days_are_items_of_a_tool_that_lags_behind(copied):
+    select, = re.findall(r'`(return "SELECT DISTINCT [^`]*)`', README)
+    copied.tool("sales.load_files", f"def items(conn): {' '.join(select.split())}\n"
+                                    "def run(conn, item): pass")
+    with contextlib.closing(sqlite3.connect(copied.folder / "sales.db")) as conn:
+        conn.execute("CREATE TABLE incoming (changed_at TEXT)")
+        conn.execute("INSERT INTO incoming VALUES ('2013-01-01 10:00'), (datetime('now', '1 day'))")
+        conn.commit()
+    assert "1 item done" in copied.run("load_files").err
+
+
+def test_the_module_can_be_compiled_beforehand(copied):
+    command, = re.findall(r"`(python -m compileall [^`]*)`", README)
+    assert run(command, copied.folder).returncode == 0
+    assert list((copied.folder / "__pycache__").glob("orchestrator.*.pyc"))
 
 
 def test_a_second_pipeline_runs_on_the_same_engine(copied):
