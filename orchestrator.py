@@ -8623,7 +8623,10 @@ def carry_out(call, history, resumes=None):
     if not options.quiet or result.status != "success":
         tell_tails(result, screen)
         if result.failed + result.partial and not options.quiet:
-            tell_failure(call, history, result, screen.style)
+            try:
+                tell_failure(call, history, result, screen.style)
+            except UserError as error:  # of what stands of former runs: this one ended as it did
+                say(str(error))
         next_command = "" if options.backfill else make_next_command(result, call)
         say(format_summary(result, next_command, screen.style))
     if history.folder and not has_bytes(history.path):

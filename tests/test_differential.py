@@ -569,7 +569,8 @@ def run(scenario, folder, words, number):
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         texts, code = process.communicate(), "it does not come to its end"
-    lines = [[f"{name}| {line}" for line in normalize(text, folder).splitlines()]
+    texts = [TRACEBACK.sub("", normalize(text, folder)) for text in texts]  # the history has them
+    lines = [[f"{name}| {line}" for line in text.splitlines()]
              for name, text in zip(("out", "err"), texts)]
     if code == -signal.SIGKILL:  # what of the output came out in time is chance; the logs have it
         lines[0] = []
@@ -677,6 +678,10 @@ AGREED = [(re.compile(pattern), other) for pattern, other in (
     (r"(During handling of the above exception, another exception occurred"
      r"|The above exception was the direct cause of the following exception):", "CHAINED:"),
 )]
+
+
+# One that was shown for a try is not shown again for the next.
+TRACEBACK = re.compile(r"(CHAINED:\n+)?Traceback \(most recent call last\):\n(?: .*\n)*.*\n+")
 
 
 def normalize(text, folder):
