@@ -122,7 +122,7 @@ def test_a_command_of_the_readme_works_in_the_pipeline_that_it_tells_to_write(ha
 
 def test_the_tests_are_one_line_that_makes_its_own_environment():
     line, = [c for kind, body in BLOCKS if kind == "sh" for c in commands(body) if "pytest" in c]
-    assert line.startswith("python -m venv") and line.endswith("-m pytest -q -n auto")
+    assert line.startswith("python -m venv") and line.endswith("-m pytest -q -n 4")
     assert "pip install" in line
 
 

@@ -290,7 +290,9 @@ def test_what_cleans_up_after_nothing_that_had_begun_stays_as_it_is(modules, job
 
     result = events[-1].result
     ran = {tool for tool, o in result.outcomes.items() if o.status == "success"}
-    assert ran - {"d"} == ({"of_c"} if jobs == 1 else {"of_c", "of_none"})  # d is interrupted, too
+    has_begun = result.outcomes["d"].status != "pending"  # side by side it may have
+    assert ran - {"d"} == {"of_c"} | ({"of_none"} if has_begun else set())
+    assert jobs == 2 or not has_begun
     assert result.outcomes["a"].status == "interrupted"
     assert result.status == "interrupted"
 
