@@ -558,7 +558,9 @@ def test_items_are_done_once_whoever_is_killed_the_run_a_worker_or_a_child_of_a_
                                                   f'"{sandbox.folder}/load.py"', ""), err
             assert code in (0, 1, -signal.SIGKILL), err
             assert sandbox.query("PRAGMA integrity_check") == [("ok",)]
-        assert find_wrong(sandbox, MANY[:60]) == []
+        died = {item for item, deaths in look(sandbox, "SELECT item, deaths FROM orchestrator_items "
+                                              "WHERE status = 'quarantined'") if deaths == 3}
+        assert find_wrong(sandbox, {*MANY[:60]} - died) == []  # three kills may hit one item
     assert not find_slips(sandbox)
     assert kills < 20 or set(killed) == {"run", "worker", "child"}
 
