@@ -39,6 +39,7 @@ class Sandbox:
 
     def __init__(self, folder):
         self.folder = folder
+        self.started = []
 
     def pipeline(self, text, file="orchestrator.py"):
         """Write the file: `text` above the engine of this checkout."""
@@ -60,10 +61,19 @@ class Sandbox:
         """Start the pipeline in a process group of its own and return the process."""
         popen.setdefault("stdout", subprocess.PIPE)
         popen.setdefault("stderr", subprocess.PIPE)
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, str(self.folder / file), *words], cwd=cwd or self.folder, text=True,
             encoding="utf-8", stdin=subprocess.DEVNULL, start_new_session=True,
             env={**ENVIRONMENT, "PYTHONIOENCODING": "utf-8", **(env or {})}, **popen)
+        self.started.append(process)
+        return process
+
+    def end(self):
+        """Kill what a failed test has left running, which would slow down all others."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
     def run(self, *words, timeout=60, **start):
         """Run the pipeline to its end; the result has .code, .out and .err."""
@@ -245,12 +255,16 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def sandbox(tmp_path):
-    return Sandbox(tmp_path)
+    sandbox = Sandbox(tmp_path)
+    yield sandbox
+    sandbox.end()
 
 
 @pytest.fixture
 def quick(tmp_path):
-    return QuickSandbox(tmp_path)
+    quick = QuickSandbox(tmp_path)
+    yield quick
+    quick.end()
 
 
 @pytest.fixture
