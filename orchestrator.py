@@ -132,6 +132,7 @@ if _HIDING:
 
 import _signal  # which `signal` makes slower, with names for its numbers
 import argparse
+import collections
 import contextlib
 import errno
 import functools
@@ -1067,6 +1068,20 @@ def find_staleness(tool, past):
         return ""
     return (f"succeeded {format_age(success, past.now)}, in run {success.run_id}, and is fresh "
             f"for {format_duration(limit_s)}")
+
+
+def describe_age(tool, past):
+    """Return in words when a tool is cached, and whether its last success is good enough for those
+    that need it, and how long.
+    """
+    cache, fresh = 'never: TOOL_MAP does not say "cache" of it', find_staleness(tool, past)
+    if tool.cache_s is not None:
+        cache = "as long as nothing of it changes" + f", for {format_duration(tool.cache_s)}" * (
+            tool.cache_s < float("inf"))
+    if not fresh and tool.fresh_for_s < float("inf"):
+        left_s = past.find_whole_success(tool.name).ended_at + tool.fresh_for_s - past.now
+        fresh = f"for {format_duration(left_s)} more"
+    return {"cache": cache, "fresh": fresh}
 
 
 def is_young(success, limit_s, now):
@@ -2082,6 +2097,11 @@ class Store:
         """Return the run in which a tool was called last; None if it never was."""
         return self.ask("SELECT run_id FROM attempts WHERE tool = ? AND attempt > 0 "
                         "ORDER BY attempt_id DESC LIMIT 1", tool)
+
+    def load_attempts_of(self, tool, count, statuses="%"):
+        """Return the last rows of `attempts` of a tool, the newest first."""
+        return self.load("SELECT * FROM attempts WHERE tool = ? AND status LIKE ? "
+                         "ORDER BY attempt_id DESC LIMIT ?", tool, statuses, count)
 
     def find_good_run(self, tool):
         """Return the row of the last run in which a tool was called and succeeded; else None."""
@@ -7536,6 +7556,125 @@ def format_plan(shown, style, jobs):
     return "\n".join(lines)
 
 
+def make_graph(steps, find_last):
+    """Return what --graph shows, as data: each tool of a plan with its last status and what it
+    waits for, but for what another one of these waits for, too.
+    """
+    order, tools = Order({step.tool: step.edges for step in steps}), []
+    for step in steps:
+        implied = 0
+        for need in step.edges:
+            implied |= order.before[need] & ~order.bits[need]
+        tools.append({"tool": step.tool, "status": (find_last(step.tool) or {}).get("status"),
+                      "needs": [each for each in step.edges if not order.bits[each] & implied]})
+    return {"tools": tools}
+
+
+_LINES = " ╵╷│╴┘┐┤╶└┌├─┴┬┼"  # by the sum of where they lead: 1 up, 2 down, 4 left, 8 right
+PLAIN_LINES = str.maketrans("●" + _LINES[1:], "*'.|-'.+-'.+-+++")  # where there are no such letters
+
+
+def format_graph(shown, style):
+    """Return --graph as lines that can be followed from each tool down to those that wait for it.
+
+    A tool has a column as long as somebody below waits for it, as commits have in `git log
+    --graph`; of those that it waited for, it takes over the first column that nobody needs more.
+    """
+    tools, columns, lines, at = shown["tools"], [], [], None
+    waiting = collections.Counter(need for tool in tools for need in tool["needs"])
+    for tool in tools:
+        above, froms = columns, sorted(map(columns.index, tool["needs"]))
+        waiting.subtract(tool["needs"])
+        columns = [name if waiting[name] else None for name in above]
+        free = [each for each in froms if columns[each] is None]
+        free += [each for each, name in enumerate(columns) if name is None]
+        last, at = at, (free or [len(columns)])[0]
+        columns[at:at + 1] = [tool["tool"]]
+        if froms != [at] and (froms or last == at):
+            lines.append({"graph": format_joint(above, columns, froms, at)})
+        lines.append({**tool, "graph": " ".join(
+            "●" if each == at else "│" if name else " " for each, name in enumerate(columns))})
+        if not waiting[tool["tool"]]:
+            columns[at] = None
+    return "\n".join(format_table("graph tool status", lines, style, has_head=False))
+
+
+def format_joint(above, below, froms, at):
+    """Return the line of a graph between two tools, of which the lower one, in column `at`, waits
+    for those of the columns `froms`. Other columns go on behind it.
+    """
+    first, last, line = min([at, *froms]), max([at, *froms]), ""
+    for each in range(max(len(above), len(below))):
+        comes, goes = (each < len(names) and names[each] is not None for names in (above, below))
+        if each in froms or each == at:
+            leads = (each in froms) + 2 * (goes and froms != []) \
+                + 4 * (first < each) + 8 * (each < last)
+        else:
+            leads = 3 * (comes and goes) or 12 * (first < each < last)
+        line += _LINES[leads] + " ─"[first <= each < last]
+    return line
+
+
+_FILLS = {"success": "#d5efd9", "cached": "#d5efd9", "failed": "#f6d0cd", "partial": "#fbe8c0",
+          "skipped": "#fbe8c0", "interrupted": "#fbe8c0", "running": "#cfe6f5"}
+# How a graph begins, what stands for a tool and for a need, and how it ends; which letters a label
+# can not have, and what stands for them.
+_DRAWINGS = {
+    "mermaid": ("flowchart TD", '  {id}["{label}"]\n  style {id} fill:{fill},color:#111',
+                "  {need} --> {id}", "", r"[^\w ./-]", "#%d;"),
+    "dot": ('digraph {\n  node [shape=box, style="rounded,filled"];',
+            '  {id} [label="{label}", fillcolor="{fill}"];', "  {need} -> {id};", "}",
+            r'["\\]', "\\%c"),
+}
+
+
+def format_drawing(shown, kind):
+    """Return --graph in the language of a program that draws it."""
+    head, node, edge, end, strange, instead = _DRAWINGS[kind]
+    ids = {tool["tool"]: f"t{number}" for number, tool in enumerate(shown["tools"])}
+    lines = [head]
+    for tool in shown["tools"]:
+        label = re.sub(strange, lambda found: instead % ord(found[0]), tool["tool"])
+        lines.append(node.format(id=ids[tool["tool"]], label=label,
+                                 fill=_FILLS.get(tool["status"], "#ffffff")))
+        lines += [edge.format(need=ids[need], id=ids[tool["tool"]]) for need in tool["needs"]]
+    return "\n".join([*lines, end]).rstrip()
+
+
+def make_why(tool, summary, needed_by, step, problem, facts, attempts, failure):
+    """Return what --why shows, as data. `step` is that of the tool in a plan, or None, and then
+    `problem` tells why there is none; `facts` tell of its cache and how long it is fresh.
+    """
+    columns = "run_id attempt status started_at duration_s rows reason error"
+    plan = step and make_plan_view(Plan((step,), (), None))["steps"][0]
+    return {"tool": tool.name, "module": tool.module, "summary": summary, "plan": plan,
+            "problem": problem, "needed_by": needed_by, **facts,
+            "attempts": [make_row(row, columns) for row in attempts],
+            "failure": failure and make_row(failure, columns + " traceback")}
+
+
+def format_why(shown, style):
+    """Return --why as text."""
+    plan, failure = shown["plan"], shown["failure"]
+    needs = plan and plan["needs"]
+    facts = {"tool": shown["tool"], "is": shown["module"], "does": shown["summary"],
+             "plan": shown["problem"] if plan is None
+             else f"{plan['action']}, in wave {plan['wave']}: {plan['reason']}",
+             "needs": "all before it" if needs == ALL_BEFORE else format_some(needs or []),
+             "needed by": format_some(shown["needed_by"]),
+             "expected": format_duration(plan and plan["expected_s"]),
+             "cache": shown["cache"], "fresh": shown["fresh"]}
+    lines = format_table("name value", [{"name": name, "value": value}
+                                        for name, value in facts.items() if value], has_head=False)
+    if shown["attempts"]:
+        lines += ["", *format_table(">run_id status started_at >duration_s >rows note", [
+            {**row, "note": row["error"] or row["reason"]} for row in shown["attempts"]], style)]
+    if failure:
+        lines += ["", style.bold(f"It failed last in run {failure['run_id']}:"),
+                  (failure["traceback"] or failure["error"] or failure["reason"]).rstrip()]
+    return "\n".join(lines)
+
+
 def format_needs(step, there):
     """Return what a step waits for, as a clause; nothing for one that waits for nothing.
 
@@ -8003,9 +8142,10 @@ def find_arguments(own, parser):
     return flags.keys()
 
 
-_GOES_WITH = {"json": "list plan status history logs items", "failed": "items", "last": "history",
-              "run": "logs", "tail": "logs", "follow": "logs", "step": "backfill",
-              "reverse": "backfill", "reprocess": "backfill"}  # a flag: those it says something of
+_GOES_WITH = {  # a flag: those it says something of
+    "json": "list plan graph why status history logs items", "failed": "items", "last": "history",
+    "run": "logs", "tail": "logs", "follow": "logs", "step": "backfill", "reverse": "backfill",
+    "reprocess": "backfill"}
 
 
 def check_companions(options, given):
@@ -8093,12 +8233,18 @@ def add_commands(group):
             help="read every module, import none, and report all mistakes")
     command("--status", action="store_true",
             help="show how each tool ended last, and what runs now")
+    command("--graph", nargs="?", const="text", choices=("text", "mermaid", "dot"),
+            help="draw which tool waits for which, with how each ended last")
+    command("--why", metavar="TOOL",
+            help="show why a tool would run or not, what it waits for, and how it ended before")
     command("--history", nargs="?", const="", metavar="RUN",
             help="show the last runs, or all of one")
     command("--logs", nargs="?", const="", metavar="TOOL",
             help="show what the tools of the last run printed, or one tool")
     command("--items", nargs="+", metavar=("TOOL", "ITEM"),
             help="show how the items of a tool ended, or some of them")
+    command("--completion", choices=("bash", "zsh", "fish", "words", "runs"),
+            metavar="bash|zsh|fish", help="print what lets a shell complete words of this program")
     command("--mark-done", nargs="+", metavar="TOOL",
             help="accept a tool that you mended by hand, for --resume")
     command("--prune", type=read_duration_s, metavar="DURATION",
@@ -8191,16 +8337,116 @@ def answer(call, shown, format_text):
     show(to_json(shown) if call.options.json else format_text(shown, make_style(sys.stdout)))
 
 
+def load_lasts(call):
+    """Return the newest row of each tool; none where the history can not be read, and then say so:
+    without it there is still a list.
+    """
+    try:
+        return look_at(open_history(call), call).load_last_attempts()
+    except UserError as error:
+        say(str(error))
+        return {}
+
+
 def command_list(call):
     """Show the tools and stages; with targets, those that belong to them."""
-    tools = find_tools(call)
-    try:
-        lasts = look_at(open_history(call), call).load_last_attempts()
-    except UserError as error:  # of the history, without which there is still a list
-        say(str(error))
-        lasts = {}
-    shown = make_list(call.pipeline, tools, find_summary, lasts.get)
+    shown = make_list(call.pipeline, find_tools(call), find_summary, load_lasts(call).get)
     answer(call, shown, format_list)
+
+
+def command_graph(call):
+    """Draw the plan of the targets; without any, all tools."""
+    options = call.options
+    steps = make_plan(call.pipeline, options.targets or [*call.pipeline.tools],
+                      exclude=options.exclude, start_from=options.start_from).steps
+    shown = make_graph(steps, load_lasts(call).get)
+    if options.json or options.graph == "text":
+        return answer(call, shown, draw_graph)
+    show(format_drawing(shown, options.graph))
+
+
+def draw_graph(shown, style):
+    """Return a graph as text, of letters that stdout has."""
+    text = format_graph(shown, style)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = text.translate(PLAIN_LINES)
+    return text
+
+
+# What completes words in a shell: it asks the program itself, as it was typed.
+_COMPLETIONS = {
+    "bash": """\
+_orchestrator() {
+    local IFS=$'\\n' at=1 what=words word=${COMP_WORDS[COMP_CWORD]}
+    case ${COMP_WORDS[0]##*/} in python*) at=2 ;; esac
+    [[ $at == 1 || ${COMP_WORDS[1]} != -m ]] || at=3
+    [[ $COMP_CWORD -ge $at && ${COMP_WORDS[at-1]} == *NAME* ]] || return
+    case ${COMP_WORDS[COMP_CWORD-1]} in --run|--history|--resume|--report) what=runs ;; esac
+    COMPREPLY=($(compgen -W "$("${COMP_WORDS[@]:0:at}" --completion $what 2>/dev/null)" -- "$word"))
+}
+complete -o bashdefault -o default -F _orchestrator python python3 NAME.py ./NAME.py""",
+    "zsh": """\
+_orchestrator() {
+    local at=1 what=words
+    [[ ${words[1]:t} == python* ]] && { at=2; [[ $words[2] == -m ]] && at=3 }
+    [[ $CURRENT -gt $at && $words[at] == *NAME* ]] || { _default; return }
+    [[ $words[CURRENT-1] == (--run|--history|--resume|--report) ]] && what=runs
+    compadd -- ${(f)"$($words[1,at] --completion $what 2>/dev/null)"}
+}
+compdef _orchestrator python python3 NAME.py""",
+    "fish": """\
+function __orchestrator
+    set -l words (commandline -opc)
+    set -l at 1
+    string match -q '*python*' -- $words[1]; and set at 2; and test "$words[2]" = -m; and set at 3
+    string match -q '*NAME*' -- $words[$at]; or return
+    set -l what words
+    contains -- $words[-1] --run --history --resume --report; and set what runs
+    $words[1..$at] --completion $what 2>/dev/null
+end
+for program in python python3 NAME.py
+    complete -c $program -a '(__orchestrator)'
+end""",
+}
+
+
+def command_completion(call):
+    """Print what lets a shell complete words, or what it then asks for: all words that there are,
+    or the runs.
+    """
+    what, file = call.options.completion, find_main_file() or __file__
+    if what == "runs":
+        words = [str(run["run_id"]) for run in open_history(call).load_last_runs(100)]
+    elif what == "words":
+        words = [*call.pipeline.stages, *call.pipeline.tools, *(
+            flag for action in call.parser._actions for flag in action.option_strings)]
+    else:
+        words = [_COMPLETIONS[what].replace("NAME", os.path.splitext(os.path.basename(file))[0])]
+    show("\n".join(dict.fromkeys(words)))
+
+
+def command_why(call):
+    """Show why a tool would run or not, what it waits for, and how it ended before."""
+    options, name = call.options, call.options.why
+    check_tool(call, name)
+    options.plan, tool = True, call.pipeline.tools[name]  # which tells how long tools take
+    history = look_at(open_history(call), call)
+    step, problem = None, ""
+    try:
+        steps = make_session(call, history).plan.steps
+        step = next((each for each in steps if each.tool == name), None)
+        problem = "it is not in this plan" * (step is None)
+    except UserError as error:
+        problem = str(error)
+    past = make_past(call.pipeline, history, call.arguments, Clock().wall(), {}, False)
+    needed_by = [each for each, needs in call.pipeline.needs.items()
+                 if needs != ALL_BEFORE and name in needs]
+    failure = next(iter(history.load_attempts_of(name, 1, "failed")), None)
+    answer(call, make_why(tool, find_summary(tool), needed_by, step, problem,
+                          describe_age(tool, past), history.load_attempts_of(name, 5),
+                          failure), format_why)
 
 
 def command_plan(call):
@@ -8454,6 +8700,7 @@ def command_run(call):
 _COMMANDS = {  # what main() calls for a flag, and takes the exit code of, if that is no success
     "list": command_list, "plan": command_plan, "check": command_check, "status": command_status,
     "history": command_history, "logs": command_logs, "items": command_items,
+    "graph": command_graph, "why": command_why, "completion": command_completion,
     "mark_done": command_mark_done, "prune": command_prune,
 }
 
