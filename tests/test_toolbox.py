@@ -438,29 +438,29 @@ def test_a_line_that_is_something_else_is_refused(download, line):
 
 @pytest.mark.skipif("arguments" not in OPTIONS, reason="tools have no arguments of their own yet")
 @pytest.mark.parametrize("words", MODES.values(), ids=MODES)
-def test_the_table_of_the_readme_is_a_pipeline(quick, web, words):
+def test_the_table_of_the_readme_is_a_pipeline(sandbox, web, words):
     web.answers.update({"/sales.csv": give, "/hook": 200})
-    shutil.copytree(TOOLBOX, quick.folder / "example" / "toolbox")
+    shutil.copytree(TOOLBOX, sandbox.folder / "example" / "toolbox")
     readme = (TOOLBOX / "README.md").read_text(encoding="utf-8")
     table = readme.partition("```python\n")[2].partition("```")[0]
-    quick.pipeline(SQLITE + table).tool("sales.load", """
+    sandbox.pipeline(SQLITE + table).tool("sales.load", """
         from example.toolbox.drift import check
 
         def run(conn):
             conn.execute("CREATE TABLE IF NOT EXISTS sales (day TEXT, price REAL)")
             conn.execute("INSERT INTO sales VALUES ('2013-01-02', 7), ('2012-12-31', 8)")
     """)
-    (quick.folder / "downloads.txt").write_text(f"sales.csv {web.url}/sales.csv {SHA256}\n")
-    (quick.folder / "sql").mkdir()
-    (quick.folder / "sql" / "report.sql").write_text(
+    (sandbox.folder / "downloads.txt").write_text(f"sales.csv {web.url}/sales.csv {SHA256}\n")
+    (sandbox.folder / "sql").mkdir()
+    (sandbox.folder / "sql" / "report.sql").write_text(
         "CREATE TABLE IF NOT EXISTS report (price REAL);\n"
         "INSERT INTO report SELECT price FROM sales WHERE day >= :since;")
 
-    ended = quick.run(*words, env={"NOTIFY_WEBHOOK": web.url + "/hook"})
+    ended = sandbox.run(*words, env={"NOTIFY_WEBHOOK": web.url + "/hook"})
     assert ended.code == 0, ended
-    assert (quick.folder / "raw" / "sales.csv").read_bytes() == CONTENT
-    assert quick.query("SELECT price FROM report") == [(7,)]
-    assert quick.query("SELECT name, value FROM figures") == [("count(*)", 2), ("avg(price)", 7.5)]
+    assert (sandbox.folder / "raw" / "sales.csv").read_bytes() == CONTENT
+    assert sandbox.query("SELECT price FROM report") == [(7,)]
+    assert sandbox.query("SELECT name, value FROM figures") == [("count(*)", 2), ("avg(price)", 7.5)]
     assert [path for path, _, _ in web.got] == ["/sales.csv"]
 
 
