@@ -4474,8 +4474,8 @@ class Results(Mapping[str, Any]):
 
     def __getitem__(self, tool):
         try:
-            result = self._find(tool)
-        except KeyError:
+            result = self._find(str.__str__(tool))  # nothing strange may travel
+        except (KeyError, TypeError):
             raise KeyError(f"there is no result of {tool!r} here: results are of the tools that "
                            "this one needs") from None
         if not isinstance(result, Packed):
@@ -4511,10 +4511,11 @@ class Context:
 
     run_id: text. tool: its name. item, version: of the item that is done, or None. attempt: which
     try of the item, or else of the tool, it is: 1, 2, ... results: what the tools that it waits for
-    returned, by name, to read only. last_success: the moment in UTC, a `datetime`, at which the
-    last success of this tool with the same arguments began, so that what came later has not been
-    seen; None if there was none, in a backfill, or if no history is kept. Not counted are successes
-    of a backfill, of a single item, and of some items only.
+    returned, by name, to read only. outcomes: how the tools that have ended by now did, by name,
+    to read only. last_success: the moment in UTC, a `datetime`, at which the last success of this
+    tool with the same arguments began, so that what came later has not been seen; None if there was
+    none, in a backfill, or if no history is kept. Not counted are successes of a backfill, of a
+    single item, and of some items only.
     """
 
     item = version = None
@@ -4534,6 +4535,16 @@ class Context:
         """What the tools that this one waits for returned, by name."""
         ask = functools.partial(self._ask, self._job)
         return Results(ask, functools.partial(ask, None))
+
+    @property
+    def outcomes(self) -> Mapping[str, Outcome]:
+        """How the tools of this run ended that have by now, by name, in the plan's order.
+
+        Each has `status`, `reason`, `rows`, `error`, `traceback`, `attempts`, `duration_s`, `log`
+        and `items`, but no `result`. One that is to be tried again has not ended.
+        """
+        from types import MappingProxyType
+        return MappingProxyType(self._ask(self._job, Outcome))
 
     @property
     def last_success(self) -> Any:
@@ -4863,8 +4874,9 @@ class Setting(NamedTuple):
 class Kept:
     """What a process keeps from job to job: its connection, the tools that it has imported, its
     slip, the threads that are known. And where processes differ: `interrupts`, how signals reach
-    tools; `ask(job, name)`, which returns the result of a tool that a job may see, or the names of
-    all for None; `pack`, what a result is made into before the commit.
+    tools; `ask(job, name)`, which returns the result of a tool that a job may see, the names of
+    all for None, or for Outcome how all ended that have; `pack`, what a result is made into before
+    the commit.
     """
     slip, slip_fd = "", -1
 
@@ -6219,17 +6231,15 @@ class Server:
             self.channel.send(message)
             return self.channel.recv() if is_question else None
 
-    def ask(self, job, tool):
-        """Return the result of a tool that the one of a job may see, or the names of all for None.
+    def ask(self, job, name):
+        """Return what a job may see of the run: see Returned.look().
 
         So what nobody reads is not sent, and a worker keeps nothing.
         """
         if os.getpid() != self.pid or job is not self.job:
-            raise RuntimeError("context.results can not be read in a process that the tool started "
-                               "or after the tool has ended: read it before, in run() itself")
-        name = str.__str__(tool) if isinstance(tool, str) else None  # nothing strange may travel
-        if tool is not None and name is None:
-            raise KeyError(tool)
+            raise RuntimeError("what context tells of other tools can not be read in a process "
+                               "that the tool started or after the tool has ended: "
+                               "read it before, in run() itself")
         found = self.interrupts.finish(self._say, ("asks", job.number, name), True)
         if not found:
             raise KeyError(name)
@@ -6475,11 +6485,11 @@ def needs_worker(tool, jobs):
 
 
 class Returned:
-    """What tools returned, for those that wait for them.
+    """What tools returned, for those that wait for them, and how they ended.
 
-    State: `results`, by tool; where they are not kept to the end, `users`, how many tools still
-    wait for each, of the tools that each of them `sees`. Of those that wait for all before them,
-    the last one counts, since it is settled after the others.
+    State: `outcomes`: see Run; `results`, by tool; where they are not kept to the end, `users`, how
+    many tools still wait for each, of the tools that each of them `sees`. Of those that wait for
+    all before them, the last one counts, since it is settled after the others.
     """
 
     def __init__(self, session):
@@ -6487,6 +6497,7 @@ class Returned:
         self.history, self.keeps_all = session.history, session.keep_results
         self.steps = {step.tool: step for step in session.plan.steps}
         self.position = {tool: i for i, tool in enumerate(self.steps)}
+        self.outcomes = dict.fromkeys(self.steps, Outcome("pending", "not started"))
         self.results = {}
         self.sees = {tool: step.edges for tool, step in self.steps.items()}
         for tool in [tool for tool in self.steps if self.steps[tool].needs == ALL_BEFORE][-1:]:
@@ -6496,8 +6507,11 @@ class Returned:
     def look(self, tool, name):
         """Return in a tuple the result of a tool that another may see: of one that it waits for;
         of one that is not in the plan, the last. It is empty if there is none. For None, return
-        the names of all.
+        the names of all; for Outcome, how all ended that have, without their results.
         """
+        if name is Outcome:
+            return ({each: outcome._replace(result=None, kept=None)
+                     for each, outcome in self.outcomes.items() if not MOVES[outcome.status]},)
         needs = self.steps[tool].needs
         if name is None:
             names = self.results if needs == ALL_BEFORE else needs
@@ -6511,9 +6525,7 @@ class Returned:
         return (load_result(success),) if success else ()
 
     def find(self, job, name):
-        """Return a result for the tool of a job, or for None the names of all. Raise KeyError if
-        there is none.
-        """
+        """Return what look() finds for the tool of a job. Raise KeyError if there is nothing."""
         for result in self.look(job.tool, name):
             return result
         raise KeyError(name)
@@ -6521,7 +6533,7 @@ class Returned:
     def answer(self, tool, name):
         """Return the same for a worker: in a tuple, which is empty if there is none."""
         found = self.look(tool, name)
-        return found if name is None else tuple(map(pack_result, found))
+        return tuple(map(pack_result, found)) if isinstance(name, str) else found
 
     def take(self, tool, outcome):
         """Take it that a tool has ended; return the outcome, as far as it is kept to the end."""
@@ -6804,7 +6816,7 @@ class Work:
             self.run.publish()
 
     def hear_asks(self, doing, name):
-        """Answer a worker that asks for a result."""
+        """Answer a worker that asks for a result, or for outcomes."""
         self.performer.answer(doing.job.number, self.run.returned.answer(self.tool.name, name))
 
     def hear_ended(self, doing, problem):
@@ -6983,9 +6995,8 @@ class Run(Starter):
         self.retries = find_retries(
             session, [tool for tool, callee in callees.items() if callee.has_items])
         self.returned, self.policy = Returned(session), Policy(session)
-        self.steps = self.returned.steps
+        self.steps, self.outcomes = self.returned.steps, self.returned.outcomes
         self.schedule = Schedule(self.plan.steps, session.pipeline, self.plan.jobs)
-        self.outcomes = dict.fromkeys(self.steps, Outcome("pending", "not started"))
         self.open, self.waiting, self.jobs, self.again = {}, {}, {}, []
         self.numbers = iter(range(1, sys.maxsize))  # of jobs, and of what comes again
         self.is_interrupted, self.signal, self.told, self.refused = False, None, [], None
