@@ -3,21 +3,22 @@ import re
 import subprocess
 import sys
 
-from conftest import TOP, Ended
+from conftest import ENVIRONMENT, TOP, Ended
 
 
 def pull_the_plug(*words):
     """Run the example to its end."""
     ended = subprocess.run([sys.executable, str(TOP / "example" / "pull_the_plug.py"), *words],
                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, encoding="utf-8", timeout=120)
+                           stderr=subprocess.PIPE, encoding="utf-8", timeout=120,
+                           env=ENVIRONMENT)  # which caches the compiled engine
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
 def find_done(ended):
     """Return how many items were done after each kill."""
     return [int(done) for done in re.findall(
-        r"^killed after 0\.\d\d s: (\d+) of 500 items done$", ended.out, re.M)]
+        r"^killed after \d\.\d\d s: (\d+) of 500 items done$", ended.out, re.M)]
 
 
 def test_whatever_is_killed_each_item_is_done_once():
