@@ -158,7 +158,8 @@ def has_run(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", [*(c for c in SHELL if " orchestrator.py" in c), *INLINE])
+@pytest.mark.parametrize("command", dict.fromkeys(
+    [*(c for c in SHELL if " orchestrator.py" in c), *INLINE]))
 def test_a_command_of_the_readme_works_in_the_pipeline_that_it_tells_to_write(has_run, tmp_path,
                                                                               command):
     folder = tmp_path / has_run.name  # by which history knows the pipeline
