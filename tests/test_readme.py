@@ -11,6 +11,8 @@ import textwrap
 import pytest
 from conftest import ENVIRONMENT, TOP, Sandbox
 
+from orchestrator import OPTIONS
+
 README = (TOP / "README.md").read_text(encoding="utf-8")
 BLOCKS = [(kind, textwrap.dedent(body)) for kind, body in
           re.findall(r"^ *```(\w+)\n(.*?)^ *```$", README, re.M | re.S)]
@@ -29,6 +31,10 @@ def commands(body):
     return [line.split("  #")[0].rstrip() for line in body.splitlines()]
 
 
+SHELL = [command for kind, body in BLOCKS if kind == "sh" for command in commands(body)]
+INLINE = re.findall(r"`(python [^`]*)`", re.sub(r"```.*?```", "", README, flags=re.S))
+
+
 def run(command, cwd):
     """Run a command line of the README with this Python."""
     assert command.startswith("python ")
@@ -39,13 +45,20 @@ def run(command, cwd):
 
 
 def normal(text):
-    """Return output without what differs from run to run: moments, durations, run ids,
-    the folder, blanks."""
+    """Return the lines of an output without what differs from run to run, or from Python to
+    Python: moments, durations, the folder, blanks, marks below a line of a traceback.
+    """
     text = re.sub(r"\d\d:\d\d:\d\d", "HH:MM:SS", text)
-    text = re.sub(r"\(run \d+\)", "(run RUN)", text)
     text = re.sub(r"\d+\.\d+ s\b", "TIME", text)
-    text = re.sub(r"(page:|from) /\S*/(output|example)/", r"\1 \2/", text)
-    return [" ".join(line.split()) for line in text.strip().splitlines()]
+    text = re.sub(r'File ".*/(sales/\w+\.py)"', r'File "\1"', text)
+    text = re.sub(r"^ *[~^]+$", "", text, flags=re.M)
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def shows(screen, lines):
+    """Return whether a screen shows these lines, where `...` stands for any others."""
+    parts = ["(.*\n)*?" if line == "..." else re.escape(line) + "\n" for line in screen]
+    return re.fullmatch("".join(parts), "".join(line + "\n" for line in lines))
 
 
 @pytest.fixture
@@ -55,6 +68,13 @@ def example(tmp_path):
         copy = shutil.copytree if (TOP / name).is_dir() else shutil.copy
         copy(TOP / name, tmp_path / name)
     return tmp_path
+
+
+REPORT = '''"""Print what was sold."""
+
+def run(conn, **kwargs):
+    print(conn.execute("SELECT count(*), sum(price) FROM sales").fetchone())
+'''
 
 
 def write_copied(sandbox):
@@ -67,7 +87,8 @@ def write_copied(sandbox):
     (sandbox.folder / "sales" / "inbox").mkdir()
     (sandbox.folder / "sales" / "inbox" / "monday.csv").write_text("item,price\napple,0.5\n")
     sandbox.tool("sales.load", blocks("python", '"""Load')[0])
-    sandbox.tool("sales.report", blocks("python", '"""Print')[0])
+    sandbox.tool("sales.report", REPORT)
+    (sandbox.folder / "run_all.sh").write_text("python sales/load.py\npython sales/report.py\n")
     return sandbox
 
 
@@ -77,19 +98,46 @@ def copied(sandbox):
     return write_copied(sandbox)
 
 
-@pytest.mark.parametrize("session", [body for kind, body in BLOCKS if kind == "console"])
-def test_a_screen_of_the_readme_is_what_is_printed(example, session):
-    _, *parts = re.split(r"^\$ (.*)\n", session, flags=re.M)
-    for command, shown in zip(parts[::2], parts[1::2]):
-        ended = run(command, example)
-        assert ended.returncode == 0, ended.stdout
-        assert normal(ended.stdout) == normal(shown)
+def test_a_screen_of_the_readme_is_what_is_printed(copied):
+    screen, = blocks("console")
+    copied.tool("sales.report", REPORT.replace("price", "prise"))
+    for part in re.split(r"^\$ ", screen, flags=re.M)[1:]:
+        command, _, shown = part.partition("\n")
+        if command.startswith("python "):
+            printed = run(command, copied.folder).stdout
+            assert shows(normal(shown), normal(printed)), printed
+        else:
+            file, old, new = re.fullmatch(r"nano (\S+) +# (\w+) -> (\w+)", command).groups()
+            assert old in copied.read(file)
+            copied.folder.joinpath(file).write_text(copied.read(file).replace(old, new))
 
 
-def test_the_first_command_makes_the_page(example):
-    command = commands(blocks("sh")[0])[0]
-    assert run(command, example).returncode == 0
+def test_a_screen_that_is_not_what_is_printed_is_found():
+    assert shows(["a", "...", "c"], ["a", "c"]) and shows(["...", "c"], ["a", "b", "c"])
+    assert not shows(["a", "...", "c"], ["a", "b"]) and not shows(["a", "c"], ["a", "b", "c"])
+
+
+def test_the_first_commands_make_the_page_and_pull_the_plug(example):
+    page, plug, _ = commands(blocks("sh")[0])
+    assert run(page, example).returncode == 0
     assert "<svg" in (example / "output" / "flights.html").read_text(encoding="utf-8")
+    ended = run(plug, example)
+    assert ended.returncode == 0 and "each done once" in ended.stdout, ended.stdout
+
+
+def test_the_readme_is_short_and_its_picture_small():
+    assert len(README.splitlines()) <= 280
+    assert (TOP / "example" / "flights.png").stat().st_size < 150_000
+
+
+def test_every_file_and_folder_that_the_readme_names_is_there():
+    named = re.findall(r"[`(]((?:example|tests)/[\w./]*)[`)]", README)
+    assert len(named) > 5 and [each for each in named if not (TOP / each).exists()] == []
+
+
+def test_every_option_of_a_tool_stands_in_the_readme():
+    rows = " ".join(re.findall(r"^\| `.*", README, re.M))
+    assert [name for name in OPTIONS if f'"{name}"' not in rows] == []
 
 
 def test_the_file_may_have_any_name(copied):
@@ -110,8 +158,8 @@ def has_run(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", [c for kind, body in BLOCKS if kind == "sh"
-                                     for c in commands(body) if "orchestrator.py" in c])
+@pytest.mark.parametrize("command", dict.fromkeys(
+    [*(c for c in SHELL if " orchestrator.py" in c), *INLINE]))
 def test_a_command_of_the_readme_works_in_the_pipeline_that_it_tells_to_write(has_run, tmp_path,
                                                                               command):
     folder = tmp_path / has_run.name  # by which history knows the pipeline
@@ -120,8 +168,13 @@ def test_a_command_of_the_readme_works_in_the_pipeline_that_it_tells_to_write(ha
     assert ended.returncode == 0, ended.stdout
 
 
+def test_no_command_of_the_readme_is_left_out():
+    page, plug, tests = commands(blocks("sh")[0])
+    assert [c for c in SHELL if " orchestrator.py" not in c] == [plug, tests]
+
+
 def test_the_tests_are_one_line_that_makes_its_own_environment():
-    line, = [c for kind, body in BLOCKS if kind == "sh" for c in commands(body) if "pytest" in c]
+    line, = [command for command in SHELL if "pytest" in command]
     assert line.startswith("python -m venv") and line.endswith("-m pytest -q -n 4")
     assert "pip install" in line
 
@@ -138,25 +191,37 @@ def test_every_get_connection_of_the_readme_imports_what_it_uses(tmp_path):
         names["get_connection"]().close()
 
 
-@pytest.mark.parametrize("hook", ["def add_arguments", "PRAGMA"])
-def test_a_hook_of_the_readme_works_above_the_mark(copied, hook):
-    tables = blocks("python", "TOOL_MAP = {")[0]
-    copied.pipeline(tables + "\n\n" + blocks("python", hook)[0])
-    ended = run("python orchestrator.py load", copied.folder)
+def test_the_hooks_of_the_readme_work_above_the_mark(copied):
+    copied.pipeline(blocks("python", "TOOL_MAP = {")[0] + blocks("python", "def add_arguments")[0])
+    copied.tool("sales.load", blocks("python", '"""Load')[0].replace("(conn)", "(conn, since)"))
+    assert "--since DATE" in run("python orchestrator.py --help", copied.folder).stdout
+    for words, database in [("", "dev.db"), (" --since 2013-01-03 --env prod", "prod.db")]:
+        ended = run(f"python orchestrator.py load{words}", copied.folder)
+        assert ended.returncode == 0, ended.stdout
+        with contextlib.closing(sqlite3.connect(copied.folder / database)) as conn:
+            assert conn.execute("SELECT count(*) FROM sales").fetchone() == (2,)
+
+
+def test_the_scripts_of_the_readme_run(copied):
+    (copied.folder / "fetch.py").write_text("print('fetched')")
+    (copied.folder / "train.py").write_text("import sys\nprint('trained', *sys.argv[1:])")
+    copied.pipeline(blocks("python", '"command"')[0]
+                    + "STAGES = {}\ndef get_connection(): return None\n")
+    ended = run("python orchestrator.py", copied.folder)
     assert ended.returncode == 0, ended.stdout
-    if hook == "def add_arguments":
-        assert "--since DATE" in run("python orchestrator.py --help", copied.folder).stdout
+    assert ended.stdout.count("fetched") == 1
+    for year in ("2013", "2014"):
+        assert f"trained --year {year}" in ended.stdout
 
 
 def test_the_python_lines_of_the_readme_run(copied):
     (copied.folder / "notebook.py").write_text(
-        "import sqlite3\n" + blocks("python", "from orchestrator import run_pipeline")[0]
-        .replace("lambda: None", 'lambda: sqlite3.connect("sales.db")'))
+        blocks("python", "from orchestrator import run_pipeline")[0])
     assert "success {'load': 2} {}" in run("python notebook.py", copied.folder).stdout
 
 
 def test_a_row_that_was_committed_late_is_taken_and_none_twice(copied):
-    copied.tool("sales.load", blocks("python", "OVERLAP = ")[0])
+    copied.tool("sales.load", (TOP / "example" / "copy_changed.py").read_text())
     with contextlib.closing(sqlite3.connect(copied.folder / "sales.db")) as conn:
         conn.execute("CREATE TABLE incoming (id INTEGER, price REAL, changed_at TEXT)")
         conn.execute("CREATE TABLE copied (id INTEGER PRIMARY KEY, price REAL)")
@@ -181,15 +246,16 @@ def test_days_are_items_of_a_tool_that_lags_behind(copied):
 
 
 def test_the_module_can_be_compiled_beforehand(copied):
-    command, = re.findall(r"`(python -m compileall [^`]*)`", README)
+    command, = [each for each in INLINE if "compileall" in each]
     assert run(command, copied.folder).returncode == 0
     assert list((copied.folder / "__pycache__").glob("orchestrator.*.pyc"))
 
 
 def test_a_second_pipeline_runs_on_the_same_engine(copied):
-    copied.pipeline(blocks("python", "TOOL_MAP = {")[0])
-    (copied.folder / "second.py").write_text(
-        blocks("python", "TOOL_MAP = {")[0] + blocks("python", "from orchestrator import main")[0])
+    first, last = re.findall(r"`(from orchestrator import main|if __name__ .*main\([^`]*)`", README)
+    tables = blocks("python", "TOOL_MAP = {")[0]
+    copied.pipeline(tables)
+    (copied.folder / "second.py").write_text(f"{first}\n{tables}\n{last}\n")
     assert "report" in run("python second.py --list", copied.folder).stdout
     assert run("python second.py", copied.folder).returncode == 0
 
