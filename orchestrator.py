@@ -67,7 +67,8 @@ def add_arguments(parser):
 #   9 WORKERS      the ways to execute an attempt: in this process, in worker processes
 #  10 RUNNING      one loop that carries out a Plan -> RunResult
 #  11 VIEWS        text and JSON for people and programs
-#  12 DOOR         the command line
+#  12 SCRIPTS      a new project, or the tables for a runner that somebody has; a leaf
+#  13 DOOR         the command line
 
 # ruff: noqa: E402
 _YOURS = dict(globals())  # your names, before the engine adds its own: see the last lines
@@ -7932,7 +7933,382 @@ def format_run(shown, style):
     return "\n".join(lines)
 
 
-# === 12 DOOR ====================================================================================
+# === 12 SCRIPTS =================================================================================
+# What somebody begins with: a new project, or a TOOL_MAP of the commands that a runner of theirs
+# starts, be it a shell script, a Makefile or a Python program. That is read and never run; what
+# can not be told by reading it is named in a comment and not guessed. A leaf: who deletes this
+# room deletes command_init and its flag with it.
+
+_STARTER = {  # a new project, by file; the engine comes below the last
+    "load.py": '''"""Load the sales of a day."""
+
+
+def setup(conn, **kwargs):
+    conn.execute("CREATE TABLE IF NOT EXISTS sales (item TEXT PRIMARY KEY, price REAL)")
+
+
+def run(conn, **kwargs):
+    rows = [("apple", 0.5), ("pear", 0.7)]
+    conn.executemany("INSERT OR REPLACE INTO sales VALUES (?, ?)", rows)
+    return len(rows)
+''',
+    "report.py": '''"""Print what was sold."""
+
+
+def run(conn, **kwargs):
+    print(conn.execute("SELECT count(*), sum(price) FROM sales").fetchone())
+''',
+    "orchestrator.py": '''"""A pipeline. What it can do: python orchestrator.py --help"""
+
+# Yours is what stands above the ENGINE mark; nothing below it needs to be read.
+
+TOOL_MAP = {  # a tool's name: its module, in the order in which they run
+    "load":   "load",
+    "report": "report",
+}
+
+STAGES = {  # a stage's name: its tools, and other stages
+    "full": ["load", "report"],
+}
+
+
+def get_connection():
+    """Return the connection that every tool gets as `conn`; None if there is no database."""
+    import sqlite3
+    from pathlib import Path
+    return sqlite3.connect(Path(__file__).with_name("data.db"))
+
+
+''',
+}
+
+
+def make_project(folder):
+    """Write a pipeline that runs at once into a folder, which may be new. Raise UserError, with
+    nothing written, if one of its files is there.
+    """
+    for name in _STARTER:
+        if os.path.lexists(os.path.join(folder, name)):
+            raise UserError(f"There is a {name} in {folder}.", "Name a new folder.")
+    with open(_ENGINE_FILE, encoding="utf-8") as file:
+        engine = re.search("(?ms)^# ={3} ENGINE .*", file.read())[0]
+    os.makedirs(folder, exist_ok=True)
+    for name, text in _STARTER.items():  # orchestrator.py last: without it, there is no project
+        with open(os.path.join(folder, name), "x", encoding="utf-8") as file:
+            file.write(text + engine * (name == "orchestrator.py"))
+
+
+def make_tables(path, folder):
+    """Return the tables, as text to paste, of what a runner starts whose commands are to run in a
+    folder.
+    """
+    with open(path, encoding="utf-8-sig", errors="backslashreplace") as file:
+        text = file.read()
+    draft = Draft(path, folder)
+    if path.endswith(".py"):
+        read_python(draft, text)
+    elif re.search(r"(?i)makefile[^/\\]*$|\.mk$", path):
+        read_makefile(draft, text)
+    else:
+        read_shell(draft, text)
+    return draft.format()
+
+
+_SCRIPT = r"(?<!\S)-m\s+(?:\w+\.)*(\w+)|([\w-]+)\.(?:py|sh|bash|R|jl|js|pl|sql|ipynb)\b"
+_ARGUMENT = r"(?<!\$)\{([^\W\d]\w*)\}"  # {name} in a command
+_NO_CODE = r"'[^']*'|\\.|\"[^\"$`\\]*\""  # what means nothing to a shell
+_CODE = r"[|<>&;()*?`$[\n]|(?<!\S)~|^\w+=|\{\S*[,.]\S*\}"  # what it is needed for, in the rest
+_PREFACE = """\
+# From %s, which was read and not run. Put this in place of what stands above the ENGINE mark.
+# Commands run in the folder of that file, whatever a `cd` said, with the environment of the run.
+# After one that fails, what needs it is skipped; "on_failure": "continue" goes on. What only a run
+# can tell is not read: conditions, functions, most loops, values that are worked out.
+
+TOOL_MAP = {
+"""
+
+
+class Draft:
+    """Tables in the making, of a file. State: `rows`, the lines of TOOL_MAP, by name or number;
+    `flags`, what add_argument() is to be told of the arguments in commands; `stages`.
+    """
+
+    def __init__(self, path, folder):
+        self.path, self.folder, self.rows, self.flags, self.stages = path, folder, {}, {}, {}
+
+    def note(self, line, text):
+        """Name what was not read."""
+        self.rows[len(self.rows)] = f"line {line}: {' '.join(text.split())}"
+
+    def add(self, words, name="", **options):
+        """Add a tool for the words of a command; return its name, that of its script if not said."""
+        words[0] = re.sub(r"^python3(\.\d+)?$", "python", words[0])
+        text = " ".join(words)
+        base = name or make_name(words[-1] if "-c" in words[1:-1] else text)
+        name = next(each for each in itertools.chain(
+            [base], (f"{base}_{number}" for number in itertools.count(2))) if each not in self.rows)
+        is_plain = all(re.fullmatch(r"[\w@%+=:,./{}-]+", word) for word in words)
+        self.rows[name] = quote({"command": text if is_plain else words, **options}) + ","
+        for word in words:
+            if re.fullmatch(r"[\w./-]+\.(py|sh)", word) \
+                    and not os.path.exists(os.path.join(self.folder, word)):
+                self.rows[name] += f"  # not in {self.folder}: {word}"
+        for flag in re.findall(_ARGUMENT, text):
+            self.flags.setdefault(flag, "required=True")
+        return name
+
+    def format(self):
+        """Return the tables as text."""
+        lines = [f"    {quote(name)}: {row}" if isinstance(name, str) else f"    # not read: {row}"
+                 for name, row in self.rows.items()] + ["}", "", "STAGES = {"]
+        lines += [f"    {quote(name)}: {quote(tools)}," for name, tools in self.stages.items()]
+        lines += ["}", *["\n\ndef add_arguments(parser):"] * bool(self.flags)]
+        lines += [f"    parser.add_argument({quote('--' + name)}, {how})"
+                  for name, how in self.flags.items()]
+        return _PREFACE % self.path + "\n".join(lines)
+
+
+def make_name(text):
+    """Return a name for a command: that of its script or module, else of its program."""
+    found = re.search(_SCRIPT, text) or re.search(r"([\w-]+|$)", text)
+    return re.sub(r"^[\d_-]+(?=[^\W\d])", "", found[found.lastindex]).replace("-", "_") or "tool"
+
+
+def quote(value):
+    """Return data as a literal of Python, in double quotes where those will do."""
+    import json
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else repr(value)
+
+
+def check_braces(text):
+    """Raise ValueError if a text has braces of its own that would be taken for an argument."""
+    if re.search(_ARGUMENT, text):
+        raise ValueError
+
+
+def split_command(text, shell):
+    """Return the words of a command of a shell, in which {name} is an argument; without that shell
+    if it would do nothing. Raise ValueError if it could take an argument for code.
+    """
+    import shlex
+    text = re.sub(r"\$\{(\w+)\}(?!\w)", r"$\1", re.sub(r"\\\n\s*", " ", text))
+    if not re.search(_CODE, re.sub(_NO_CODE, "_", text)):
+        return shlex.split(text)
+    if re.search(r"\{[^\W\d]\w*\}", text):
+        raise ValueError
+    return [*shell, text]
+
+
+# Of a shell script: a comment; or a command, and whether it runs beside what follows; or a quote
+# without an end, and all after it.
+_COMMAND = r"""(?sx) (?<![^\s;])\#[^\n]* | ((?: '[^']*' | "(?:\\.|[^"\\])*" | \\. | \([^()]*\)
+    | \{\s(?:\$\{[^{}]*\}|[^{}])*\} | [<>|]& | &> | (?<!\s)\# | [^;&\n'"\\#] )+) (&(?!&))?
+    | (['"].*)"""
+_VARIABLE = (r"('[^']*'|\\.|\"[^\"]*'[^\"]*\")"  # in quotes, it is none
+             r"|\$(?:\{(\w+)(?::-([\w./:-]*))?\}|([1-9]|[^\W\d]\w*)|[\d@#?!$*{-])")
+_DOCUMENT = r"(?s)(?<!<)<<-?\s*(['\"]?)(\w+)\1(?!\w).*?\n\s*\2(?=\n|$)"
+_OPENS = r"((then|do|else)\s+)*((if|while|until|for|case|select|function)\b|[\w-]+\s*\(\)|\{\s)"
+_CLOSES = r"(fi|done|esac|\})(?![\w.])|(?s:.*[;\n]\s*\}$)"
+_SAYS = r"$|set\s|(echo|printf)\b[^|<>]*$"
+_NOT_READ = (r"(then|do|else|elif|fi|done|esac|cd|source|\.|trap|exit|return|shift|read|eval|exec"
+             r"|unset|local|declare|export|\[+|\})(\s|$)|(?s:.*<<)|['\"]")
+_SET = (r"(?m)(?:^|[;&|]|\b(?:then|do|else|export|local|for|read))\s*%s"
+        r"(?:\s*[:?+]?=(?!=)|\.(?:append|extend|insert)\(|\s+in\s|\s*(?:\(\)|$))")
+
+
+def read_shell(draft, text):
+    """Add what a shell script starts."""
+    known, depth, before, beside = {}, 0, [], []
+    shell = ("bash -o pipefail -c" if "pipefail" in text else
+             "bash -c" if "bash" in text.partition("\n")[0] else "sh -c").split()
+
+    def find(found):
+        name = found[2] or found[4] or ""
+        if found[1] and (found[1][0] != '"' or "$" not in found[1]):
+            return found[1]
+        if name not in known and (not name or re.search(_SET % name, text)):
+            raise ValueError
+        if name.isdecimal():
+            draft.flags["arg" + name] = f"default={quote(found[3] or '')}"
+            return f"{{arg{name}}}"
+        return known.get(name, found[0])
+
+    text = re.sub(_DOCUMENT, lambda found: "<<" + "\n" * found[0].count("\n"), text)
+    for found in re.finditer(_COMMAND, text):
+        command = (found[1] or found[3] or "").strip()
+        if re.match(_SAYS, command):
+            continue
+        is_inside = depth or re.match(_OPENS, command)
+        depth += bool(re.match(_OPENS, command)) - bool(re.match(_CLOSES, command))
+        try:
+            if is_inside or re.match(_NOT_READ, command):
+                raise ValueError
+            check_braces(command)
+            command = re.sub(_VARIABLE, find, command)
+            value = re.fullmatch(r"(\w+)=([\"']?)([\w@%+=:,./ {}-]*)\2", command)
+            if re.match(r"\w+\+?=", command) and not (
+                    value and len(re.findall(_SET % value[1], text)) == 1):
+                raise ValueError
+            if re.match(r"wait\b", command):
+                before, beside = beside or before, []
+            elif value:
+                known[value[1]] = value[3]
+            elif found[2]:
+                beside.append(draft.add(split_command(command, shell), needs=before))
+            else:
+                limit = re.match(r"timeout\s+(\d+[smhd])\s+(?=\w)", command)
+                options = {"timeout": limit[1]} if limit else {}
+                words = split_command(command[limit.end() if limit else 0:], shell)
+                before, beside = [draft.add(words, **options)], []
+        except ValueError:
+            draft.note(text.count("\n", 0, found.start()) + 1, command)
+
+
+_RULE = r"""(?mx)^(?: \#.* | (?P<name>\w+)[ \t]*[:?]?=[ \t]*(?P<value>[^#\n]*).*
+    | (?P<targets>[^\s:=#%][^:=#%\n]*):(?![:=])(?P<needs>[^=;%#\n]*)(?:\#.*)?(?P<recipe>(?:\n\t.*)*)
+    | (?P<other>\S.*) )"""
+
+
+def read_makefile(draft, text):
+    """Add the rules of a Makefile, as tools; those without a recipe as stages, and as stage "full"
+    what make does where nothing is named.
+    """
+    known, rules, text = {"$": "$"}, {}, re.sub(r"\s*\\\n\s*", " \v", text)
+
+    def find(found):
+        if (found[1] or found[2]) not in known:
+            raise ValueError
+        return known[found[1] or found[2]]
+
+    def fill(text):
+        check_braces(text)
+        return re.sub(r"\$(?:[({](\w+)[)}]|(.))", find, text)
+
+    def find_tools(names, is_deep):
+        for name in names:  # which grows: through a rule without a recipe, or all
+            if name in rules and (is_deep or not rules[name][1]):
+                names += [each for each in rules[name][0] if each not in names]
+        return [name for name in rules if name in names and rules[name][1]]
+
+    for found in re.finditer(_RULE, text):
+        try:
+            if found["other"]:
+                raise ValueError
+            if found["name"]:
+                known[found["name"]] = fill(found["value"].strip())
+            needs = fill(found["needs"] or "").replace("|", " ").split()
+            for target in fill(found["targets"] or "").split():
+                known.update({"@": target, "<": "".join(needs[:1]), "^": " ".join(needs)})
+                parts = re.findall(r"(?m)^\t(?!\s*#)[@+]*(-?)[@+]*(.+)", fill(found["recipe"]).replace("\v", ""))
+                recipe = " && ".join(f"({row} || true)" if may_fail else row
+                                     for may_fail, row in parts)
+                rules[target] = (needs + rules.get(target, [[]])[0],
+                                 split_command(recipe, ["sh", "-c"]))
+        except ValueError:
+            draft.note(len(re.findall("[\n\v]", text[:found.start()])) + 1, found[0])
+    phony = rules.pop(".PHONY", [[]])[0]
+    for target, (needs, recipe) in rules.items():
+        if recipe:
+            files = {"reads": [name for name in needs if name not in rules],
+                     "writes": [target] * (target not in phony and bool(re.search("[./]", target)))}
+            draft.add(recipe, target, needs=find_tools([*needs], False),
+                      **{option: names for option, names in files.items() if names})
+        else:
+            draft.stages[target] = find_tools([target], True)
+    draft.stages["full"] = find_tools([*rules][:1], True)
+
+
+_STARTS = r"(?:subprocess|sp)\.(?:run|call|check_call|check_output|Popen)|os\.system"
+_HERE = (r"(?:pathlib\.)?Path\(__file__\)(?:\.(?:resolve|absolute)\(\))?\.parent"
+         r"|os\.path\.dirname\((?:os\.path\.(?:abspath|realpath)\(__file__\)|__file__)\)")
+
+
+def read_python(draft, text):
+    """Add what a Python program starts by subprocess or os.system. Raise UserError if it is none.
+    """
+    import ast
+    here = os.path.relpath(os.path.dirname(draft.path) or ".", draft.folder).replace(os.sep, "/")
+    seen = set()  # the calls that were read or named
+
+    def evaluate(node, known):
+        """Return what an expression is: {name} for what is not known, in it a \\0 for the rest."""
+        code, kind = ast.unparse(node), type(node).__name__
+        if code in known or re.fullmatch(_HERE, code):
+            return known.get(code, here)
+        if kind == "Constant":
+            return "\0" if re.search(_ARGUMENT, str(node.value)) else node.value
+        if kind == "Name" or re.fullmatch(r"args\.\w+", code):
+            return "{" + code[code.find(".") + 1:] + "}"
+        parts = [evaluate(each, known) for each in ast.iter_child_nodes(node)
+                 if isinstance(each, ast.expr)]
+        if kind in ("List", "Tuple"):
+            return parts
+        if kind == "JoinedStr":
+            return "".join(map(str, parts))
+        if kind == "FormattedValue" and len(parts) == 1:
+            return parts[0]
+        if kind == "BinOp" and isinstance(node.op, ast.Div):
+            return re.sub(r"^\./", "", "/".join(map(str, parts)))
+        return parts[1] if re.match(r"(str|Path|enumerate)\(.", code) else "\0"
+
+    def read(nodes, known):
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef):  # it is read where it is called
+                known[node.name + "()"] = node
+            elif isinstance(node, (ast.If, ast.While)):
+                read([node.test, *node.body * ("__name__" in ast.unparse(node.test))], known)
+            elif isinstance(node, ast.For):
+                read_loop(node, known)
+            elif not isinstance(node, ast.ExceptHandler):
+                read(ast.iter_child_nodes(node), known)
+            if isinstance(node, ast.Assign):
+                name = ast.unparse(node.targets[0])
+                if name.isidentifier() and len(re.findall(_SET % name, text)) == 1:
+                    known[name] = evaluate(node.value, known)
+            elif isinstance(node, ast.Call):
+                read_call(node, ast.unparse(node.func), known)
+
+    def read_loop(node, known):
+        names, values = re.findall(r"\w+", ast.unparse(node.target)), evaluate(node.iter, known)
+        for value in values if isinstance(values, list) else ():
+            is_many = isinstance(value, list) and len(names) > 1
+            found = zip(names[::-1], value[::-1] if is_many else [value])
+            read(node.body, {**known, **dict(found)})
+
+    def read_call(node, name, known):
+        function = known.get(name + "()")
+        if function:
+            given = zip(function.args.args, node.args)
+            read(function.body, {**known, name + "()": None, **{
+                each.arg: evaluate(value, known) for each, value in given}})
+        elif re.fullmatch(_STARTS, name):
+            seen.add(node)
+            words = evaluate(node.args[0], known) if node.args else []
+            how = {each.arg: evaluate(each.value, known) for each in node.keywords}
+            options = {"timeout": how["timeout"]} if "timeout" in how else {}
+            is_text = name == "os.system" or how.get("shell") is True
+            try:
+                if not words or isinstance(words, str) != is_text or r"\x00" in repr([words, options]) \
+                        or {"cwd", "env", "input", "stdin"} & how.keys():
+                    raise ValueError
+                draft.add(split_command(words, ["sh", "-c"]) if is_text else [*map(str, words)],
+                          **options)
+            except ValueError:
+                draft.note(node.lineno, ast.unparse(node))
+
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{draft.path} is no Python: {error}.", "Mend it first.") from None
+    read(tree.body, {"sys.executable": "python"})
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node not in seen \
+                and re.fullmatch(_STARTS, ast.unparse(node.func)):
+            draft.note(node.lineno, ast.unparse(node))
+
+
+# === 13 DOOR ====================================================================================
 # The command line: the parser, one command_ function per command, the one listener that prints,
 # and the one place where an error becomes a sentence and an exit code. No other logic.
 
@@ -7958,6 +8334,8 @@ def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None
         options, arguments = parser.read(argv)
         command = next((_COMMANDS[name] for name in _COMMANDS if name in parser.given), command)
         parser.check(options, argv)
+        if command is command_init:  # before there need be any tables
+            return command_init(options) or EXIT_SUCCESS
         load = read_pipeline if command is command_check else load_pipeline
         pipeline = load(tool_map, stages, get_connection, name=name or find_name(), limits=limits)
         base = find_base(get_connection)
@@ -8260,6 +8638,9 @@ def add_commands(group):
             help="accept a tool that you mended by hand, for --resume")
     command("--prune", type=read_duration_s, metavar="DURATION",
             help="forget the runs that are older")
+    command("--init", nargs="?", const=".", metavar="DIR",
+            help="make a new project in a folder; with --from FILE, show instead the tables for "
+            "what a shell script, Makefile or Python program starts, which would run in DIR (.)")
     flag = group.add_argument
     flag("--last", type=read_whole, default=10, metavar="N", help="with --history: so many runs")
     flag("--run", metavar="RUN", help="with --logs: of that run")
@@ -8700,6 +9081,19 @@ def command_prune(call):
     show(f"{format_plural(len(gone) or 'no', 'run')} forgotten")
 
 
+def command_init(options):
+    """Make a new project, or show the tables for a runner; the only command without a pipeline."""
+    folder, file = options.init, options.start_from
+    try:
+        if file:
+            return show(make_tables(file, folder))
+        make_project(folder)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}.", "See --help of --init.") from None
+    show(f"A pipeline of two tools is in {folder}. Run it, and put your own in their place:\n\n"
+         f"    cd {folder}\n    python orchestrator.py")
+
+
 def command_run(call):
     """Run the plan, and tell on stderr how it goes."""
     if call.options.no_history:
@@ -8712,7 +9106,7 @@ _COMMANDS = {  # what main() calls for a flag, and takes the exit code of, if th
     "list": command_list, "plan": command_plan, "check": command_check, "status": command_status,
     "history": command_history, "logs": command_logs, "items": command_items,
     "graph": command_graph, "why": command_why, "completion": command_completion,
-    "mark_done": command_mark_done, "prune": command_prune,
+    "mark_done": command_mark_done, "prune": command_prune, "init": command_init,
 }
 
 
