@@ -7891,7 +7891,7 @@ class Draft:
         self.rows[len(self.rows)] = f"line {line}: {' '.join(text.split())}"
 
     def add(self, words, name="", **options):
-        """Add a tool for the words of a command; return its name, that of its script if not said."""
+        """Add a tool for a command; return its name, made from that of its script if not said."""
         words[0] = re.sub(r"^python3(\.\d+)?$", "python", words[0])
         text = " ".join(words)
         base = name or make_name(words[-1] if "-c" in words[1:-1] else text)
@@ -8007,8 +8007,8 @@ def read_shell(draft, text):
             elif found[2]:
                 beside.append(draft.add(split_command(command, shell), needs=before))
             else:
-                limit = re.match(r"timeout\s+(\d+[smhd])\s+(?=\w)", command)
-                options = {"timeout": limit[1]} if limit else {}
+                limit = re.match(r"timeout\s+(\d+)([smhd]?)\s+(?=\w)", command)
+                options = {"timeout": limit[1] + (limit[2] or "s")} if limit else {}
                 words = split_command(command[limit.end() if limit else 0:], shell)
                 before, beside = [draft.add(words, **options)], []
         except ValueError:
@@ -8070,92 +8070,69 @@ def read_makefile(draft, text):
 
 
 _STARTS = r"(?:subprocess|sp)\.(?:run|call|check_call|check_output|Popen)|os\.system"
-_HERE = (r"(?:pathlib\.)?Path\(__file__\)(?:\.(?:resolve|absolute)\(\))?\.parent"
-         r"|os\.path\.dirname\((?:os\.path\.(?:abspath|realpath)\(__file__\)|__file__)\)")
+_OWN = r"(?s).*\b(?:cwd|env|input|stdin)="  # what a command of TOOL_MAP has none of
 
 
 def read_python(draft, text):
-    """Add what a Python program starts by subprocess or os.system. Raise UserError if it is none.
+    """Add what a Python program starts by subprocess or os.system. Raise SyntaxError if it is none.
     """
     import ast
-    here = os.path.relpath(os.path.dirname(draft.path) or ".", draft.folder).replace(os.sep, "/")
-    seen = set()  # the calls that were read or named
 
-    def evaluate(node, known):
-        """Return what an expression is: {name} for what is not known, in it a \\0 for the rest."""
+    def evaluate(node, known, names=r"(?:str\()?args\.(\w+)\)?|str\((\w+)\)"):
+        """Return what an expression is, with {name} for an argument. Raise ValueError."""
         code, kind = ast.unparse(node), type(node).__name__
-        if code in known or re.fullmatch(_HERE, code):
-            return known.get(code, here)
+        name = re.fullmatch(names, code)
+        if code in known:
+            return known[code]
         if kind == "Constant":
-            return "\0" if re.search(_ARGUMENT, str(node.value)) else node.value
-        if kind == "Name" or re.fullmatch(r"args\.\w+", code):
-            return "{" + code[code.find(".") + 1:] + "}"
-        parts = [evaluate(each, known) for each in ast.iter_child_nodes(node)
-                 if isinstance(each, ast.expr)]
+            check_braces(str(node.value))
+            return str(node.value)
         if kind in ("List", "Tuple"):
-            return parts
+            return [evaluate(each, known) for each in node.elts]
         if kind == "JoinedStr":
-            return "".join(map(str, parts))
-        if kind == "FormattedValue" and len(parts) == 1:
-            return parts[0]
-        if kind == "BinOp" and isinstance(node.op, ast.Div):
-            return re.sub(r"^\./", "", "/".join(map(str, parts)))
-        return parts[1] if re.match(r"(str|Path|enumerate)\(.", code) else "\0"
+            return "".join(evaluate(each, known) for each in node.values)
+        if kind == "FormattedValue" and not node.format_spec:
+            return evaluate(node.value, known, r"(?:args\.)?(\w+)")
+        if not name:
+            raise ValueError
+        return f"{{{name[name.lastindex]}}}"
 
-    def read(nodes, known):
-        for node in nodes:
-            if isinstance(node, ast.FunctionDef):  # it is read where it is called
-                known[node.name + "()"] = node
-            elif isinstance(node, (ast.If, ast.While)):
-                read([node.test, *node.body * ("__name__" in ast.unparse(node.test))], known)
-            elif isinstance(node, ast.For):
-                read_loop(node, known)
-            elif not isinstance(node, ast.ExceptHandler):
-                read(ast.iter_child_nodes(node), known)
-            if isinstance(node, ast.Assign):
-                name = ast.unparse(node.targets[0])
-                if name.isidentifier() and len(re.findall(_SET % name, text)) == 1:
-                    known[name] = evaluate(node.value, known)
-            elif isinstance(node, ast.Call):
-                read_call(node, ast.unparse(node.func), known)
+    def read(node, known):
+        """Add what a statement starts; without `known`, only a run can tell whether it does."""
+        kind = type(node).__name__
+        if kind == "Call" and re.fullmatch(_STARTS, ast.unparse(node.func)):
+            return read_call(node, ast.unparse(node), known)
+        if kind == "Assign" and known:
+            name = re.escape(ast.unparse(node.targets[0]))
+            with contextlib.suppress(ValueError):
+                known.update({name: evaluate(node.value, known)}
+                             if len(re.findall(_SET % name, text)) == 1 else {})
+        if kind == "For" and known:
+            names = re.findall(r"\w+", ast.unparse(node.target))
+            with contextlib.suppress(ValueError):
+                for value in evaluate(node.iter, known):
+                    values = value if len(names) > 1 else [value]
+                    for each in node.body:
+                        read(each, {**known, **dict(zip(names, values))})
+                return None
+        is_sure = kind not in ("For", "While", "If", "ExceptHandler") or kind == "If" \
+            and "__name__" in ast.unparse(node.test)
+        for each in ast.iter_child_nodes(node):
+            read(each, known if is_sure else None)
 
-    def read_loop(node, known):
-        names, values = re.findall(r"\w+", ast.unparse(node.target)), evaluate(node.iter, known)
-        for value in values if isinstance(values, list) else ():
-            is_many = isinstance(value, list) and len(names) > 1
-            found = zip(names[::-1], value[::-1] if is_many else [value])
-            read(node.body, {**known, **dict(found)})
+    def read_call(node, code, known):
+        try:
+            words = evaluate(node.args[0], known or {}) if known else ""
+            is_text = code.startswith("os.") or "shell=True" in code
+            if not words or isinstance(words, str) != is_text or re.match(_OWN, code):
+                raise ValueError
+            limit = re.search(r"\btimeout=(\d+)", code)
+            draft.add(split_command(words, ["sh", "-c"]) if is_text else words,
+                      **{"timeout": int(limit[1])} if limit else {})
+        except (ValueError, LookupError):
+            draft.note(node.lineno, code)
 
-    def read_call(node, name, known):
-        function = known.get(name + "()")
-        if function:
-            given = zip(function.args.args, node.args)
-            read(function.body, {**known, name + "()": None, **{
-                each.arg: evaluate(value, known) for each, value in given}})
-        elif re.fullmatch(_STARTS, name):
-            seen.add(node)
-            words = evaluate(node.args[0], known) if node.args else []
-            how = {each.arg: evaluate(each.value, known) for each in node.keywords}
-            options = {"timeout": how["timeout"]} if "timeout" in how else {}
-            is_text = name == "os.system" or how.get("shell") is True
-            try:
-                if not words or isinstance(words, str) != is_text or r"\x00" in repr([words, options]) \
-                        or {"cwd", "env", "input", "stdin"} & how.keys():
-                    raise ValueError
-                draft.add(split_command(words, ["sh", "-c"]) if is_text else [*map(str, words)],
-                          **options)
-            except ValueError:
-                draft.note(node.lineno, ast.unparse(node))
-
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{draft.path} is no Python: {error}.", "Mend it first.") from None
-    read(tree.body, {"sys.executable": "python"})
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and node not in seen \
-                and re.fullmatch(_STARTS, ast.unparse(node.func)):
-            draft.note(node.lineno, ast.unparse(node))
+    read(ast.parse(text), {"sys.executable": "python"})
 
 
 # === 13 DOOR ====================================================================================
@@ -8831,8 +8808,9 @@ def command_init(options):
         if file:
             return show(make_tables(file, folder))
         make_project(folder)
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}.", "See --help of --init.") from None
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{error.filename or file}: {getattr(error, 'strerror', error)}.",
+                        "Name another.") from None
     show(f"A pipeline of two tools is in {folder}. Run it, and put your own in their place:\n\n"
          f"    cd {folder}\n    python orchestrator.py")
 
