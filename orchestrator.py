@@ -7865,7 +7865,7 @@ def make_tables(path, folder):
 
 
 _SCRIPT = r"(?<!\S)-m\s+(?:\w+\.)*(\w+)|([\w-]+)\.(?:py|sh|bash|R|jl|js|pl|sql|ipynb)\b"
-_ARGUMENT = r"(?<!\$)\{([^\W\d]\w*)\}"  # {name} in a command
+_ARGUMENT = r"(?<![$%])\{([^\W\d]\w*)\}"  # {name} in a command
 _NO_CODE = r"'[^']*'|\\.|\"[^\"$`\\]*\""  # what means nothing to a shell
 _CODE = r"[|<>&;()*?`$[\n]|(?<!\S)~|^\w+=|\{\S*[,.]\S*\}"  # what it is needed for, in the rest
 _PREFACE = """\
@@ -7931,7 +7931,7 @@ def quote(value):
     return text if text.isprintable() else repr(value)
 
 
-def check_braces(text):
+def refuse_braces(text):
     """Raise ValueError if a text has braces of its own that would be taken for an argument."""
     if re.search(_ARGUMENT, text):
         raise ValueError
@@ -7942,11 +7942,10 @@ def split_command(text, shell):
     if it would do nothing. Raise ValueError if it could take an argument for code.
     """
     import shlex
-    text = re.sub(r"\$\{(\w+)\}(?!\w)", r"$\1", re.sub(r"\\\n\s*", " ", text))
+    text = re.sub(r"\\\n\s*", " ", text)
     if not re.search(_CODE, re.sub(_NO_CODE, "_", text)):
         return shlex.split(text)
-    if re.search(r"\{[^\W\d]\w*\}", text):
-        raise ValueError
+    refuse_braces(text)
     return [*shell, text]
 
 
@@ -7994,7 +7993,7 @@ def read_shell(draft, text):
         try:
             if is_inside or re.match(_NOT_READ, command):
                 raise ValueError
-            check_braces(command)
+            refuse_braces(command)
             command = re.sub(_VARIABLE, find, command)
             value = re.fullmatch(r"(\w+)=([\"']?)([\w@%+=:,./ {}-]*)\2", command)
             if re.match(r"\w+\+?=", command) and not (
@@ -8032,7 +8031,7 @@ def read_makefile(draft, text):
         return known[found[1] or found[2]]
 
     def fill(text):
-        check_braces(text)
+        refuse_braces(text)
         return re.sub(r"\$(?:[({](\w+)[)}]|(.))", find, text)
 
     def find_tools(names, is_deep):
@@ -8085,7 +8084,7 @@ def read_python(draft, text):
         if code in known:
             return known[code]
         if kind == "Constant":
-            check_braces(str(node.value))
+            refuse_braces(str(node.value))
             return str(node.value)
         if kind in ("List", "Tuple"):
             return [evaluate(each, known) for each in node.elts]
