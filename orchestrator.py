@@ -7950,10 +7950,10 @@ def split_command(text, shell):
 
 
 # Of a shell script: a comment; or a command, and whether it runs beside what follows; or a quote
-# without an end, and all after it.
+# without an end, and all after it. No two branches begin alike, so that none is tried again.
 _COMMAND = r"""(?sx) (?<![^\s;])\#[^\n]* | ((?: '[^']*' | "(?:\\.|[^"\\])*" | \\. | \([^()]*\)
-    | \{\s(?:\$\{[^{}]*\}|[^{}])*\} | [<>|]& | &> | (?<!\s)\# | [^;&\n'"\\#] )+) (&(?!&))?
-    | (['"].*)"""
+    | \((?![^()]*\)) | \{\s(?:\$\{[^{}]*\}|[^{}])*\} | \{(?!\s(?:\$\{[^{}]*\}|[^{}])*\})
+    | [<>|]& | &> | (?<!\s)\# | [^;&\n'"\\#({] )+) (?=[;&\n\#]|\Z) (&(?!&))? | ([^;&\n]*['"].*)"""
 _VARIABLE = (r"('[^']*'|\\.|\"[^\"]*'[^\"]*\")"  # in quotes, it is none
              r"|\$(?:\{(\w+)(?::-([\w./:-]*))?\}|([1-9]|[^\W\d]\w*)|[\d@#?!$*{-])")
 _DOCUMENT = r"(?s)(?<!<)<<-?\s*(['\"]?)(\w+)\1(?!\w).*?\n\s*\2(?=\n|$)"
@@ -7962,13 +7962,14 @@ _CLOSES = r"(fi|done|esac|\})(?![\w.])|(?s:.*[;\n]\s*\}$)"
 _SAYS = r"$|set\s|(echo|printf)\b[^|<>]*$"
 _NOT_READ = (r"(then|do|else|elif|fi|done|esac|cd|source|\.|trap|exit|return|shift|read|eval|exec"
              r"|unset|local|declare|export|\[+|\})(\s|$)|(?s:.*<<)|['\"]")
-_SET = (r"(?m)(?:^|[;&|]|\b(?:then|do|else|export|local|for|read))\s*%s"
-        r"(?:\s*[:?+]?=(?!=)|\.(?:append|extend|insert)\(|\s+in\s|\s*(?:\(\)|$))")
+_SET = (r"(?m)(?:^|[;&|]|\b(?:then|do|else|export|local))\s*@"  # @ is a variable, or a function
+        r"(?:\s*[:?+]?=(?!=)|\.(?:append|extend|insert)\(|\s*\(\))"
+        r"|\b(?:for|read|function)\s+(?:-\w+\s+)*@\b")
 
 
 def read_shell(draft, text):
     """Add what a shell script starts."""
-    known, depth, before, beside = {}, 0, [], []
+    known, depth, before, beside, was_read = {}, 0, [], [], True
     shell = ("bash -o pipefail -c" if "pipefail" in text else
              "bash -c" if "bash" in text.partition("\n")[0] else "sh -c").split()
 
@@ -7976,7 +7977,7 @@ def read_shell(draft, text):
         name = found[2] or found[4] or ""
         if found[1] and (found[1][0] != '"' or "$" not in found[1]):
             return found[1]
-        if name not in known and (not name or re.search(_SET % name, text)):
+        if name not in known and (not name or re.search(_SET.replace("@", name), text)):
             raise ValueError
         if name.isdecimal():
             draft.flags["arg" + name] = f"default={quote(found[3] or '')}"
@@ -7990,26 +7991,29 @@ def read_shell(draft, text):
             continue
         is_inside = depth or re.match(_OPENS, command)
         depth += bool(re.match(_OPENS, command)) - bool(re.match(_CLOSES, command))
+        is_after, was_read = not was_read and text[:found.start()][-2:] == "&&", False
         try:
-            if is_inside or re.match(_NOT_READ, command):
+            if is_inside or is_after or re.match(_NOT_READ, command) \
+                    or re.search(_SET.replace("@", re.escape(command.split()[0])), text):
                 raise ValueError
             refuse_braces(command)
-            command = re.sub(_VARIABLE, find, command)
-            value = re.fullmatch(r"(\w+)=([\"']?)([\w@%+=:,./ {}-]*)\2", command)
-            if re.match(r"\w+\+?=", command) and not (
-                    value and len(re.findall(_SET % value[1], text)) == 1):
+            filled = re.sub(_VARIABLE, find, command)
+            value = re.fullmatch(r"(\w+)=(?=['\"]|\S*$)(['\"]?)([\w@%+=:,./ {}-]*)\2", filled)
+            limit = re.match(r"timeout\s+(\d+)([smhd]?)\s+(?=[^-\s])|", filled)
+            if re.match(r"\w+\+?=", filled) and not (
+                    value and len(re.findall(_SET.replace("@", value[1]), text)) == 1):
                 raise ValueError
-            if re.match(r"wait\b", command):
-                before, beside = beside or before, []
-            elif value:
+            if value:
                 known[value[1]] = value[3]
+            elif re.match(r"wait\b", filled):
+                before, beside = beside or before, []
             elif found[2]:
-                beside.append(draft.add(split_command(command, shell), needs=before))
+                beside.append(draft.add(split_command(filled, shell), needs=before))
             else:
-                limit = re.match(r"timeout\s+(\d+)([smhd]?)\s+(?=\w)", command)
-                options = {"timeout": limit[1] + (limit[2] or "s")} if limit else {}
-                words = split_command(command[limit.end() if limit else 0:], shell)
-                before, beside = [draft.add(words, **options)], []
+                before, beside = [draft.add(
+                    split_command(filled[limit.end():], shell),
+                    **{"timeout": limit[1] + (limit[2] or "s")} if limit[1] else {})], []
+            was_read = True
         except ValueError:
             draft.note(text.count("\n", 0, found.start()) + 1, command)
 
@@ -8105,7 +8109,7 @@ def read_python(draft, text):
             name = re.escape(ast.unparse(node.targets[0]))
             with contextlib.suppress(ValueError):
                 known.update({name: evaluate(node.value, known)}
-                             if len(re.findall(_SET % name, text)) == 1 else {})
+                             if len(re.findall(_SET.replace("@", name), text)) == 1 else {})
         if kind == "For" and known:
             names = re.findall(r"\w+", ast.unparse(node.target))
             with contextlib.suppress(ValueError):
@@ -8131,7 +8135,7 @@ def read_python(draft, text):
         except (ValueError, LookupError):
             draft.note(node.lineno, code)
 
-    read(ast.parse(text), {"sys.executable": "python"})
+    read(ast.parse(text, draft.path), {"sys.executable": "python"})
 
 
 # === 13 DOOR ====================================================================================
