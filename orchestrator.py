@@ -7892,6 +7892,9 @@ class Draft:
 
     def add(self, words, name="", **options):
         """Add a tool for a command; return its name, made from that of its script if not said."""
+        limit = re.match(r"timeout (\d+)([smhd]?) [^-]", " ".join(words))
+        if limit:
+            words, options["timeout"] = words[2:], limit[1] + (limit[2] or "s")
         words[0] = re.sub(r"^python3(\.\d+)?$", "python", words[0])
         text = " ".join(words)
         base = name or make_name(words[-1] if "-c" in words[1:-1] else text)
@@ -7967,6 +7970,11 @@ _SET = (r"(?m)(?:^|[;&|]|\b(?:then|do|else|export|local))\s*@"  # @ is a variabl
         r"|\b(?:for|read|function)\s+(?:-\w+\s+)*@\b")
 
 
+def count_sets(name, text):
+    """Return in how many places a runner gives a variable a value, or defines a function."""
+    return len(re.findall(_SET.replace("@", re.escape(name)), text))
+
+
 def read_shell(draft, text):
     """Add what a shell script starts."""
     known, depth, before, beside, was_read = {}, 0, [], [], True
@@ -7977,7 +7985,7 @@ def read_shell(draft, text):
         name = found[2] or found[4] or ""
         if found[1] and (found[1][0] != '"' or "$" not in found[1]):
             return found[1]
-        if name not in known and (not name or re.search(_SET.replace("@", name), text)):
+        if name not in known and (not name or count_sets(name, text)):
             raise ValueError
         if name.isdecimal():
             draft.flags["arg" + name] = f"default={quote(found[3] or '')}"
@@ -7989,30 +7997,26 @@ def read_shell(draft, text):
         command = (found[1] or found[3] or "").strip()
         if re.match(_SAYS, command):
             continue
-        is_inside = depth or re.match(_OPENS, command)
-        depth += bool(re.match(_OPENS, command)) - bool(re.match(_CLOSES, command))
-        is_after, was_read = not was_read and text[:found.start()][-2:] == "&&", False
+        depth += bool(re.match(_OPENS, command))
+        is_inside, depth = depth, depth - bool(re.match(_CLOSES, command))
+        is_after, was_read = not was_read and text.endswith("&&", 0, found.start()), False
         try:
             if is_inside or is_after or re.match(_NOT_READ, command) \
-                    or re.search(_SET.replace("@", re.escape(command.split()[0])), text):
+                    or count_sets(command.split()[0], text):
                 raise ValueError
             refuse_braces(command)
             filled = re.sub(_VARIABLE, find, command)
             value = re.fullmatch(r"(\w+)=(?=['\"]|\S*$)(['\"]?)([\w@%+=:,./ {}-]*)\2", filled)
-            limit = re.match(r"timeout\s+(\d+)([smhd]?)\s+(?=[^-\s])|", filled)
-            if re.match(r"\w+\+?=", filled) and not (
-                    value and len(re.findall(_SET.replace("@", value[1]), text)) == 1):
-                raise ValueError
-            if value:
+            if value and count_sets(value[1], text) == 1:
                 known[value[1]] = value[3]
+            elif re.match(r"\w+\+?=", filled):
+                raise ValueError
             elif re.match(r"wait\b", filled):
                 before, beside = beside or before, []
             elif found[2]:
                 beside.append(draft.add(split_command(filled, shell), needs=before))
             else:
-                before, beside = [draft.add(
-                    split_command(filled[limit.end():], shell),
-                    **{"timeout": limit[1] + (limit[2] or "s")} if limit[1] else {})], []
+                before, beside = [draft.add(split_command(filled, shell))], []
             was_read = True
         except ValueError:
             draft.note(text.count("\n", 0, found.start()) + 1, command)
@@ -8053,18 +8057,18 @@ def read_makefile(draft, text):
             needs = fill(found["needs"] or "").replace("|", " ").split()
             for target in fill(found["targets"] or "").split():
                 known.update({"@": target, "<": "".join(needs[:1]), "^": " ".join(needs)})
-                parts = re.findall(r"(?m)^\t(?!\s*#)[@+]*(-?)[@+]*(.+)", fill(found["recipe"]).replace("\v", ""))
+                rows = re.findall(r"(?m)^\t(?!\s*#)[@+]*(-?)[@+]*(.+)", fill(found["recipe"]))
                 recipe = " && ".join(f"({row} || true)" if may_fail else row
-                                     for may_fail, row in parts)
+                                     for may_fail, row in rows).replace("\v", "")
                 rules[target] = (needs + rules.get(target, [[]])[0],
                                  split_command(recipe, ["sh", "-c"]))
         except ValueError:
             draft.note(len(re.findall("[\n\v]", text[:found.start()])) + 1, found[0])
-    phony = rules.pop(".PHONY", [[]])[0]
+    rules.pop(".PHONY", None)
     for target, (needs, recipe) in rules.items():
         if recipe:
             files = {"reads": [name for name in needs if name not in rules],
-                     "writes": [target] * (target not in phony and bool(re.search("[./]", target)))}
+                     "writes": re.findall(r".*[./].*", target)}  # others may be no files
             draft.add(recipe, target, needs=find_tools([*needs], False),
                       **{option: names for option, names in files.items() if names})
         else:
@@ -8106,10 +8110,10 @@ def read_python(draft, text):
         if kind == "Call" and re.fullmatch(_STARTS, ast.unparse(node.func)):
             return read_call(node, ast.unparse(node), known)
         if kind == "Assign" and known:
-            name = re.escape(ast.unparse(node.targets[0]))
+            name = ast.unparse(node.targets[0])
             with contextlib.suppress(ValueError):
-                known.update({name: evaluate(node.value, known)}
-                             if len(re.findall(_SET.replace("@", name), text)) == 1 else {})
+                if count_sets(name, text) == 1:
+                    known[name] = evaluate(node.value, known)
         if kind == "For" and known:
             names = re.findall(r"\w+", ast.unparse(node.target))
             with contextlib.suppress(ValueError):
@@ -8125,7 +8129,7 @@ def read_python(draft, text):
 
     def read_call(node, code, known):
         try:
-            words = evaluate(node.args[0], known or {}) if known else ""
+            words = evaluate(node.args[0], known) if known else ""
             is_text = code.startswith("os.") or "shell=True" in code
             if not words or isinstance(words, str) != is_text or re.match(_OWN, code):
                 raise ValueError

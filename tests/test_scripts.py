@@ -156,8 +156,8 @@ def test_what_only_a_run_can_tell_is_named_with_its_line(read, line):
 
 
 @pytest.mark.parametrize("first", [
-    "DAY=$(date +%F)", "DAY=a; DAY=b", "if x; then DAY=1; fi", "read DAY", "for DAY in a b; do\ndone",
-    "for DAY in a b\ndo x\ndone", "[ x ] && DAY=2",
+    "DAY=$(date +%F)", "DAY=a; DAY=b", "if x; then DAY=1; fi", "read DAY",
+    "for DAY in a b; do\ndone", "for DAY in a b\ndo x\ndone", "[ x ] && DAY=2",
 ])
 def test_a_variable_that_is_not_plain_is_taken_neither_for_a_value_nor_the_environments(
         read, first):
