@@ -8042,7 +8042,7 @@ def read_makefile(draft, text):
         refuse_braces(text)
         return re.sub(r"\$(?:[({](\w+)[)}]|(.))", find, text)
 
-    def find_tools(names, is_deep):
+    def find_needed(names, is_deep):
         for name in names:  # which grows: through a rule without a recipe, or all
             if name in rules and (is_deep or not rules[name][1]):
                 names += [each for each in rules[name][0] if each not in names]
@@ -8069,11 +8069,11 @@ def read_makefile(draft, text):
         if recipe:
             files = {"reads": [name for name in needs if name not in rules],
                      "writes": re.findall(r".*[./].*", target)}  # others may be no files
-            draft.add(recipe, target, needs=find_tools([*needs], False),
+            draft.add(recipe, target, needs=find_needed([*needs], False),
                       **{option: names for option, names in files.items() if names})
         else:
-            draft.stages[target] = find_tools([target], True)
-    draft.stages["full"] = find_tools([*rules][:1], True)
+            draft.stages[target] = find_needed([target], True)
+    draft.stages["full"] = find_needed([*rules][:1], True)
 
 
 _STARTS = r"(?:subprocess|sp)\.(?:run|call|check_call|check_output|Popen)|os\.system"
@@ -8081,7 +8081,8 @@ _OWN = r"(?s).*\b(?:cwd|env|input|stdin)="  # what a command of TOOL_MAP has non
 
 
 def read_python(draft, text):
-    """Add what a Python program starts by subprocess or os.system. Raise SyntaxError if it is none.
+    """Add what a Python program starts by subprocess or os.system. Raise SyntaxError if it is none,
+    and RecursionError if it nests too deep.
     """
     import ast
 
@@ -8809,16 +8810,16 @@ def command_prune(call):
 
 
 def command_init(options):
-    """Make a new project, or show the tables for a runner; the only command without a pipeline."""
+    """Make a new project, or show the tables for a runner: the only command without a pipeline."""
     folder, file = options.init, options.start_from
     try:
         if file:
             return show(make_tables(file, folder))
         make_project(folder)
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{error.filename or file}: {getattr(error, 'strerror', error)}.",
-                        "Name another.") from None
-    show(f"A pipeline of two tools is in {folder}. Run it, and put your own in their place:\n\n"
+    except (OSError, SyntaxError, RecursionError) as error:
+        raise UserError(f"{getattr(error, 'filename', file)}: "
+                        f"{getattr(error, 'strerror', error)}.", "Name another.") from None
+    show(f"A pipeline of two tools is in {folder}. Run it, then put your own in their place:\n\n"
          f"    cd {folder}\n    python orchestrator.py")
 
 

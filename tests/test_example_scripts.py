@@ -17,8 +17,9 @@ import orchestrator
 YEARS = ["year_2021", "year_2022", "year_2023"]
 SCRIPTS = ["01_fetch", "02_clean", "03_year", "04_combine", "05_report"]
 needs_commands = pytest.mark.skipif(
-    not {"command", "arguments"} <= orchestrator.OPTIONS.keys(),
-    reason='the options "command" and "arguments" are not here yet')
+    not {"command", "arguments"} <= orchestrator.OPTIONS.keys()
+    or not hasattr(orchestrator.Context, "outcomes"),
+    reason='the options "command" and "arguments", and context.outcomes, are not all here yet')
 
 
 @pytest.fixture

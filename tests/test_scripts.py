@@ -362,12 +362,15 @@ def test_what_only_a_run_of_python_can_tell_is_not_read(read, text):
     assert tables.tools == {} and len(tables.not_read) == 1
 
 
-def test_a_file_that_is_no_python_is_told_so(sandbox):
+@pytest.mark.parametrize("text, problem", [
+    ("if:\n", "a.py: invalid syntax"), ("x = " + "1 + " * 3000 + "1\n", "a.py: maximum recursion"),
+])
+def test_a_file_that_is_no_python_or_too_deep_is_one_sentence(sandbox, text, problem):
     sandbox.pipeline("TOOL_MAP = {}")
-    (sandbox.folder / "a.py").write_text("if:\n")
+    (sandbox.folder / "a.py").write_text(text)
     ended = sandbox.run("--init", "--from", "a.py")
 
-    assert ended.code == 2 and "a.py" in ended.err and "invalid syntax" in ended.err
+    assert (ended.code, ended.out) == (2, "") and ended.err.startswith(problem), ended
 
 
 # --- whatever is read ---
@@ -392,7 +395,7 @@ def test_nothing_of_a_runner_is_run(sandbox, name, text):
     ("a.sh", "'__import__(\"os\")' \"\"\"; #\n"),
     ("a.sh", "python \"a\\\"]}, 'evil': 1\" \n"),
     ("Makefile", "a\"b: c'd\n\techo \"\"\" 'x'\n"),
-    ("a.py", "subprocess.run(['a', '\\ud800', '\\x00', '\"', \"'\"])"),
+    ("a.py", "subprocess.run(['a', '\\ud800', '\\x01', '\"', \"'\"])"),
     ("a.sh", "🙂 \ufeff\n" * 3),
 ])
 def test_hostile_names_stay_text(read, name, text):
