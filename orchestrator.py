@@ -8080,30 +8080,32 @@ _STARTS = r"(?:subprocess|sp)\.(?:run|call|check_call|check_output|Popen)|os\.sy
 _OWN = r"(?s).*\b(?:cwd|env|input|stdin)="  # what a command of TOOL_MAP has none of
 
 
+def read_value(node, known, names=r"(?:str\()?args\.(\w+)\)?|str\((\w+)\)"):
+    """Return what an expression is, with {name} for an argument. Raise ValueError."""
+    import ast
+    code, kind = ast.unparse(node), type(node).__name__
+    name = re.fullmatch(names, code)
+    if code in known:
+        return known[code]
+    if kind == "Constant":
+        refuse_braces(str(node.value))
+        return str(node.value)
+    if kind in ("List", "Tuple"):
+        return [read_value(each, known) for each in node.elts]
+    if kind == "JoinedStr":
+        return "".join(read_value(each, known) for each in node.values)
+    if kind == "FormattedValue" and not node.format_spec:
+        return read_value(node.value, known, r"(?:args\.)?(\w+)")
+    if not name:
+        raise ValueError
+    return f"{{{name[name.lastindex]}}}"
+
+
 def read_python(draft, text):
     """Add what a Python program starts by subprocess or os.system. Raise SyntaxError if it is none,
     and RecursionError if it nests too deep.
     """
     import ast
-
-    def evaluate(node, known, names=r"(?:str\()?args\.(\w+)\)?|str\((\w+)\)"):
-        """Return what an expression is, with {name} for an argument. Raise ValueError."""
-        code, kind = ast.unparse(node), type(node).__name__
-        name = re.fullmatch(names, code)
-        if code in known:
-            return known[code]
-        if kind == "Constant":
-            refuse_braces(str(node.value))
-            return str(node.value)
-        if kind in ("List", "Tuple"):
-            return [evaluate(each, known) for each in node.elts]
-        if kind == "JoinedStr":
-            return "".join(evaluate(each, known) for each in node.values)
-        if kind == "FormattedValue" and not node.format_spec:
-            return evaluate(node.value, known, r"(?:args\.)?(\w+)")
-        if not name:
-            raise ValueError
-        return f"{{{name[name.lastindex]}}}"
 
     def read(node, known):
         """Add what a statement starts; without `known`, only a run can tell whether it does."""
@@ -8114,11 +8116,11 @@ def read_python(draft, text):
             name = ast.unparse(node.targets[0])
             with contextlib.suppress(ValueError):
                 if count_sets(name, text) == 1:
-                    known[name] = evaluate(node.value, known)
+                    known[name] = read_value(node.value, known)
         if kind == "For" and known:
             names = re.findall(r"\w+", ast.unparse(node.target))
             with contextlib.suppress(ValueError):
-                for value in evaluate(node.iter, known):
+                for value in read_value(node.iter, known):
                     values = value if len(names) > 1 else [value]
                     for each in node.body:
                         read(each, {**known, **dict(zip(names, values))})
@@ -8130,7 +8132,7 @@ def read_python(draft, text):
 
     def read_call(node, code, known):
         try:
-            words = evaluate(node.args[0], known) if known else ""
+            words = read_value(node.args[0], known) if known else ""
             is_text = code.startswith("os.") or "shell=True" in code
             if not words or isinstance(words, str) != is_text or re.match(_OWN, code):
                 raise ValueError
