@@ -8015,7 +8015,7 @@ def make_tables(path, folder):
 
 
 _SCRIPT = r"(?<!\S)-m\s+(?:\w+\.)*(\w+)|([\w-]+)\.(?:py|sh|bash|R|jl|js|pl|sql|ipynb)\b"
-_ARGUMENT = r"(?<!\$)\{([^\W\d]\w*)\}"  # {name} in a command
+_ARGUMENT = r"(?<![$%])\{([^\W\d]\w*)\}"  # {name} in a command
 _NO_CODE = r"'[^']*'|\\.|\"[^\"$`\\]*\""  # what means nothing to a shell
 _CODE = r"[|<>&;()*?`$[\n]|(?<!\S)~|^\w+=|\{\S*[,.]\S*\}"  # what it is needed for, in the rest
 _PREFACE = """\
@@ -8041,7 +8041,10 @@ class Draft:
         self.rows[len(self.rows)] = f"line {line}: {' '.join(text.split())}"
 
     def add(self, words, name="", **options):
-        """Add a tool for the words of a command; return its name, that of its script if not said."""
+        """Add a tool for a command; return its name, made from that of its script if not said."""
+        limit = re.match(r"timeout (\d+)([smhd]?) [^-]", " ".join(words))
+        if limit:
+            words, options["timeout"] = words[2:], limit[1] + (limit[2] or "s")
         words[0] = re.sub(r"^python3(\.\d+)?$", "python", words[0])
         text = " ".join(words)
         base = name or make_name(words[-1] if "-c" in words[1:-1] else text)
@@ -8081,7 +8084,7 @@ def quote(value):
     return text if text.isprintable() else repr(value)
 
 
-def check_braces(text):
+def refuse_braces(text):
     """Raise ValueError if a text has braces of its own that would be taken for an argument."""
     if re.search(_ARGUMENT, text):
         raise ValueError
@@ -8092,19 +8095,18 @@ def split_command(text, shell):
     if it would do nothing. Raise ValueError if it could take an argument for code.
     """
     import shlex
-    text = re.sub(r"\$\{(\w+)\}(?!\w)", r"$\1", re.sub(r"\\\n\s*", " ", text))
+    text = re.sub(r"\\\n\s*", " ", text)
     if not re.search(_CODE, re.sub(_NO_CODE, "_", text)):
         return shlex.split(text)
-    if re.search(r"\{[^\W\d]\w*\}", text):
-        raise ValueError
+    refuse_braces(text)
     return [*shell, text]
 
 
 # Of a shell script: a comment; or a command, and whether it runs beside what follows; or a quote
-# without an end, and all after it.
+# without an end, and all after it. No two branches begin alike, so that none is tried again.
 _COMMAND = r"""(?sx) (?<![^\s;])\#[^\n]* | ((?: '[^']*' | "(?:\\.|[^"\\])*" | \\. | \([^()]*\)
-    | \{\s(?:\$\{[^{}]*\}|[^{}])*\} | [<>|]& | &> | (?<!\s)\# | [^;&\n'"\\#] )+) (&(?!&))?
-    | (['"].*)"""
+    | \((?![^()]*\)) | \{\s(?:\$\{[^{}]*\}|[^{}])*\} | \{(?!\s(?:\$\{[^{}]*\}|[^{}])*\})
+    | [<>|]& | &> | (?<!\s)\# | [^;&\n'"\\#({] )+) (?=[;&\n\#]|\Z) (&(?!&))? | ([^;&\n]*['"].*)"""
 _VARIABLE = (r"('[^']*'|\\.|\"[^\"]*'[^\"]*\")"  # in quotes, it is none
              r"|\$(?:\{(\w+)(?::-([\w./:-]*))?\}|([1-9]|[^\W\d]\w*)|[\d@#?!$*{-])")
 _DOCUMENT = r"(?s)(?<!<)<<-?\s*(['\"]?)(\w+)\1(?!\w).*?\n\s*\2(?=\n|$)"
@@ -8113,13 +8115,19 @@ _CLOSES = r"(fi|done|esac|\})(?![\w.])|(?s:.*[;\n]\s*\}$)"
 _SAYS = r"$|set\s|(echo|printf)\b[^|<>]*$"
 _NOT_READ = (r"(then|do|else|elif|fi|done|esac|cd|source|\.|trap|exit|return|shift|read|eval|exec"
              r"|unset|local|declare|export|\[+|\})(\s|$)|(?s:.*<<)|['\"]")
-_SET = (r"(?m)(?:^|[;&|]|\b(?:then|do|else|export|local|for|read))\s*%s"
-        r"(?:\s*[:?+]?=(?!=)|\.(?:append|extend|insert)\(|\s+in\s|\s*(?:\(\)|$))")
+_SET = (r"(?m)(?:^|[;&|]|\b(?:then|do|else|export|local))\s*@"  # @ is a variable, or a function
+        r"(?:\s*[:?+]?=(?!=)|\.(?:append|extend|insert)\(|\s*\(\))"
+        r"|\b(?:for|read|function)\s+(?:-\w+\s+)*@\b")
+
+
+def count_sets(name, text):
+    """Return in how many places a runner gives a variable a value, or defines a function."""
+    return len(re.findall(_SET.replace("@", re.escape(name)), text))
 
 
 def read_shell(draft, text):
     """Add what a shell script starts."""
-    known, depth, before, beside = {}, 0, [], []
+    known, depth, before, beside, was_read = {}, 0, [], [], True
     shell = ("bash -o pipefail -c" if "pipefail" in text else
              "bash -c" if "bash" in text.partition("\n")[0] else "sh -c").split()
 
@@ -8127,7 +8135,7 @@ def read_shell(draft, text):
         name = found[2] or found[4] or ""
         if found[1] and (found[1][0] != '"' or "$" not in found[1]):
             return found[1]
-        if name not in known and (not name or re.search(_SET % name, text)):
+        if name not in known and (not name or count_sets(name, text)):
             raise ValueError
         if name.isdecimal():
             draft.flags["arg" + name] = f"default={quote(found[3] or '')}"
@@ -8139,28 +8147,27 @@ def read_shell(draft, text):
         command = (found[1] or found[3] or "").strip()
         if re.match(_SAYS, command):
             continue
-        is_inside = depth or re.match(_OPENS, command)
-        depth += bool(re.match(_OPENS, command)) - bool(re.match(_CLOSES, command))
+        depth += bool(re.match(_OPENS, command))
+        is_inside, depth = depth, depth - bool(re.match(_CLOSES, command))
+        is_after, was_read = not was_read and text.endswith("&&", 0, found.start()), False
         try:
-            if is_inside or re.match(_NOT_READ, command):
+            if is_inside or is_after or re.match(_NOT_READ, command) \
+                    or count_sets(command.split()[0], text):
                 raise ValueError
-            check_braces(command)
-            command = re.sub(_VARIABLE, find, command)
-            value = re.fullmatch(r"(\w+)=([\"']?)([\w@%+=:,./ {}-]*)\2", command)
-            if re.match(r"\w+\+?=", command) and not (
-                    value and len(re.findall(_SET % value[1], text)) == 1):
-                raise ValueError
-            if re.match(r"wait\b", command):
-                before, beside = beside or before, []
-            elif value:
+            refuse_braces(command)
+            filled = re.sub(_VARIABLE, find, command)
+            value = re.fullmatch(r"(\w+)=(?=['\"]|\S*$)(['\"]?)([\w@%+=:,./ {}-]*)\2", filled)
+            if value and count_sets(value[1], text) == 1:
                 known[value[1]] = value[3]
+            elif re.match(r"\w+\+?=", filled):
+                raise ValueError
+            elif re.match(r"wait\b", filled):
+                before, beside = beside or before, []
             elif found[2]:
-                beside.append(draft.add(split_command(command, shell), needs=before))
+                beside.append(draft.add(split_command(filled, shell), needs=before))
             else:
-                limit = re.match(r"timeout\s+(\d+[smhd])\s+(?=\w)", command)
-                options = {"timeout": limit[1]} if limit else {}
-                words = split_command(command[limit.end() if limit else 0:], shell)
-                before, beside = [draft.add(words, **options)], []
+                before, beside = [draft.add(split_command(filled, shell))], []
+            was_read = True
         except ValueError:
             draft.note(text.count("\n", 0, found.start()) + 1, command)
 
@@ -8182,10 +8189,10 @@ def read_makefile(draft, text):
         return known[found[1] or found[2]]
 
     def fill(text):
-        check_braces(text)
+        refuse_braces(text)
         return re.sub(r"\$(?:[({](\w+)[)}]|(.))", find, text)
 
-    def find_tools(names, is_deep):
+    def find_needed(names, is_deep):
         for name in names:  # which grows: through a rule without a recipe, or all
             if name in rules and (is_deep or not rules[name][1]):
                 names += [each for each in rules[name][0] if each not in names]
@@ -8200,112 +8207,92 @@ def read_makefile(draft, text):
             needs = fill(found["needs"] or "").replace("|", " ").split()
             for target in fill(found["targets"] or "").split():
                 known.update({"@": target, "<": "".join(needs[:1]), "^": " ".join(needs)})
-                parts = re.findall(r"(?m)^\t(?!\s*#)[@+]*(-?)[@+]*(.+)", fill(found["recipe"]).replace("\v", ""))
+                rows = re.findall(r"(?m)^\t(?!\s*#)[@+]*(-?)[@+]*(.+)", fill(found["recipe"]))
                 recipe = " && ".join(f"({row} || true)" if may_fail else row
-                                     for may_fail, row in parts)
+                                     for may_fail, row in rows).replace("\v", "")
                 rules[target] = (needs + rules.get(target, [[]])[0],
                                  split_command(recipe, ["sh", "-c"]))
         except ValueError:
             draft.note(len(re.findall("[\n\v]", text[:found.start()])) + 1, found[0])
-    phony = rules.pop(".PHONY", [[]])[0]
+    rules.pop(".PHONY", None)
     for target, (needs, recipe) in rules.items():
         if recipe:
             files = {"reads": [name for name in needs if name not in rules],
-                     "writes": [target] * (target not in phony and bool(re.search("[./]", target)))}
-            draft.add(recipe, target, needs=find_tools([*needs], False),
+                     "writes": re.findall(r".*[./].*", target)}  # others may be no files
+            draft.add(recipe, target, needs=find_needed([*needs], False),
                       **{option: names for option, names in files.items() if names})
         else:
-            draft.stages[target] = find_tools([target], True)
-    draft.stages["full"] = find_tools([*rules][:1], True)
+            draft.stages[target] = find_needed([target], True)
+    draft.stages["full"] = find_needed([*rules][:1], True)
 
 
 _STARTS = r"(?:subprocess|sp)\.(?:run|call|check_call|check_output|Popen)|os\.system"
-_HERE = (r"(?:pathlib\.)?Path\(__file__\)(?:\.(?:resolve|absolute)\(\))?\.parent"
-         r"|os\.path\.dirname\((?:os\.path\.(?:abspath|realpath)\(__file__\)|__file__)\)")
+_OWN = r"(?s).*\b(?:cwd|env|input|stdin)="  # what a command of TOOL_MAP has none of
+
+
+def read_value(node, known, names=r"(?:str\()?args\.(\w+)\)?|str\((\w+)\)"):
+    """Return what an expression is, with {name} for an argument. Raise ValueError."""
+    import ast
+    code, kind = ast.unparse(node), type(node).__name__
+    name = re.fullmatch(names, code)
+    if code in known:
+        return known[code]
+    if kind == "Constant":
+        refuse_braces(str(node.value))
+        return str(node.value)
+    if kind in ("List", "Tuple"):
+        return [read_value(each, known) for each in node.elts]
+    if kind == "JoinedStr":
+        return "".join(read_value(each, known) for each in node.values)
+    if kind == "FormattedValue" and not node.format_spec:
+        return read_value(node.value, known, r"(?:args\.)?(\w+)")
+    if not name:
+        raise ValueError
+    return f"{{{name[name.lastindex]}}}"
 
 
 def read_python(draft, text):
-    """Add what a Python program starts by subprocess or os.system. Raise UserError if it is none.
+    """Add what a Python program starts by subprocess or os.system. Raise SyntaxError if it is none,
+    and RecursionError if it nests too deep.
     """
     import ast
-    here = os.path.relpath(os.path.dirname(draft.path) or ".", draft.folder).replace(os.sep, "/")
-    seen = set()  # the calls that were read or named
 
-    def evaluate(node, known):
-        """Return what an expression is: {name} for what is not known, in it a \\0 for the rest."""
-        code, kind = ast.unparse(node), type(node).__name__
-        if code in known or re.fullmatch(_HERE, code):
-            return known.get(code, here)
-        if kind == "Constant":
-            return "\0" if re.search(_ARGUMENT, str(node.value)) else node.value
-        if kind == "Name" or re.fullmatch(r"args\.\w+", code):
-            return "{" + code[code.find(".") + 1:] + "}"
-        parts = [evaluate(each, known) for each in ast.iter_child_nodes(node)
-                 if isinstance(each, ast.expr)]
-        if kind in ("List", "Tuple"):
-            return parts
-        if kind == "JoinedStr":
-            return "".join(map(str, parts))
-        if kind == "FormattedValue" and len(parts) == 1:
-            return parts[0]
-        if kind == "BinOp" and isinstance(node.op, ast.Div):
-            return re.sub(r"^\./", "", "/".join(map(str, parts)))
-        return parts[1] if re.match(r"(str|Path|enumerate)\(.", code) else "\0"
+    def read(node, known):
+        """Add what a statement starts; without `known`, only a run can tell whether it does."""
+        kind = type(node).__name__
+        if kind == "Call" and re.fullmatch(_STARTS, ast.unparse(node.func)):
+            return read_call(node, ast.unparse(node), known)
+        if kind == "Assign" and known:
+            name = ast.unparse(node.targets[0])
+            with contextlib.suppress(ValueError):
+                if count_sets(name, text) == 1:
+                    known[name] = read_value(node.value, known)
+        if kind == "For" and known:
+            names = re.findall(r"\w+", ast.unparse(node.target))
+            with contextlib.suppress(ValueError):
+                for value in read_value(node.iter, known):
+                    values = value if len(names) > 1 else [value]
+                    for each in node.body:
+                        read(each, {**known, **dict(zip(names, values))})
+                return None
+        is_sure = kind not in ("For", "While", "If", "ExceptHandler") or kind == "If" \
+            and "__name__" in ast.unparse(node.test)
+        for each in ast.iter_child_nodes(node):
+            read(each, known if is_sure else None)
 
-    def read(nodes, known):
-        for node in nodes:
-            if isinstance(node, ast.FunctionDef):  # it is read where it is called
-                known[node.name + "()"] = node
-            elif isinstance(node, (ast.If, ast.While)):
-                read([node.test, *node.body * ("__name__" in ast.unparse(node.test))], known)
-            elif isinstance(node, ast.For):
-                read_loop(node, known)
-            elif not isinstance(node, ast.ExceptHandler):
-                read(ast.iter_child_nodes(node), known)
-            if isinstance(node, ast.Assign):
-                name = ast.unparse(node.targets[0])
-                if name.isidentifier() and len(re.findall(_SET % name, text)) == 1:
-                    known[name] = evaluate(node.value, known)
-            elif isinstance(node, ast.Call):
-                read_call(node, ast.unparse(node.func), known)
+    def read_call(node, code, known):
+        try:
+            words = read_value(node.args[0], known) if known else ""
+            is_text = code.startswith("os.") or "shell=True" in code
+            if not words or isinstance(words, str) != is_text or re.match(_OWN, code):
+                raise ValueError
+            limit = re.search(r"\btimeout=(\d+)", code)
+            draft.add(split_command(words, ["sh", "-c"]) if is_text else words,
+                      **{"timeout": int(limit[1])} if limit else {})
+        except (ValueError, LookupError):
+            draft.note(node.lineno, code)
 
-    def read_loop(node, known):
-        names, values = re.findall(r"\w+", ast.unparse(node.target)), evaluate(node.iter, known)
-        for value in values if isinstance(values, list) else ():
-            is_many = isinstance(value, list) and len(names) > 1
-            found = zip(names[::-1], value[::-1] if is_many else [value])
-            read(node.body, {**known, **dict(found)})
-
-    def read_call(node, name, known):
-        function = known.get(name + "()")
-        if function:
-            given = zip(function.args.args, node.args)
-            read(function.body, {**known, name + "()": None, **{
-                each.arg: evaluate(value, known) for each, value in given}})
-        elif re.fullmatch(_STARTS, name):
-            seen.add(node)
-            words = evaluate(node.args[0], known) if node.args else []
-            how = {each.arg: evaluate(each.value, known) for each in node.keywords}
-            options = {"timeout": how["timeout"]} if "timeout" in how else {}
-            is_text = name == "os.system" or how.get("shell") is True
-            try:
-                if not words or isinstance(words, str) != is_text or r"\x00" in repr([words, options]) \
-                        or {"cwd", "env", "input", "stdin"} & how.keys():
-                    raise ValueError
-                draft.add(split_command(words, ["sh", "-c"]) if is_text else [*map(str, words)],
-                          **options)
-            except ValueError:
-                draft.note(node.lineno, ast.unparse(node))
-
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{draft.path} is no Python: {error}.", "Mend it first.") from None
-    read(tree.body, {"sys.executable": "python"})
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and node not in seen \
-                and re.fullmatch(_STARTS, ast.unparse(node.func)):
-            draft.note(node.lineno, ast.unparse(node))
+    read(ast.parse(text, draft.path), {"sys.executable": "python"})
 
 
 # === 13 DOOR ====================================================================================
@@ -9082,15 +9069,16 @@ def command_prune(call):
 
 
 def command_init(options):
-    """Make a new project, or show the tables for a runner; the only command without a pipeline."""
+    """Make a new project, or show the tables for a runner: the only command without a pipeline."""
     folder, file = options.init, options.start_from
     try:
         if file:
             return show(make_tables(file, folder))
         make_project(folder)
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}.", "See --help of --init.") from None
-    show(f"A pipeline of two tools is in {folder}. Run it, and put your own in their place:\n\n"
+    except (OSError, SyntaxError, RecursionError) as error:
+        raise UserError(f"{getattr(error, 'filename', file)}: "
+                        f"{getattr(error, 'strerror', error)}.", "Name another.") from None
+    show(f"A pipeline of two tools is in {folder}. Run it, then put your own in their place:\n\n"
          f"    cd {folder}\n    python orchestrator.py")
 
 

@@ -192,7 +192,7 @@ class Example:
         cache.parent.mkdir()
         shutil.copy(compile_engine(), cache)  # each run imports it
         shutil.copytree(TOP / "example" / name, self.home,
-                        ignore=shutil.ignore_patterns("*.db*", "__pycache__"))
+                        ignore=shutil.ignore_patterns("*.db*", "__pycache__", "work"))
 
     def run(self, *words, program=None, cwd=None):
         """Run the pipeline as its docstring says, or by another way to start it."""
