@@ -801,8 +801,8 @@ def split_words(text):
 
 
 def split_words_of_windows(text):
-    r"""Return the words of a text as CommandLineToArgvW does: a backslash is only itself, but before
-    a quote; two quotes inside of quotes are a letter, and end them.
+    r"""Return the words of a text as CommandLineToArgvW does: a backslash is only itself, but
+    before a quote; two quotes inside of quotes are a letter, and end them.
 
     >>> split_words_of_windows(r'"C:\my files\\" a\\b \"hi\"')
     ['C:\\my files\\', 'a\\\\b', '"hi"']
@@ -3943,7 +3943,7 @@ def parse(path):
 
 def forget_modules():
     """Forget what is known of modules: a command or a run begins, and they may have changed."""
-    for function in (find_module, read_module, hash_module):
+    for function in (find_module, read_module, hash_module, find_executable):
         function.cache_clear()
 
 
@@ -4095,6 +4095,7 @@ def format_word(value):
     return str(value)
 
 
+@functools.lru_cache(maxsize=None)
 def find_executable(word, base):
     """Return the path of a command's program, seen from the folder `base`; None if there is none.
     `python` is the one that runs this.
@@ -6574,13 +6575,17 @@ def run_command(words, kept, log):
     that it printed. What it prints goes into the log, or is shown where `kept` has a way to.
     """
     with command_output("" if kept.show else log) as (out, printed):
-        start = printed.tell()
-        with followed(printed, kept.show), started(words, kept, out) as process:
-            try:
-                kept.interrupts.call(wait_for_end, process, is_item=True)
-            except BaseException:
-                ask_to_end(process, kept.setting.grace_s)
-                raise
+        start, show_more = printed.tell(), kept.show and make_follower(printed, kept.show)
+        try:
+            with started(words, kept, out) as process:
+                try:
+                    kept.interrupts.call(wait_for_end, process, show_more, is_item=True)
+                except BaseException:
+                    ask_to_end(process, kept.setting.grace_s)
+                    raise
+        finally:
+            if show_more:
+                show_more(is_whole=True)
         code = process.returncode
         if code:
             how = f"exit code {code}" if code > 0 else format_killed(-code)
@@ -6608,31 +6613,18 @@ def command_output(log):
                 os.unlink(path)
 
 
-@contextlib.contextmanager
-def followed(printed, show):
-    """Show what is written to a file, meanwhile and to its end, if there is a way to."""
-    if not show:
-        yield
-        return
+def make_follower(printed, show):
+    """Return a function that shows what was written to a file since it was called last."""
     import codecs
-    import threading
-    decoder, is_over = codecs.getincrementaldecoder("utf-8")("backslashreplace"), threading.Event()
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
 
-    def follow():
-        is_last = False
-        while not is_last:
-            is_last = is_over.wait(_FOLLOWED_S)
-            for piece in iter(functools.partial(printed.read, 1 << 16), b""):
-                show(decoder.decode(piece))
-        show(decoder.decode(b"", True))
+    def show_more(is_whole=False):
+        for piece in iter(functools.partial(printed.read, 1 << 16), b""):
+            show(decoder.decode(piece))
+        if is_whole:
+            show(decoder.decode(b"", True))
 
-    thread = threading.Thread(target=follow)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
+    return show_more
 
 
 _FOLLOWED_S = 0.05  # how late one sees what a command prints
@@ -6674,15 +6666,39 @@ def started(words, kept, out):
             os.close(fd)
 
 
-def wait_for_end(process):
-    """Wait until a process has ended, and leave its id to it until its group has ended, too."""
-    if hasattr(os, "waitid"):
+def wait_for_end(process, show_more):
+    """Wait until a process has ended, and show meanwhile what it prints, if that is to be shown.
+
+    On Linux its id stays its own until the rest of its group is ended, too.
+    """
+    if not show_more and hasattr(os, "waitid"):
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         return
+    fd = -1
+    with contextlib.suppress(AttributeError, OSError):  # elsewhere; an old Linux
+        fd = os.pidfd_open(process.pid)
+    try:
+        while not has_ended(process, fd):
+            if show_more:
+                show_more()
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def has_ended(process, fd):
+    """Return whether a process ends within a moment; `fd` tells, or -1 if there is none."""
+    if fd >= 0:
+        import select
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(1000 * _FOLLOWED_S))
     from subprocess import TimeoutExpired
-    while process.returncode is None:  # on Windows a longer wait would not end by Ctrl-C
-        with contextlib.suppress(TimeoutExpired):
-            process.wait(0.1)
+    try:
+        process.wait(_FOLLOWED_S)
+        return True
+    except TimeoutExpired:
+        return False
 
 
 def ask_to_end(process, grace_s):
