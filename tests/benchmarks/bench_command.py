@@ -50,7 +50,7 @@ def find_best(rounds, *calls):
     return [min(side) for side in zip(*([call() for call in calls] for _ in range(rounds)))]
 
 
-def bench_one(folder, rounds=9, tools=200):
+def bench_one(folder, rounds=7, tools=500):
     """Compare a command in this process with subprocess.run() and a tool that does nothing."""
     code = (f"import subprocess, time; run = lambda: [subprocess.run(['true'], "
             f"stdin=subprocess.DEVNULL) for _ in range({tools})]; run(); s = time.perf_counter(); "
@@ -75,64 +75,6 @@ def bench_table(folder, rounds=7):
     ours, xargs, noop = (1e3 * cost / COMMANDS for cost in costs)
     print(f"{COMMANDS:,} commands, 2 at a time: {ours:.2f} ms each, xargs {xargs:.2f} ms, ratio "
           f"{ours / xargs:.2f}; modules that do nothing: {noop:.2f} ms")
-
-
-if __name__ == "__main__":
-    table = {{f"t{{i}}": {{{what}, "needs": []}} for i in range({tools})}}
-    result = orchestrator.run_pipeline([], table, jobs={jobs}, home=sys.argv[1], on_event=note)
-    assert len(result.succeeded) == {tools}
-    print(time.perf_counter() - started_s[0])
-"""
-
-
-def run_table(folder, what, tools, jobs):
-    """Return the seconds from the beginning of a run to its end, its history kept."""
-    path = Path(folder, "bench_table.py")
-    path.write_text(PIPELINE.format(top=str(TOP), what=what, tools=tools, jobs=jobs))
-    with tempfile.TemporaryDirectory() as home:
-        return float(subprocess.run([sys.executable, str(path), home], cwd=folder, check=True,
-                                    stdout=subprocess.PIPE, text=True).stdout)
-
-
-def time_s(call):
-    """Return the seconds that a call takes."""
-    started_s = time.perf_counter()
-    call()
-    return time.perf_counter() - started_s
-
-
-def bench_one(folder, rounds=7, tools=200):
-    """Compare a command in this process with subprocess.run() and a tool that does nothing."""
-    code = (f"import subprocess, time; run = lambda: [subprocess.run(['true'], "
-            f"stdin=subprocess.DEVNULL) for _ in range({tools})]; run(); s = time.perf_counter(); "
-            "run(); print(time.perf_counter() - s)")
-    ratios = []
-    for _ in range(rounds):
-        ours_s = run_table(folder, '"command": "true"', tools, 1)
-        noop_s = run_table(folder, '"module": "noop"', tools, 1)
-        bare_s = float(subprocess.run([sys.executable, "-c", code], check=True, text=True,
-                                      stdout=subprocess.PIPE).stdout)
-        ratios.append((ours_s / (bare_s + noop_s), ours_s, bare_s, noop_s))
-    ratio, *costs = min(ratios)
-    ours, bare, noop = (1e3 * cost / tools for cost in costs)
-    middle = statistics.median(each[0] for each in ratios)
-    print(f"a command: {ours:.2f} ms, subprocess.run {bare:.2f} ms + a recorded tool "
-          f"{noop:.2f} ms, ratio {ratio:.2f} (median {middle:.2f})")
-
-
-def bench_table(folder, rounds=5):
-    """Compare a table of commands, two at a time, with xargs."""
-    line = f"seq {COMMANDS} | xargs -P 2 -n 1 true"
-    ratios = []
-    for _ in range(rounds):
-        xargs_s = time_s(lambda: subprocess.run(["sh", "-c", line], check=True))
-        ours_s = run_table(folder, '"command": "true"', COMMANDS, 2)
-        noop_s = run_table(folder, '"module": "noop"', COMMANDS, 2)
-        ratios.append((ours_s / xargs_s, ours_s, xargs_s, noop_s))
-    ratio, *costs = min(ratios)
-    ours, xargs, noop = (1e3 * cost / COMMANDS for cost in costs)
-    print(f"{COMMANDS:,} commands, 2 at a time: {ours:.2f} ms each, xargs {xargs:.2f} ms, ratio "
-          f"{ratio:.2f}; modules that do nothing: {noop:.2f} ms")
 
 
 if __name__ == "__main__":
