@@ -231,7 +231,8 @@ def test_output_is_seen_and_kept_with_or_without_an_end_of_its_line(quick, words
 
 
 def test_output_is_live_while_tools_run_one_at_a_time(sandbox):
-    write_tables(sandbox, a=sh("echo begun; while [ ! -e go ]; do sleep 0.01; done; echo over"))
+    write_tables(sandbox, a=sh("echo begun; for i in $(seq 500); do [ -e go ] || sleep 0.02; done; "
+                               "[ -e go ] && echo over"))
     process = sandbox.start()
     try:
         assert process.stdout.readline() == "begun\n"
@@ -379,11 +380,12 @@ def test_what_a_shell_started_has_the_grace_though_the_shell_went_at_once(sandbo
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_command_that_does_not_end_when_asked_is_killed_after_the_grace(tmp_path, modules, jobs):
     modules()
-    script = (f"trap '' TERM; echo $$ > {tmp_path}/pids; kill -INT {os.getpid()}; while :; do "
-              "sleep 0.01; done")
+    script = (f"trap '' TERM; echo $$ > {tmp_path}/pids; kill -INT {os.getpid()}; sleep 30; "
+              f"touch {tmp_path}/ended")
     with pytest.raises(KeyboardInterrupt):
         run_pipeline([], {"a": {"command": sh(script), "needs": []}}, jobs=jobs, grace_s=0.3)
     wait_until(lambda: not any(map(is_alive, read_pids(tmp_path))))
+    assert not (tmp_path / "ended").exists()
 
 
 @LINUX
@@ -502,7 +504,8 @@ def test_the_plan_says_that_items_of_a_command_are_done_at_least_once(quick):
 
 @pytest.mark.parametrize("words", ["", "-j 2"])
 def test_a_command_may_write_the_database_that_the_ledger_is_in(quick, words):
-    write_tables(quick, SQLITE, list={"module": "list"}, use={
+    immediate = SQLITE.replace('"data.db")', '"data.db"), isolation_level="IMMEDIATE"')
+    write_tables(quick, immediate, list={"module": "list"}, use={
         "command": "python write.py {item}", "each": "list"})
     quick.tool("list", LIST + "def setup(conn): conn.execute('CREATE TABLE IF NOT EXISTS t (x)')")
     (quick.folder / "write.py").write_text(textwrap.dedent("""
