@@ -4106,52 +4106,25 @@ def find_executable(word, base):
     return which(os.path.join(base, word) if os.path.dirname(word) else word)
 
 
-def find_command_files(tool, base):
-    """Return which words of a command are its source: its program, and the first other one that is
-    a file of the folder `base`.
-    """
-    program, *words = tool.command
-    files = [word for word in [program] * bool(os.path.dirname(program)) + words
-             if is_file_of(word, base)]
-    return files[:1 + (files[:1] == [program])]
-
-
-def is_file_of(word, base):
-    """Return whether a word names a file in a folder."""
-    path = os.path.normpath(os.path.join(base, word))
-    return path.startswith(os.path.join(base, "")) and os.path.isfile(path)
-
-
 def find_missing_file(tool, base):
     """Yield an error if the program of a command is not there, or can not be run, or the script
     that it gives to Python is not there.
     """
     where, (program, *words) = f"TOOL_MAP[{tool.name!r}]", tool.command
-    path = os.path.join(base, program)
-    if BRACES.search(program):  # who knows
-        return
-    if find_executable(program, base) is None:
-        if not os.path.isfile(path):
-            fix = "Install it, or correct its name" + (
-                f" (it is looked for from {base} on)." if os.path.dirname(program) else
-                f", or put it before the function: \"module\": {program!r}." if ":" in program
-                else ", or PATH.")
-            yield UserError(f"{where}: there is no program {program!r}.", fix)
-        elif os.path.dirname(program):
+    if not (BRACES.search(program) or find_executable(program, base)):
+        if os.path.dirname(program) and os.path.isfile(os.path.join(base, program)):
             yield UserError(f"{where}: {program} is not executable.",
                             f"Make it so (chmod +x {program}), or name what runs it: "
                             f'"command": "sh {program}".')
         else:
-            yield UserError(f"{where}: there is no program {program!r} but in {base}.",
-                            f"Write ./{program}.")
+            yield UserError(f"{where}: there is no program {program!r}.",
+                            "Install it, or correct its name or PATH. A file of the pipeline's "
+                            'folder is "./name", a function of yours is a "module".')
     script = words[0] if program == "python" and words else ""
     if re.search(r"\.py(:\w+)?$", script) and not BRACES.search(script) \
             and not os.path.exists(os.path.join(base, script)):
-        folder = os.path.dirname(script)
-        there = [os.path.join(folder, name) for name in os.listdir(os.path.join(base, folder))
-                 if name.endswith(".py")] if os.path.isdir(os.path.join(base, folder)) else []
-        yield UserError(f"{where}: there is no file {script!r} in {base}.",
-                        format_nearest(script, there))
+        yield UserError(f"{where}: there is no file {script!r}.",
+                        f"Write it, or correct its path (from {base} on).")
 
 
 def read_source(name):
@@ -4191,19 +4164,22 @@ def hash_imported(name):
 
 
 def find_sources(tool, base):
-    """Return short fingerprints of a tool's source, by its module or the files of its command; of
-    one that is too long for a program, by size and time.
+    """Return short fingerprints of a tool's source, by name: of its module, or of those words of
+    its command that are files of the folder `base`: the program and the first other one. One that
+    is too long for a program is known by size and time.
     """
     from zlib import crc32
     if not tool.command:
         return {tool.module: f"{crc32(read_source(tool.module)):08x}"}
     sources = {}
-    for word in find_command_files(tool, base):
-        path = os.path.join(base, word)
-        with contextlib.suppress(OSError):
+    for word in tool.command:
+        path = os.path.normpath(os.path.join(base, word))
+        if path.startswith(os.path.join(base, "")) and os.path.isfile(path):
             stat = os.stat(path)
             sources[word] = hash_file(path)[:16] if stat.st_size <= _PROGRAM_BYTES \
                 else f"{stat.st_size} {stat.st_mtime_ns}"
+            if word != tool.command[0]:
+                break
     return sources
 
 
@@ -6575,7 +6551,7 @@ def run_command(words, kept, log):
     that it printed. What it prints goes into the log, or is shown where `kept` has a way to.
     """
     with command_output("" if kept.show else log) as (out, printed):
-        start, show_more = printed.tell(), kept.show and make_follower(printed, kept.show)
+        start, show_more = printed.tell(), make_follower(printed, kept.show)
         try:
             with started(words, kept, out) as process:
                 try:
@@ -6584,8 +6560,7 @@ def run_command(words, kept, log):
                     ask_to_end(process, kept.setting.grace_s)
                     raise
         finally:
-            if show_more:
-                show_more(is_whole=True)
+            show_more(is_whole=True)
         code = process.returncode
         if code:
             how = f"exit code {code}" if code > 0 else format_killed(-code)
@@ -6614,7 +6589,9 @@ def command_output(log):
 
 
 def make_follower(printed, show):
-    """Return a function that shows what was written to a file since it was called last."""
+    """Return a function that shows what was written to a file since it was called last, if that
+    is to be shown.
+    """
     import codecs
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
 
@@ -6624,7 +6601,7 @@ def make_follower(printed, show):
         if is_whole:
             show(decoder.decode(b"", True))
 
-    return show_more
+    return show_more if show else lambda is_whole=False: None
 
 
 _FOLLOWED_S = 0.05  # how late one sees what a command prints
@@ -6667,38 +6644,25 @@ def started(words, kept, out):
 
 
 def wait_for_end(process, show_more):
-    """Wait until a process has ended, and show meanwhile what it prints, if that is to be shown.
+    """Wait until a process has ended, and show meanwhile what it prints.
 
-    On Linux its id stays its own until the rest of its group is ended, too.
+    On Linux it keeps its id until it is asked how it ended, so that its group is no other's.
     """
-    if not show_more and hasattr(os, "waitid"):
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        return
-    fd = -1
-    with contextlib.suppress(AttributeError, OSError):  # elsewhere; an old Linux
-        fd = os.pidfd_open(process.pid)
-    try:
-        while not has_ended(process, fd):
-            if show_more:
-                show_more()
-    finally:
-        if fd >= 0:
-            os.close(fd)
-
-
-def has_ended(process, fd):
-    """Return whether a process ends within a moment; `fd` tells, or -1 if there is none."""
-    if fd >= 0:
-        import select
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        return bool(poll.poll(1000 * _FOLLOWED_S))
     from subprocess import TimeoutExpired
-    try:
-        process.wait(_FOLLOWED_S)
-        return True
-    except TimeoutExpired:
-        return False
+    with contextlib.ExitStack() as stack:
+        poll = None
+        with contextlib.suppress(AttributeError, OSError):  # not elsewhere, nor on an old Linux
+            import select
+            fd = os.pidfd_open(process.pid)
+            stack.callback(os.close, fd)
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+        while not (poll and poll.poll(1000 * _FOLLOWED_S)):
+            if poll is None:
+                with contextlib.suppress(TimeoutExpired):
+                    process.wait(_FOLLOWED_S)
+                    return
+            show_more()
 
 
 def ask_to_end(process, grace_s):

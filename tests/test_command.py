@@ -148,12 +148,12 @@ def test_a_redirection_is_found_without_a_blank_after_it(text):
 
 @pytest.mark.parametrize("command, says, way_out", [
     ("no_such_program", "there is no program 'no_such_program'", "Install it"),
-    ("./no_such_file x", "there is no program './no_such_file'", "looked for from "),
+    ("./no_such_file x", "there is no program './no_such_file'", "Install it"),
     ("./data.txt", "./data.txt is not executable", "chmod +x ./data.txt"),
-    ("run_me.sh", "there is no program 'run_me.sh' but in ", "Write ./run_me.sh"),
-    ("jobs.load:main", "there is no program 'jobs.load:main'", '"module": \'jobs.load:main\''),
-    ("python laod.py", "there is no file 'laod.py' in ", "Did you mean 'load.py'?"),
-    ("python load.py:main", "there is no file 'load.py:main'", "Did you mean 'load.py'?"),
+    ("run_me.sh", "there is no program 'run_me.sh'", 'of the pipeline\'s folder is "./name"'),
+    ("jobs.load:main", "there is no program 'jobs.load:main'", 'a function of yours is a "module"'),
+    ("python laod.py", "there is no file 'laod.py'", "correct its path (from "),
+    ("python load.py:main", "there is no file 'load.py:main'", "correct its path"),
     ("echo {yaer}", "its command names {yaer}, which nothing gives", "Did you mean 'year'?"),
     ("echo {nope}", "its command names {nope}, which nothing gives",
      "Or declare --nope in add_arguments()"),
