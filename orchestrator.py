@@ -668,7 +668,7 @@ def make_tool(name, value):
 
     errors = []
     given = make_all(errors, read_option, options)
-    if "command" in options:
+    if "command" in given:
         errors += [UserError(f"{where} {why}.", f"Take {key!r} out.")
                    for key, why in _NOT_OF_COMMANDS.items() if key in options]
     elif "module" not in options and not errors:
