@@ -6628,7 +6628,8 @@ def started(words, kept, out):
         try:
             process = Popen([find_executable(words[0], base) or words[0], *words[1:]], cwd=base,
                             stdin=DEVNULL, stdout=out, stderr=STDOUT, pass_fds=life[:1],
-                            start_new_session=ENDS_GROUPS or bool(kept.show))
+                            start_new_session=ENDS_GROUPS or bool(kept.show),
+                            env={"PYTHONUNBUFFERED": "1", **os.environ})  # so that it is live
         except (OSError, ValueError) as error:
             raise SaysFailed(f"{words[0]} could not be started: {error}") from error
         try:
@@ -6669,13 +6670,20 @@ def ask_to_end(process, grace_s):
     """Ask the group of a process to end, and wait for that, but not longer than a grace."""
     signal_group(process, "SIGTERM")
     end_s = time.monotonic() + grace_s
+    while has_group(process) and time.monotonic() < end_s:
+        time.sleep(0.01)
+
+
+def has_group(process):
+    """Return whether a process that leads a group, or anything of that, is there."""
+    if process.poll() is None:
+        return True
     with contextlib.suppress(AttributeError, OSError):  # not on Windows; all of it has ended
-        while time.monotonic() < end_s:
-            process.poll()
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(-process.pid, os.WNOHANG)  # what it left, where this is process 1
-            os.killpg(process.pid, 0)
-            time.sleep(0.01)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-process.pid, os.WNOHANG)  # what it left, where this is process 1
+        os.killpg(process.pid, 0)
+        return True
+    return False
 
 
 def read_last_line(file, start):

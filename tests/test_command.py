@@ -230,10 +230,22 @@ def test_output_is_seen_and_kept_with_or_without_an_end_of_its_line(quick, words
         assert logged.out.rstrip("\n").endswith("out\nerr\né open"), logged
 
 
-def test_output_is_live_while_tools_run_one_at_a_time(sandbox):
-    write_tables(sandbox, a=sh("echo begun; for i in $(seq 500); do [ -e go ] || sleep 0.02; done; "
-                               "[ -e go ] && echo over"))
-    process = sandbox.start()
+SLOW = """
+import os, time
+print("begun")
+for _ in range(500):
+    os.path.exists("go") or time.sleep(0.02)
+print("over" if os.path.exists("go") else "too late")
+"""
+
+
+@pytest.mark.parametrize("words", ["", "--no-history"])
+@pytest.mark.parametrize("command", [
+    sh("echo begun; for i in $(seq 500); do [ -e go ] || sleep 0.02; done; [ -e go ] && echo over"),
+    ["python", "-c", SLOW]])
+def test_output_is_live_while_tools_run_one_at_a_time(sandbox, command, words):
+    write_tables(sandbox, a=command)
+    process = sandbox.start(*words.split())
     try:
         assert process.stdout.readline() == "begun\n"
         (sandbox.folder / "go").touch()

@@ -368,7 +368,7 @@ NO_FLAG = [1, 0, "yes", "True", None, []]
 NO_COUNT = [-1, 1.0, 1.5, "3", None, True, False, math.inf, math.nan, []]
 WRONG = {
     "command": ("a text that is not empty, or a list of texts",
-                ["", " ", 3, None, True, {}, [], [""], ["a", 1], {"a"}, "a\0b"]),
+                ["", " ", 3, None, True, {}, [], [""], ["a", 1], {"a"}]),
     "needs": ("a list of names", NO_NAMES),
     "reads": ("a list of names", NO_NAMES),
     "writes": ("a list of names", NO_NAMES),
