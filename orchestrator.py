@@ -149,6 +149,7 @@ from typing import (
 )
 
 VERSION = "2.0.0"
+IS_WINDOWS = os.name == "nt"
 _ENGINE_FILE = _YOURS["__file__"]
 _ENGINE_LINE = sys._getframe().f_lineno  # frames of this file below it are the engine's own
 
@@ -236,6 +237,7 @@ class Tool(NamedTuple):
     fresh_for_s: float = float("inf")
     each: Optional[str] = None
     batch: int = 1
+    command: Names = ()  # its words; then there is no module
 
 
 class Stage(NamedTuple):
@@ -660,20 +662,33 @@ def make_tool(name, value):
         _, read, wanted, example = OPTIONS[key]
         try:
             return read(given)
+        except UserError as error:
+            raise UserError(f"{where}: {error.problem}", error.fix) from None
         except (TypeError, ValueError):
             raise UserError(f"{where}: {key!r} must be {wanted}, not {given!r}.",
                             f'Write "{key}": {example}.') from None
 
     errors = []
     given = make_all(errors, read_option, options)
-    if "module" not in options and not errors:
-        errors.append(UserError(f"{where} names no module.", 'Add "module": "folder.module".'))
+    if "command" in given:
+        errors += [UserError(f"{where} {why}.", f"Take {key!r} out.")
+                   for key, why in _NOT_OF_COMMANDS.items() if key in options]
+    elif "module" not in options and not errors:
+        errors.append(UserError(f"{where} names no module.", 'Add "module": "folder.module", or '
+                                '"command": "python load.py".'))
     check_mistakes(errors)
     fields = {OPTIONS[key][0]: value for key, value in given.items()}
-    fields["module"], _, function = given["module"].partition(":")
+    fields["module"], _, function = given.get("module", "").partition(":")
     if not given.keys().isdisjoint(("needs", "reads", "writes", "each")):
         fields["needs"] = given.get("needs", ()) + ((given["each"],) if "each" in given else ())
     return Tool(name, function=function or "run", **fields)
+
+
+_NOT_OF_COMMANDS = {  # option -> why it does not go with "command"
+    "module": "names both a module and a command",
+    "batch": "says 'batch', but a command is run for each item alone",
+    "commits": "says 'commits', but a command does not get the connection",
+}
 
 
 def make_limit(name, value):
@@ -734,14 +749,101 @@ def read_cache_s(value):
     return read_positive_s(value)
 
 
+_QUOTED = r"""\\.|"(\\.|[^"\\])*"|'[^']*'"""
+_OF_SHELL = r"[|&;]{1,2}|2>&1|(\d?>>?|<)"
+_IDENTIFIER = r"[^\W\d]\w*"
+# `{identifier}` stands for an argument; `${name}` is a shell's, and `%{name}` curl's.
+BRACES = re.compile(r"(?<![$%])\{(" + _IDENTIFIER + r")\}")
+
+
+def read_command(value):
+    """Read the words of a command. A text is split as the system's shell does it, which has no
+    other part in it: what one would do more with, unless it is in quotes, is refused.
+    """
+    is_text = isinstance(value, str)
+    try:
+        words = split_words(value) if is_text else value
+    except ValueError:
+        raise UserError(f"'command' has a quote without its other half: {value!r}.",
+                        'Close it, or write a list: "command": ["grep", "it\'s", "a.txt"].'
+                        ) from None
+    accept(words, isinstance(words, (list, tuple)) and words and words[0].strip()
+           and not any("\0" in word for word in words))
+    pattern, bare = (_OF_SHELL + ".*", re.sub(_QUOTED, "''", value).split()) if is_text \
+        else (_OF_SHELL, words)
+    found = next((word for word in bare if re.fullmatch(pattern, word)), None)
+    if found:
+        shell = '"cmd", "/c"' if IS_WINDOWS else '"sh", "-c"'
+        line = value if is_text else " ".join(
+            word if re.fullmatch(pattern, word) else format_words([word]) for word in words)
+        raise UserError(f"'command' has {found!r}, but it is run without a shell.",
+                        f'Write "command": [{shell}, {line!r}], or, if that is for the program, '
+                        "a text with it in quotes.")
+    for word in words:
+        check_braces(word)
+    return tuple(words)
+
+
+def check_braces(word):
+    """Raise UserError if a word of a command has half of the braces around a name."""
+    half = rf"\{{{_IDENTIFIER}(?![\w}}])|(?<![\w{{]){_IDENTIFIER}\}}"
+    if word.count("{") != word.count("}") and re.search(half, word):
+        raise UserError(f"'command' has a brace without its other half in {word!r}.",
+                        "Close it, or put what belongs together in quotes.")
+
+
+def split_words(text):
+    """Return the words of a text as a POSIX shell splits it, or on Windows as every program there
+    splits its own command line. Raise ValueError for a quote without its other half.
+    """
+    if IS_WINDOWS:
+        return split_words_of_windows(text)
+    import shlex
+    return shlex.split(text)
+
+
+def split_words_of_windows(text):
+    r"""Return the words of a text as CommandLineToArgvW does: a backslash is only itself, but
+    before a quote; two quotes inside of quotes are a letter, and end them.
+
+    >>> split_words_of_windows(r'"C:\my files\\" a\\b \"hi\"')
+    ['C:\\my files\\', 'a\\\\b', '"hi"']
+    """
+    words, word, is_quoted = [], None, False
+    for slashes, quotes, other in re.findall(r'(\\*)("{1,2})|(.)', text, re.DOTALL):
+        if other.isspace() and not is_quoted:
+            words += [word] * (word is not None)
+            word = None
+            continue
+        word = (word or "") + other + "\\" * (len(slashes) // 2)
+        if len(slashes) % 2:
+            word, quotes = word + '"', quotes[1:]
+        if quotes == '""':
+            word, is_quoted = word + '"' * is_quoted, False
+        elif quotes:
+            is_quoted = not is_quoted
+    accept(text, not is_quoted)
+    return words + [word] * (word is not None)
+
+
+def format_words(words):
+    """Return the words of a command as one would type them, its braces as they are."""
+    import shlex
+    return " ".join(word if re.fullmatch(r"[\w@%+=:,./{}*?-]+", word) else shlex.quote(word)
+                    for word in words)
+
+
 _NAMES = "a list of names"
 _DURATION = 'a number of seconds or a text like "90s", "10m", "1h30m" or "7d"'
-_IDENTIFIER = r"[^\W\d]\w*"
 
 # option of a tool -> (field of Tool, how its value is read, that in words, an example)
 OPTIONS = {
     "module": ("module", read_text(rf"{_IDENTIFIER}(\.{_IDENTIFIER})*(:{_IDENTIFIER})?"),
-               "a module path with dots", '"folder.module"'),
+               "a module path with dots",
+               '"folder.module", or "command": "python load.py"'),
+    # or a program and its words, in which {name} is an argument
+    "command": ("command", read_command, "a text that is not empty, or a list of texts",
+                '"python load.py {year}"'),
     # True: the tool looks after its transactions itself
     "commits": ("commits", read_flag, "True or False", "True"),
     # the tools that must be done first; what reads X needs what writes X
@@ -3732,6 +3834,11 @@ class Parameters(NamedTuple):
 
 
 ANYTHING = Parameters(takes_all=True)  # what is taken where that can not be told
+_SUMMARY_LENGTH = 72  # of a command's text
+_PROGRAM_BYTES = 2**26  # a longer file is data that a command is given
+# what the braces of a command may name beside arguments, and what a run() would take it from
+_BRACES_OF_ENGINE = {"item": "item", "stem": "item", "version": "item", "run_id": "context",
+                     "tool": "context", "attempt": "context"}
 HOOKS = ("check", "items", "setup")  # what a tool's module may have beside the tool's function
 
 
@@ -3760,7 +3867,7 @@ class Module(NamedTuple):
 
 
 class Callee(NamedTuple):
-    """A tool that is imported and can be called."""
+    """A tool that is imported and can be called. `run` of a command returns its words."""
     tool: Tool
     run: Callable[..., Any]
     run_takes: Parameters
@@ -3831,6 +3938,16 @@ def read_module(name):
                   [*find_doubles(path, tree)] if name == "__main__" else ())
 
 
+def read_tool(tool):
+    """Return a Module: that of a tool, or what stands for it where there is a command."""
+    if not tool.command:
+        return read_module(tool.module)
+    text = format_words(tool.command)
+    if len(text) > _SUMMARY_LENGTH:
+        text = text[:_SUMMARY_LENGTH - 3] + "..."
+    return Module("", {"run": Definition(1, text, read_braces(tool.command))}, text)
+
+
 def parse(path):
     """Return the syntax tree of a file, down to an ENGINE mark, below which nothing is the user's.
     Raise UserError if it can not be read, or is not Python.
@@ -3847,7 +3964,7 @@ def parse(path):
 
 def forget_modules():
     """Forget what is known of modules: a command or a run begins, and they may have changed."""
-    for function in (find_module, read_module, hash_module):
+    for function in (find_module, read_module, hash_module, find_executable):
         function.cache_clear()
 
 
@@ -3947,22 +4064,93 @@ def read_functions(tool):
     """Return the Definitions of a tool's functions, by name, as its module reads: its own, and
     those of HOOKS. What a star import may define is one of its own.
     """
-    found = read_module(tool.module).definitions or {}
+    found = read_tool(tool).definitions or {}
     functions = {name: found[name] for name in (tool.function, *HOOKS) if name in found}
     if "*" in found:
         functions.setdefault(tool.function, found["*"])
     return functions
 
 
+def describe_call(tool):
+    """Return the module of a tool, or its command as one would type it."""
+    return tool.module or format_words(tool.command)
+
+
 def find_summary(tool):
     """Return the first line of a tool's docstring, or in brackets why there is none."""
-    module = read_module(tool.module)
+    module = read_tool(tool)
     if module.problem:
         return f"({module.problem.problem})"
     if module.summary and tool.function == "run":
         return module.summary
     function = read_functions(tool).get(tool.function, Definition())
     return function.summary or module.summary
+
+
+def read_braces(words):
+    """Return what a command takes: `required` is what its braces name, `names` also what that is
+    made of.
+    """
+    braces = [name for word in words for name in BRACES.findall(word)]
+    sources = [_BRACES_OF_ENGINE[name] for name in braces if name in _BRACES_OF_ENGINE]
+    return Parameters([*braces, *sources, *["context"] * bool(sources)], braces)
+
+
+def make_run(words):
+    """Return the run() of a command, which returns its words with what their braces name."""
+    def run(context=None, item=None, **given):
+        if context:
+            stem = os.path.splitext(os.path.basename(item or ""))[0]
+            given = {"item": item, "stem": stem, "version": context.version, "tool": context.tool,
+                     "run_id": context.run_id, "attempt": context.attempt, **given}
+        return [BRACES.sub(lambda brace: format_word(given[brace[1]]), word) for word in words]
+
+    return run
+
+
+def format_word(value):
+    """Return an argument as a word of a command line.
+
+    >>> format_word(None), format_word(True), format_word([2013, "a b"])
+    ('', 'true', '2013,a b')
+    """
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(format_word, value))
+    if value is None or isinstance(value, bool):
+        return "" if value is None else str(value).lower()
+    return str(value)
+
+
+@functools.lru_cache(maxsize=None)
+def find_executable(word, base):
+    """Return the path of a command's program, seen from the folder `base`; None if there is none.
+    `python` is the one that runs this.
+    """
+    from shutil import which
+    if word == "python" and sys.executable:
+        return sys.executable
+    return which(os.path.join(base, word) if os.path.dirname(word) else word)
+
+
+def find_missing_file(tool, base):
+    """Yield an error if the program of a command is not there, or can not be run, or the script
+    that it gives to Python is not there.
+    """
+    where, (program, *words) = f"TOOL_MAP[{tool.name!r}]", tool.command
+    if not (BRACES.search(program) or find_executable(program, base)):
+        if os.path.dirname(program) and os.path.isfile(os.path.join(base, program)):
+            yield UserError(f"{where}: {program} is not executable.",
+                            f"Make it so (chmod +x {program}), or name what runs it: "
+                            f'"command": "sh {program}".')
+        else:
+            yield UserError(f"{where}: there is no program {program!r}.",
+                            "Install it, or correct its name or PATH. A file of the pipeline's "
+                            'folder is "./name", a function of yours is a "module".')
+    script = words[0] if program == "python" and words else ""
+    if re.search(r"\.py(:\w+)?$", script) and not BRACES.search(script) \
+            and not os.path.exists(os.path.join(base, script)):
+        yield UserError(f"{where}: there is no file {script!r}.",
+                        f"Write it, or correct its path (from {base} on).")
 
 
 def read_source(name):
@@ -4001,23 +4189,50 @@ def hash_imported(name):
     return known.setdefault("orchestrator_source", hash_module(name))
 
 
+def find_sources(tool, base):
+    """Return short fingerprints of a tool's source, by name: of its module, or of those words of
+    its command that are files of the folder `base`: the program and the first other one. One that
+    is too long for a program is known by size and time.
+    """
+    from zlib import crc32
+    if not tool.command:
+        return {tool.module: f"{crc32(read_source(tool.module)):08x}"}
+    sources = {}
+    for word in tool.command:
+        path = os.path.normpath(os.path.join(base, word))
+        if path.startswith(os.path.join(base, "")) and os.path.isfile(path):
+            stat = os.stat(path)
+            sources[word] = hash_file(path)[:16] if stat.st_size <= _PROGRAM_BYTES \
+                else f"{stat.st_size} {stat.st_mtime_ns}"
+            if word != tool.command[0]:
+                break
+    return sources
+
+
+def hash_source(tool, base, hash_one=hash_module):
+    """Return a fingerprint of a tool's source, of a module by hash_module() or hash_imported()."""
+    return repr(find_sources(tool, base)) if tool.command else hash_one(tool.module)
+
+
 def describe_source(tool, source):
-    """Return what of a tool itself decides what it does: the function, the fingerprint of its
-    module, and those options that change more than when, how often and where it runs.
+    """Return what of a tool itself decides what it does: the function or command, the fingerprint
+    of its source, and those options that change more than when, how often and where it runs.
 
     Needs are not among them: they are recorded with what they had done. An option that says what
     is so without it is left out, so that one which a later engine knows changes nothing.
     """
     options = {"commits": tool.commits, "reads": sorted(tool.reads or ()),
                "writes": sorted(tool.writes or ())}
-    return {"calls": f"{tool.module}:{tool.function}", "source": source,
+    calls = "$ " + format_words(tool.command) if tool.command else f"{tool.module}:{tool.function}"
+    return {"calls": calls, "source": source,
             "options": {name: given for name, given in options.items() if given}}
 
 
 def find_changed_source(was, now):
     """Return what changed of a tool itself, as describe_source() says, in words, or ""."""
     if was["calls"] != now["calls"]:
-        return f"it calls another function, {now['calls']},"
+        what = "command" if now["calls"].startswith("$ ") else "function"
+        return f"it calls another {what}, {now['calls']},"
     old, new = was["options"], now["options"]
     names = sorted(name for name in {**old, **new} if old.get(name) != new.get(name))
     if names:
@@ -4025,28 +4240,33 @@ def find_changed_source(was, now):
     return "its source changed" if was["source"] != now["source"] else ""
 
 
-def hash_item_source(tool):
+def hash_item_source(tool, base):
     """Return a short fingerprint of what the tries of an item are of: a change gives them back."""
     from hashlib import sha256
-    what = tool.module, tool.function, tool.commits, hash_imported(tool.module)
+    calls = tool.command or (tool.module, tool.function, tool.commits)
+    what = *calls, hash_source(tool, base, hash_imported)
     return sha256(repr(what).encode()).hexdigest()[:16]
 
 
 def find_versions(pipeline, tools):
-    """Return what runs, as columns of `runs`: fingerprints of the tables and of each module's file.
+    """Return what runs, as columns of `runs`: fingerprints of the tables and of each source file.
 
     They are short and cheap, and tell who resumes what has changed.
     """
     from zlib import crc32
+    base = find_base(pipeline.get_connection)
     tables = repr((pipeline.tools, pipeline.stages, pipeline.limits))
+    tools = {(tool.module, tool.command): tool for tool in tools}.values()  # each is read once
     return {"tables": f"{crc32(tables.encode()):08x}",
-            "sources": {name: f"{crc32(read_source(name)):08x}"
-                        for name in dict.fromkeys(tool.module for tool in tools)}}
+            "sources": {name: source for tool in tools
+                        for name, source in find_sources(tool, base).items()}}
 
 
 def find_base(get_connection):
     """Return the folder of the file that defines get_connection, else of the main program."""
     code = getattr(get_connection, "__code__", None)
+    if get_connection is no_connection:
+        code = None
     return os.path.dirname(os.path.realpath(getattr(code, "co_filename", None)
                                             or find_main_file() or "."))
 
@@ -4070,10 +4290,15 @@ def take_path():
 
 
 def check_modules(pipeline, tools):
-    """Raise UserError for the tools whose module is not there, or whose items are to be those of
-    one that has none. Imports nothing.
+    """Raise UserError for the tools whose module or program is not there, or whose items are to be
+    those of one that has none. Imports nothing.
     """
-    missing = [missing_module(tool) for tool in tools if find_module(tool.module) is None]
+    missing, base = [], find_base(pipeline.get_connection)
+    for tool in tools:
+        if tool.command:
+            missing += find_missing_file(tool, base)
+        elif find_module(tool.module) is None:
+            missing.append(missing_module(tool))
     check_mistakes(missing or find_wrong_each(pipeline, tools))
 
 
@@ -4094,15 +4319,22 @@ def missing_module(tool):
 def find_wrong_each(pipeline, tools):
     """Return an error for each tool whose items are to be those of one that has none."""
     return [UserError(f"TOOL_MAP[{tool.name!r}]: 'each' is {tool.each!r}, which has no items.",
-                      f"Write `def items(conn):` in {pipeline.tools[tool.each].module}.")
+                      f"Write `def items(conn):` in {pipeline.tools[tool.each].module}."
+                      if pipeline.tools[tool.each].module else "Name a tool that has items.")
             for tool in tools if tool.each in pipeline.tools
             and not has_items(pipeline.tools[tool.each])]
 
 
-def read_mistakes(tool, available):
-    """Yield the mistakes in a tool's module, with file and line, without importing it."""
-    module = read_module(tool.module)
-    if module.problem:
+def read_mistakes(tool, available, base):
+    """Yield the mistakes in a tool's module, with file and line, without importing it; or in its
+    command, which is run in the folder `base`.
+    """
+    module = read_tool(tool)
+    if tool.command:
+        yield from find_missing_file(tool, base)
+        for _, error in find_mistakes(tool, "", module.definitions, available):
+            yield error
+    elif module.problem:
         yield module.problem if module.path else missing_module(tool)
     elif module.definitions is not None:
         for line, error in find_mistakes(tool, module.path, read_functions(tool), available):
@@ -4119,7 +4351,7 @@ def check_callable(tools, available):
     """
     mistakes = []
     for tool in tools:
-        module = read_module(tool.module)
+        module = read_tool(tool)
         cause = module.problem and module.problem.__cause__
         if cause:
             mistakes.append(make_import_error(tool, cause))
@@ -4162,6 +4394,9 @@ def find_misfits(tool, name, takes, has_own_items, available):
     """
     if name == tool.function:
         yield from find_item_misfits(tool, has_own_items, takes)
+    if tool.command:
+        yield from find_command_misfits(tool, takes, available)
+        return
     where = f"{name}() of {tool.module}"
     if takes.positional_only:
         yield (f"{where} takes {takes.positional_only[0]!r} by position only.",
@@ -4187,6 +4422,23 @@ def find_misfits(tool, name, takes, has_own_items, available):
            f"declare --{missing[0].replace('_', '-')} in add_arguments().")
 
 
+def find_command_misfits(tool, takes, available):
+    """Yield which names in the braces of a command nothing gives, and what to do."""
+    known = {*available, *(name for name, source in _BRACES_OF_ENGINE.items()
+                           if source == "context" or has_items(tool))} - {"conn", "context"}
+    for name in takes.required:
+        problem = f"its command names {{{name}}}, which nothing gives."
+        if name in known:
+            continue
+        if name in _BRACES_OF_ENGINE:
+            yield problem, 'Give it items: "each": "load" for those of another tool.'
+        elif name in PERIOD_ARGUMENTS:
+            yield problem[:-1] + " but --backfill.", "Run it so, or take that out."
+        else:
+            yield problem, (f"{format_nearest(name, sorted(known))}\nOr declare "
+                            f"--{name.replace('_', '-')} in add_arguments().")
+
+
 def find_item_misfits(tool, has_own_items, run_takes):
     """Yield why what TOOL_MAP says of a tool does not go with its items, or their lack."""
     if has_own_items and tool.each is not None:
@@ -4196,7 +4448,10 @@ def find_item_misfits(tool, has_own_items, run_takes):
         if tool.cache_s is not None:
             yield ("'cache' is not for tools with items, of which each is done once.",
                    "Take 'cache' out.")
-        if not run_takes.takes("item"):
+        if not run_takes.takes("item") and tool.command:
+            yield ("its command is run once per item, but does not name it.",
+                   "Write {item} or {stem} into it.")
+        elif not run_takes.takes("item"):
             yield (f"{tool.function}() of {tool.module} is called once per item, but does not "
                    "take it.", f"Write `def {tool.function}(conn, item):`.")
     elif tool.batch != 1:
@@ -4216,7 +4471,8 @@ def load_callees(tools, available, interrupts):
 
     def load(_, tool):
         # and what it must be like depends on these options
-        key = tool.module, tool.function, tool.each is None, tool.batch, tool.cache_s
+        key = (tool.module, tool.function, tool.command, tool.each is None, tool.batch,
+               tool.cache_s)
         if key not in loaded:
             loaded[key] = load_callee(tool, known, interrupts)
         return loaded[key]._replace(tool=tool)
@@ -4228,12 +4484,16 @@ def load_callees(tools, available, interrupts):
 
 def load_callee(tool, available, interrupts):
     """Return one tool, imported. Raise UserError if that can not be done."""
-    interrupts.own_argv(tool)
-    module = import_module(tool, interrupts)
-    given = {name: getattr(module, name) for name in (tool.function, *HOOKS)
-             if hasattr(module, name)}
-    found = {name: Definition(takes=find_parameters(value)) if callable(value)
-             else Definition(kind=format_type(value)) for name, value in given.items()}
+    if tool.command:
+        module, given = None, {"run": make_run(tool.command)}
+        found = read_functions(tool)
+    else:
+        interrupts.own_argv(tool)
+        module = import_module(tool, interrupts)
+        given = {name: getattr(module, name) for name in (tool.function, *HOOKS)
+                 if hasattr(module, name)}
+        found = {name: Definition(takes=find_parameters(value)) if callable(value)
+                 else Definition(kind=format_type(value)) for name, value in given.items()}
     for _, error in find_mistakes(tool, getattr(module, "__file__", None), found, available):
         raise error
     functions = {name: (value, found[name].takes) for name, value in given.items()
@@ -4277,7 +4537,7 @@ def make_import_error(tool, error):
 
 def has_items(tool):
     """Return whether a tool has items, as its module reads; where a star is imported, it may."""
-    found = read_module(tool.module).definitions or {}
+    found = read_tool(tool).definitions or {}
     items = found.get("items") or found.get("*")
     return tool.each is not None or items is not None and not items.kind
 
@@ -4286,7 +4546,7 @@ def read_takes(tool):
     """Return what the functions of a tool take, as its module reads; of what can not be read so,
     that it takes all.
     """
-    found = read_module(tool.module).definitions
+    found = read_tool(tool).definitions
     if found is None or "*" in found:
         return [ANYTHING]
     return [each.takes for each in read_functions(tool).values()]
@@ -4338,13 +4598,17 @@ def check_get_connection(get_connection):
                         "them from the environment.")
 
 
-def describe_items(tool, has_database):
-    """Return how a tool does its items, if it has some, for its reason in a plan."""
+def describe_tool(tool, has_database):
+    """Return what a tool runs that has a command, and how it does its items, if it has some, for
+    its reason in a plan.
+    """
+    runs = f"runs {read_tool(tool).summary}" if tool.command else ""
     if not has_items(tool):
-        return ""
+        return runs
     source = f" of {tool.each}" if tool.each else ""
-    is_exact = has_database and not tool.commits
-    return f"each item{source} " + ("exactly once" if is_exact else "at least once")
+    is_exact = has_database and not (tool.commits or tool.command)
+    return join_reasons(runs, f"each item{source} "
+                        + ("exactly once" if is_exact else "at least once"))
 
 
 def find_parameters(function):
@@ -4863,26 +5127,32 @@ class Setting(NamedTuple):
     """What all who do jobs of a run share; it travels to each process once.
 
     `folder` is that of the history, or "" where none is kept; in `slips` each process notes the
-    item that it is at, "" if it is not to.
+    item that it is at, "" if it is not to. Commands are run in the folder `base`, and have
+    `grace_s` to end when they are asked to.
     """
     pipeline: Pipeline
     arguments: Mapping[str, Any]
     verbose: bool = False
     folder: str = ""
     slips: str = ""
+    base: str = ""
+    grace_s: float = 0.0
 
 
 class Kept:
     """What a process keeps from job to job: its connection, the tools that it has imported, its
     slip, the threads that are known. And where processes differ: `interrupts`, how signals reach
     tools; `ask(job, name)`, which returns the result of a tool that a job may see, the names of
-    all for None, or for Outcome how all ended that have; `pack`, what a result is made into before
-    the commit.
+    all for None, or for Outcome how all ended that have; `show`, which shows what a command prints,
+    None where that goes into the log by itself; `pack`, what a result is made into before the
+    commit. `run_command` is that of WORKERS.
     """
     slip, slip_fd = "", -1
 
-    def __init__(self, setting, interrupts, ask, pack=lambda result: result):
+    def __init__(self, setting, interrupts, ask, run_command, show=None,
+                 pack=lambda result: result):
         self.setting, self.interrupts, self.ask, self.pack = setting, interrupts, ask, pack
+        self.run_command, self.show = run_command, show
         self.database = Database(setting.pipeline.get_connection,
                                  lambda: interrupts.signal is not None)
         import threading
@@ -4969,10 +5239,10 @@ class Doer:
     while it is the tool; `at_work`, the item that is being done, or of which it is not recorded yet
     that it lost the connection (is_death); of the transaction that was undone last, `had_ended`,
     whether it had ended before, and `was_closed`, whether the tool had closed the connection;
-    `unsent`, why a message was not sent.
+    `unsent`, why a message was not sent; `has_run`, the item whose command has passed.
     """
     ledger = at_work = unsent = None
-    step = ""
+    step = has_run = ""
     is_sqlite = is_watched = had_ended = was_closed = False
 
     def __init__(self, job, setting, send, kept):
@@ -5075,8 +5345,10 @@ class Doer:
             except BaseException as error:
                 self._undo(error)
                 number += 1
+                # A connection that waited for a command may be gone; that is not run again.
                 is_taken = isinstance(error, Taken) and number < _TAKEN_TRIES \
-                    or number == 1 and is_made_already(error)
+                    or number == 1 and (is_made_already(error)
+                                        or self.has_run and not self.database.is_open)
                 if not comes_again or not is_taken and (
                         not is_locked(error) or time.monotonic() - began_s > LOCKED_S):
                     raise
@@ -5123,7 +5395,7 @@ class Doer:
             self._create(ledger)
         self.database.commit()
         self.ledger, self.is_sqlite = ledger, ledger.kind == "sqlite"
-        self.is_watched = not (ledger.is_apart or self.tool.commits)
+        self.is_watched = not (ledger.is_apart or self.tool.commits or self.tool.command)
 
     def _create(self, ledger):
         """Create a ledger that is not there, if no other start does so in this moment.
@@ -5235,7 +5507,14 @@ class Trier(Doer):
         context = self.given["context"]
         context.item, context.version, context.attempt = item.name, item.version, item.tries + 1
         self.chosen["item"] = self.given["item"] = item.name
-        rows = count_rows(self._call_watched())
+        rows = None
+        if not self.tool.command:
+            rows = count_rows(self._call_watched())
+        elif self.has_run != item.name:
+            self.database.commit()  # nothing is open while it works
+            self.interrupts.call(self._call, is_item=True)
+            self.has_run = item.name
+            self.begin(is_urgent=True)
         self.step = _IN_LEDGER
         ledger.record(item._replace(tries=item.tries + 1), "success", time.time(),
                       time.monotonic() - self.started_s, rows)
@@ -5247,6 +5526,9 @@ class Trier(Doer):
         self.interrupts.own_argv(self.tool)  # not for get_connection(), a part of the program
         try:
             result = call_run(callee, self.chosen)
+            if self.tool.command:
+                result = self.interrupts.finish(self.kept.run_command, result, self.kept,
+                                                self.job.log)
         except SystemExit as error:  # ends the try, not the run
             if not is_good_exit(error.code) or self.interrupts.is_forked:
                 raise
@@ -5999,8 +6281,9 @@ class Workers:
             signal_group(worker.process, "SIGKILL")
             worker.deadline_s = now_s + self.grace_s
         else:
-            with contextlib.suppress(AttributeError, OSError):  # not on Windows; it has ended
-                os.kill(worker.process.pid, _signal.SIGURG)
+            if not self.setting.pipeline.tools[worker.job.tool].command:
+                with contextlib.suppress(AttributeError, OSError):  # not on Windows; it has ended
+                    os.kill(worker.process.pid, _signal.SIGURG)
             self._end(worker, f"timed out after {format_duration(worker.limit_s)}")
 
     def _end(self, worker, verdict):
@@ -6117,7 +6400,6 @@ def end_process(process):
 
 def format_end(process):
     """Return how a process ended, in words."""
-    import signal
     status = process.exitcode
     if status == 255:  # or what is said where nobody can tell
         with contextlib.suppress(OSError):
@@ -6125,9 +6407,15 @@ def format_end(process):
             return "the process that starts the workers was killed"
     if status >= 0:
         return "its process exited without finishing" + (f" (exit code {status})" if status else "")
-    name = next((each.name for each in signal.Signals if each == -status), "a real-time signal")
+    return "its process was " + format_killed(-status)
+
+
+def format_killed(number):
+    """Return which signal killed a process, in words."""
+    import signal
+    name = next((each.name for each in signal.Signals if each == number), "a real-time signal")
     hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
-    return f"its process was killed by signal {-status} ({name}){hint}"
+    return f"killed by signal {number} ({name}){hint}"
 
 
 def check_can_travel(setting):
@@ -6179,7 +6467,7 @@ class Server:
         own_streams()
         take_signals()
         with Interrupts() as self.interrupts:
-            kept = Kept(self.setting, self.interrupts, self.ask, self.pack)
+            kept = Kept(self.setting, self.interrupts, self.ask, run_command, pack=self.pack)
             is_leaving = False
             while not is_leaving and self.interrupts.signal is None:
                 try:
@@ -6188,7 +6476,9 @@ class Server:
                     break
                 children = count_children()
                 problem = self.do(kept)
-                is_leaving = self.interrupts.signal is not None or count_children() != children \
+                is_apart = ENDS_GROUPS and self.setting.pipeline.tools[self.job.tool].command
+                is_leaving = self.interrupts.signal is not None \
+                    or not is_apart and count_children() != children \
                     or problem is not None and problem.status == "pending"  # others can do more
                 if is_leaving:
                     kept.close()
@@ -6269,17 +6559,174 @@ def die_with_orchestrator(life):
             os.killpg(os.getpid(), _signal.SIGKILL)
         os._exit(EXIT_FAILED)
 
-    if not sys.platform.startswith("linux"):
+    if not ENDS_GROUPS:
         threading.Thread(target=watch, daemon=True).start()
         return
-    import fcntl
     # Reopened, because the owner belongs to the open file, which all workers would share.
     fd = os.open(f"/proc/self/fd/{life.fileno()}", os.O_RDONLY | os.O_NONBLOCK)
-    fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpid())
-    fcntl.fcntl(fd, fcntl.F_SETSIG, _signal.SIGKILL)
-    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+    kill_at_close(fd, os.getpid())
     if life.poll():  # it died before we listened
         watch()
+
+
+ENDS_GROUPS = sys.platform.startswith("linux")  # when a process dies: see kill_at_close()
+
+
+def kill_at_close(fd, group):
+    """Have the kernel kill a group of processes when the last writer of a pipe is gone, whose read
+    end `fd` is: as long as it is open anywhere. See fcntl(2): O_ASYNC, F_SETOWN, F_SETSIG.
+    """
+    import fcntl
+    fcntl.fcntl(fd, fcntl.F_SETOWN, -group)
+    fcntl.fcntl(fd, fcntl.F_SETSIG, _signal.SIGKILL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def run_command(words, kept, log):
+    """Run a command to its end. Raise SaysFailed if that is not exit code 0, with the last line
+    that it printed. What it prints goes into the log, or is shown where `kept` has a way to.
+    """
+    with command_output("" if kept.show else log) as (out, printed):
+        start, show_more = printed.tell(), make_follower(printed, kept.show)
+        try:
+            with started(words, kept, out) as process:
+                try:
+                    kept.interrupts.call(wait_for_end, process, show_more, is_item=True)
+                except BaseException:
+                    ask_to_end(process, kept.setting.grace_s)
+                    raise
+        finally:
+            show_more(is_whole=True)
+        code = process.returncode
+        if code:
+            how = f"exit code {code}" if code > 0 else format_killed(-code)
+            last = read_last_line(printed, start)
+            raise SaysFailed(f"{how}: {last}" if last else how)
+
+
+@contextlib.contextmanager
+def command_output(log):
+    """Open the file for what a command prints: a descriptor to write to it, and a file to read of
+    it what comes. Without a log it is gone afterwards.
+    """
+    from tempfile import mkstemp
+    fd, path = (open_private(log), log) if log else mkstemp()
+    try:
+        with open(path, "rb") as printed:
+            printed.seek(0, os.SEEK_END)
+            if not (log or IS_WINDOWS):
+                os.unlink(path)  # so that it is gone after a SIGKILL, too
+            yield fd, printed
+    finally:
+        os.close(fd)
+        if not log and IS_WINDOWS:
+            with contextlib.suppress(OSError):  # what it left behind holds it
+                os.unlink(path)
+
+
+def make_follower(printed, show):
+    """Return a function that shows what was written to a file since it was called last, if that
+    is to be shown.
+    """
+    import codecs
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+
+    def show_more(is_whole=False):
+        for piece in iter(functools.partial(printed.read, 1 << 16), b""):
+            show(decoder.decode(piece))
+        if is_whole:
+            show(decoder.decode(b"", True))
+
+    return show_more if show else lambda is_whole=False: None
+
+
+_FOLLOWED_S = 0.05  # how late one sees what a command prints
+
+
+def show_output(text):
+    """Show what a command has printed. Nothing that can not be shown is a reason to fail."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def started(words, kept, out):
+    """Start a command in a session and a process group of its own, which end with the block, or
+    with this process: on Linux by the kernel, which misses the millisecond of the start. Elsewhere
+    a command stays in the group of a worker, which is ended.
+    """
+    from subprocess import DEVNULL, STDOUT, Popen
+    base = kept.setting.base
+    life = os.pipe() if ENDS_GROUPS else ()
+    try:
+        try:
+            process = Popen([find_executable(words[0], base) or words[0], *words[1:]], cwd=base,
+                            stdin=DEVNULL, stdout=out, stderr=STDOUT, pass_fds=life[:1],
+                            start_new_session=ENDS_GROUPS or bool(kept.show),
+                            env={"PYTHONUNBUFFERED": "1", **os.environ})  # so that it is live
+        except (OSError, ValueError) as error:
+            raise SaysFailed(f"{words[0]} could not be started: {error}") from error
+        try:
+            if life:
+                kill_at_close(life[0], process.pid)
+            yield process
+        finally:
+            signal_group(process, "SIGKILL")
+            process.wait()
+    finally:
+        for fd in life:
+            os.close(fd)
+
+
+def wait_for_end(process, show_more):
+    """Wait until a process has ended, and show meanwhile what it prints.
+
+    On Linux it keeps its id until it is asked how it ended, so that its group is no other's.
+    """
+    from subprocess import TimeoutExpired
+    with contextlib.ExitStack() as stack:
+        poll = None
+        with contextlib.suppress(AttributeError, OSError):  # not elsewhere, nor on an old Linux
+            import select
+            fd = os.pidfd_open(process.pid)
+            stack.callback(os.close, fd)
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+        while not (poll and poll.poll(1000 * _FOLLOWED_S)):
+            if poll is None:
+                with contextlib.suppress(TimeoutExpired):
+                    process.wait(_FOLLOWED_S)
+                    return
+            show_more()
+
+
+def ask_to_end(process, grace_s):
+    """Ask the group of a process to end, and wait for that, but not longer than a grace."""
+    signal_group(process, "SIGTERM")
+    end_s = time.monotonic() + grace_s
+    while has_group(process) and time.monotonic() < end_s:
+        time.sleep(0.01)
+
+
+def has_group(process):
+    """Return whether a process that leads a group, or anything of that, is there."""
+    if process.poll() is None:
+        return True
+    with contextlib.suppress(AttributeError, OSError):  # not on Windows; all of it has ended
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-process.pid, os.WNOHANG)  # what it left, where this is process 1
+        os.killpg(process.pid, 0)
+        return True
+    return False
+
+
+def read_last_line(file, start):
+    """Return the last line of a file, from a place on, that is not blank; "" if there is none."""
+    file.seek(max(start, file.seek(0, os.SEEK_END) - (1 << 16)))
+    lines = clean(file.read().decode("utf-8", "replace")).splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def take_signals():
@@ -6413,7 +6860,8 @@ def run_plan(session):
             folder = tempfile.mkdtemp(prefix="orchestrator-")
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
         setting = Setting(pipeline, dict(session.arguments), session.verbose, history.folder,
-                          folder and os.path.join(folder, "slips"))
+                          folder and os.path.join(folder, "slips"),
+                          find_base(pipeline.get_connection), session.grace_s)
         if wants_workers:
             workers = Workers(setting, session.clock, session.grace_s)
             stack.push(lambda kind, *_: workers.close(
@@ -6423,7 +6871,7 @@ def run_plan(session):
         check_are_taken(setting.arguments, callees, pipeline.tools, session.find_said)
         run = Run(session, setting, interrupts, callees, workers)
         with Capture(bool(history.folder)) as capture:
-            kept = Kept(setting, interrupts, run.returned.find)
+            kept = Kept(setting, interrupts, run.returned.find, run_command, show_output)
             kept.callees = callees
             with contextlib.closing(kept):
                 run.loop(Here(setting, kept, capture, run.hear))
@@ -6450,12 +6898,13 @@ def check_plan(session):
 def load_all(tools, arguments, interrupts):
     """Return the tools, imported, by name. Notes what the modules are of which that is recorded."""
     for tool in tools:
-        if tool.cache_s is not None:
+        if tool.cache_s is not None and tool.module:
             hash_module(tool.module)
     callees = interrupts.call(load_callees, tools, arguments, interrupts)
     for callee in callees.values():
-        if callee.has_items or callee.tool.cache_s is not None:
-            hash_imported(callee.tool.module)
+        tool = callee.tool
+        if tool.module and (callee.has_items or tool.cache_s is not None):
+            hash_imported(tool.module)
     return callees
 
 
@@ -6687,7 +7136,7 @@ class Work:
             from collections import deque
             self.tally = former.tally if former else Tally(run.retries.get(self.tool.name))
             self.left, self.size, self.width = deque(), self.tool.batch, run.plan.jobs
-            self.source = hash_item_source(self.tool)
+            self.source = hash_item_source(self.tool, run.setting.base)
             self.ended_before = self.tally.count()
         if run.history.folder:  # else there is nothing to know, and nobody to keep it
             if callee.takes("context"):
@@ -6884,7 +7333,7 @@ class Work:
         error, reason = ended.error, self.cut_off * (ended.status == "interrupted") or ended.reason
         if ended.status == "failed" and 1 < self.number > tool.retries:
             reason = join_reasons(reason, f"try {self.number} of {tool.retries + 1}")
-        if tool.memory_bytes is not None and error.startswith("MemoryError"):
+        if tool.memory_bytes is not None and "MemoryError" in error:
             error += f"; its memory is bounded to {tool.memory_bytes / 2**20:.1f} MB"
         has_log = self.has_logged or self.output and has_bytes(self.output)
         return Outcome(ended.status, reason, ended.result, ended.rows, error, ended.traceback,
@@ -6992,7 +7441,7 @@ class Run(Starter):
     def __init__(self, session, setting, interrupts, callees, workers):
         self.session, self.plan, self.history = session, session.plan, session.history
         self.clock, self.pipeline, self.callees = session.clock, session.pipeline, callees
-        self.interrupts, self.workers = interrupts, workers
+        self.interrupts, self.workers, self.setting = interrupts, workers, setting
         self.retries = find_retries(
             session, [tool for tool, callee in callees.items() if callee.has_items])
         self.returned, self.policy = Returned(session), Policy(session)
@@ -7239,7 +7688,7 @@ def find_facts(session, tool):
     columns of `attempts`.
     """
     history = session.history
-    return {"source": describe_source(tool, hash_imported(tool.module)),
+    return {"source": describe_source(tool, hash_source(tool, history.base, hash_imported)),
             "needed": history.find_needed_works(session.pipeline, tool.name),
             "inputs": {"reads": find_reads(tool, history.base, {})}}
 
@@ -7312,7 +7761,7 @@ def make_past(pipeline, history, arguments, now, done, is_forced, wants_duration
             return "arguments changed"
         if find_day(success.started_at) < str(arguments.get(PERIOD_ARGUMENTS[1]) or ""):
             return "its period has gone on"
-        now = describe_source(tool, hash_module(tool.module))
+        now = describe_source(tool, hash_source(tool, history.base))
         return find_changed_source(success.source, now) \
             or find_changed_file(tool, history.base, success.inputs)
 
@@ -7518,7 +7967,7 @@ def make_list(pipeline, tools, find_summary, find_last):
 
     def make_tool(name):
         tool, last = pipeline.tools[name], find_last(name)
-        return {"name": name, "module": tool.module, "summary": find_summary(tool),
+        return {"name": name, "module": describe_call(tool), "summary": find_summary(tool),
                 "needs": pipeline.needs[name],
                 "stages": [stage for stage, there in tools_of.items() if name in there],
                 "last": last and {**make_row(last, "status run_id"),
@@ -7659,7 +8108,7 @@ def make_why(tool, summary, needed_by, step, problem, facts, attempts, failure):
     """
     columns = "run_id attempt status started_at duration_s rows reason error"
     plan = step and make_plan_view(Plan((step,), (), None))["steps"][0]
-    return {"tool": tool.name, "module": tool.module, "summary": summary, "plan": plan,
+    return {"tool": tool.name, "module": describe_call(tool), "summary": summary, "plan": plan,
             "problem": problem, "needed_by": needed_by, **facts,
             "attempts": [make_row(row, columns) for row in attempts],
             "failure": failure and make_row(failure, columns + " traceback")}
@@ -7761,7 +8210,7 @@ def format_failure(facts, changed, commits, style):
     the last run in which it succeeded, when that began, the error and the place.
     """
     head = "{tool} failed in run {run_id}, and succeeded last in run {good_id} ({good_at}):"
-    rows = [("error", facts["error"]), ("at", facts["place"]),
+    rows = [("error", facts["error"]), ("at", facts["place"]), ("command", facts["command"]),
             ("changed", format_some(changed) or "none of the tables, modules and arguments"),
             *(("commit", each) for each in commits)]
     return "\n".join(["", style.bold(head.format(**facts)), *format_table("name value", [
@@ -8851,7 +9300,7 @@ def command_check(call):
     known = {*call.arguments, *PERIOD_ARGUMENTS, "conn", "context"}
     mistakes = dict.fromkeys(map(str, [  # tools may share a module
         *pipeline.mistakes, *find_table_doubles(), *find_wrong_each(pipeline, tools),
-        *(mistake for tool in tools for mistake in read_mistakes(tool, known))]))
+        *(mistake for tool in tools for mistake in read_mistakes(tool, known, call.base))]))
     for mistake in mistakes:
         show(mistake)
     show(f"{format_plural(len(tools), 'tool')} read, "
@@ -9155,7 +9604,7 @@ def find_plan(call, history, resumes=None):
     jobs, past, describe = count_jobs(options.jobs), None, None
     if options.plan:
         describe = functools.partial(
-            describe_items, has_database=call.pipeline.get_connection is not no_connection)
+            describe_tool, has_database=call.pipeline.get_connection is not no_connection)
     if not options.no_history:
         past = make_past(call.pipeline, history, arguments, Clock().wall(), done, options.force,
                          wants_durations=options.plan or jobs > 1)
@@ -9229,8 +9678,9 @@ def tell_changes(pipeline, run, plan, changed):
     """Say what changed since a run that is resumed, and which of that is not run again."""
     what = find_differences(
         run, find_versions(pipeline, [pipeline.tools[step.tool] for step in plan.steps]))
+    base = find_base(pipeline.get_connection)
     kept = [step.tool for step in plan.steps if not step.may_run()
-            and pipeline.tools[step.tool].module in what]
+            and not find_sources(pipeline.tools[step.tool], base).keys().isdisjoint(what)]
     if what or changed:
         say(f"Changed since run {run['run_id']}: {', '.join(what + changed)}."
             + (f" Done before, and not run again: {', '.join(kept)}." if kept else ""))
@@ -9296,11 +9746,13 @@ def tell_failure(call, history, result, style):
     if not good:
         return
     outcome, now = result.outcomes[tool], history.find_run(result.run_id)
-    own = find_module(call.pipeline.tools[tool].module).origin
+    own, words = call.pipeline.tools[tool].module, call.pipeline.tools[tool].command
+    own = own and find_module(own).origin
     frames = re.findall(r'^ +File "(.+)", line (\d+)', outcome.traceback, re.M)
     places = frames[-1:] + [frame for frame in frames if frame[0] == own]
     changed = find_differences(good, now) + format_changed(good["arguments"], now["arguments"])
-    facts = {"tool": tool, "run_id": result.run_id, "good_id": good["run_id"],
+    facts = {"tool": tool, "run_id": result.run_id, "command": format_words(words),
+             "good_id": good["run_id"],
              "good_at": format_local(format_moment(good["started_at"])), "error": outcome.error,
              "place": "".join(f"{format_path(file)}:{line}" for file, line in places[-1:])}
     say(format_failure(facts, changed, load_subjects(

@@ -367,6 +367,8 @@ NO_DURATION = ["90", "soon", "-5s", "", "1:30", -1, math.nan, math.inf, -math.in
 NO_FLAG = [1, 0, "yes", "True", None, []]
 NO_COUNT = [-1, 1.0, 1.5, "3", None, True, False, math.inf, math.nan, []]
 WRONG = {
+    "command": ("a text that is not empty, or a list of texts",
+                ["", " ", 3, None, True, {}, [], [""], ["a", 1], {"a"}]),
     "needs": ("a list of names", NO_NAMES),
     "reads": ("a list of names", NO_NAMES),
     "writes": ("a list of names", NO_NAMES),
@@ -414,7 +416,7 @@ def test_the_example_that_a_refusal_gives_is_itself_accepted(key):
     error = refused(key, WRONG[key][1][0] if key != "retry_factor" else 0, limits={"db": 1})
     example = ast.literal_eval("{" + error.fix.partition("Write ")[2].rstrip(".") + "}")
 
-    row = {"module": "tools.fetch", **example}
+    row = {**({} if key == "command" else {"module": "tools.fetch"}), **example}
     tools = {"fetch": "m", "validate": "m", "x": row} if key in ("needs", "each") else {"x": row}
 
     load_pipeline(tools, limits={"db": 1})
