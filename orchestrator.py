@@ -233,7 +233,13 @@ class Tool(NamedTuple):
     cache_s: Optional[float] = None  # infinite for "cache": True
     fresh_for_s: float = float("inf")
     each: Optional[str] = None
+    items: Optional[str] = None
     batch: int = 1
+
+    @property
+    def given_items(self):
+        """What its row says that its items are: a tool or a pattern of files, or None."""
+        return self.each or self.items
 
 
 class Stage(NamedTuple):
@@ -666,6 +672,9 @@ def make_tool(name, value):
     given = make_all(errors, read_option, options)
     if "module" not in options and not errors:
         errors.append(UserError(f"{where} names no module.", 'Add "module": "folder.module".'))
+    if {"each", "items"} <= given.keys():
+        errors.append(UserError(f"{where}: both 'each' and 'items' say which its items are.",
+                                "Take out the one or the other."))
     check_mistakes(errors)
     fields = {OPTIONS[key][0]: value for key, value in given.items()}
     fields["module"], _, function = given["module"].partition(":")
@@ -768,8 +777,11 @@ OPTIONS = {
     "estimate": ("estimate_s", parse_duration_s, _DURATION, '"5m"'),
     # not run again while nothing of it changed, for ever or that long
     "cache": ("cache_s", read_cache_s, 'True, False or a duration like "24h"', '"24h"'),
-    # its items are those that ever passed this tool; so many of them are committed at a time
+    # its items are those that ever passed this tool, or the files of this pattern; so many of them
+    # are committed at a time
     "each": ("each", read_name, "the name of a tool with items", '"validate"'),
+    "items": ("items", read_text(r"[^{}\0]+"), "a pattern of files, without braces",
+              '"raw/*.csv"'),
     "batch": ("batch", read_positive, "a whole number from 1 on", "500"),
     # how old its last success may be for those that need it and do not run it
     "fresh_for": ("fresh_for_s", read_positive_s, _DURATION + ", above 0", '"24h"'),
@@ -3763,7 +3775,7 @@ class Callee(NamedTuple):
     @property
     def has_items(self):
         """Whether run() is called once per item."""
-        return self.items is not None or self.tool.each is not None
+        return self.items is not None or self.tool.given_items is not None
 
 
 class SaysFailed(Exception):
@@ -4026,6 +4038,8 @@ def find_versions(pipeline, tools):
 def find_base(get_connection):
     """Return the folder of the file that defines get_connection, else of the main program."""
     code = getattr(get_connection, "__code__", None)
+    if get_connection is no_connection:
+        code = None
     return os.path.dirname(os.path.realpath(getattr(code, "co_filename", None)
                                             or find_main_file() or "."))
 
@@ -4147,7 +4161,7 @@ def find_misfits(tool, name, takes, has_own_items, available):
                "Take the `/` out of its parameters: arguments are passed by name.")
     comes_before = {"items": "what tells which there are", "setup": "called before there is any"}
     before = comes_before.get(name) if name != tool.function else None
-    has_items = not before and (has_own_items or tool.each is not None)
+    has_items = not before and (has_own_items or tool.given_items is not None)
     known = {*available, "item"} if has_items else available
     missing = [each for each in takes.required if each not in known]
     if not missing:
@@ -4168,10 +4182,11 @@ def find_misfits(tool, name, takes, has_own_items, available):
 
 def find_item_misfits(tool, has_own_items, run_takes):
     """Yield why what TOOL_MAP says of a tool does not go with its items, or their lack."""
-    if has_own_items and tool.each is not None:
-        yield (f"its items are those of {tool.each!r}, but {tool.module} has a function items() "
+    given = tool.given_items
+    if has_own_items and given is not None:
+        yield (f"its items are those of {given!r}, but {tool.module} has a function items() "
                "too.", "Take out the one or the other.")
-    if has_own_items or tool.each is not None:
+    if has_own_items or given is not None:
         if tool.cache_s is not None:
             yield ("'cache' is not for tools with items, of which each is done once.",
                    "Take 'cache' out.")
@@ -4195,7 +4210,7 @@ def load_callees(tools, available, interrupts):
 
     def load(_, tool):
         # and what it must be like depends on these options
-        key = tool.module, tool.function, tool.each is None, tool.batch, tool.cache_s
+        key = tool.module, tool.function, tool.given_items is None, tool.batch, tool.cache_s
         if key not in loaded:
             loaded[key] = load_callee(tool, known, interrupts)
         return loaded[key]._replace(tool=tool)
@@ -4258,7 +4273,7 @@ def has_items(tool):
     """Return whether a tool has items, as its module reads; where a star is imported, it may."""
     found = read_module(tool.module).definitions or {}
     items = found.get("items") or found.get("*")
-    return tool.each is not None or items is not None and not items.kind
+    return tool.given_items is not None or items is not None and not items.kind
 
 
 def read_takes(tool):
@@ -4321,7 +4336,7 @@ def describe_items(tool, has_database):
     """Return how a tool does its items, if it has some, for its reason in a plan."""
     if not has_items(tool):
         return ""
-    source = f" of {tool.each}" if tool.each else ""
+    source = f" of {tool.given_items}" if tool.given_items else ""
     is_exact = has_database and not tool.commits
     return f"each item{source} " + ("exactly once" if is_exact else "at least once")
 
@@ -4831,13 +4846,14 @@ class Setting(NamedTuple):
     """What all who do jobs of a run share; it travels to each process once.
 
     `folder` is that of the history, or "" where none is kept; in `slips` each process notes the
-    item that it is at, "" if it is not to.
+    item that it is at, "" if it is not to. Names of files are seen from the folder `base`.
     """
     pipeline: Pipeline
     arguments: Mapping[str, Any]
     verbose: bool = False
     folder: str = ""
     slips: str = ""
+    base: str = ""
 
 
 class Kept:
@@ -5353,8 +5369,8 @@ _REFUSED = ("%s was refused inside an item, which the engine commits: take conn.
 
 
 class Lister(Doer):
-    """Lists the items of a tool: its items() says which there are, the ledger which of them are
-    pending.
+    """Lists the items of a tool: its items(), another tool or a pattern says which there are, the
+    ledger which of them are pending.
     """
 
     def do_all(self):
@@ -5388,6 +5404,8 @@ class Lister(Doer):
     def _describe_left_out(self, given_up):
         """Return what to say of items that are there and not to be done."""
         doubles, reasons = self.ledger.doubles, []
+        if self.tool.items is not None and not self.ledger.listed:
+            reasons.append(f"no file is named like {self.tool.items} in {self.setting.base}")
         if given_up:
             reasons.append(f"{count_items(len(given_up))} given up before: "
                            f"{format_names(given_up[:3], len(given_up))}; "
@@ -5435,6 +5453,8 @@ class Lister(Doer):
     def _call_items(self):
         """Return what items() gives: the text of a SELECT, or what yields names."""
         callee, found = self.callee, ()
+        if self.tool.items is not None:
+            return find_files(self.tool.items, self.setting.base)
         self.interrupts.own_argv(self.tool)
         if callee.items is not None:
             with until_exit(self.interrupts):
@@ -5468,6 +5488,22 @@ def yield_until_exit(found, interrupts):
             if interrupts.is_forked:
                 interrupts.end_fork()
             yield each
+
+
+def find_files(pattern, base):
+    """Return the names of the files of a pattern, seen from a folder, with `/` on every system, and
+    as the version of each its size and its time of change; sorted. `**` stands for any folders.
+    """
+    from glob import escape, iglob
+    from stat import S_ISREG
+    found, start = {}, os.path.join(base, "")
+    for path in iglob(os.path.join(escape(base), pattern), recursive=True):
+        with contextlib.suppress(OSError):  # it has just gone
+            stat = os.stat(path)
+            if S_ISREG(stat.st_mode):
+                name = path[len(start) * path.startswith(start):].replace(os.sep, "/")
+                found[name] = f"{stat.st_size}-{stat.st_mtime_ns}"
+    return sorted(found.items())
 
 
 def format_retry(tool):
@@ -6382,7 +6418,8 @@ def run_plan(session):
             folder = tempfile.mkdtemp(prefix="orchestrator-")
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
         setting = Setting(pipeline, dict(session.arguments), session.verbose, history.folder,
-                          folder and os.path.join(folder, "slips"))
+                          folder and os.path.join(folder, "slips"),
+                          find_base(pipeline.get_connection))
         if wants_workers:
             workers = Workers(setting, session.clock, session.grace_s)
             stack.push(lambda kind, *_: workers.close(
@@ -8297,7 +8334,7 @@ def command_items(call):
     check_tool(call, tool)
     if not has_items(call.pipeline.tools[tool]):
         raise UserError(f"{tool} has no items.", "A tool has items if its module has a function "
-                        'items(), or if TOOL_MAP says "each" of it.')
+                        'items(), or if TOOL_MAP says "each" or "items" of it.')
     count = 0
     with open_connection(call) as conn:
         for page in load_item_pages(call, conn, tool, names):

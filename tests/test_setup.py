@@ -356,6 +356,7 @@ def test_an_option_that_is_not_given_has_its_default(row, field, value):
     ("cache", False, "cache_s", None),
     ("cache", "24h", "cache_s", 86_400),
     ("fresh_for", "2d", "fresh_for_s", 172_800),
+    ("items", "raw/**/*.[ct]sv", "items", "raw/**/*.[ct]sv"),
 ])
 def test_an_option_is_read_as_what_it_says(key, given, field, value):
     assert getattr(read(**{key: given}), field) == value
@@ -390,6 +391,8 @@ WRONG = {
     "cache": ("True, False or a duration", ["24", "ever", "", 0, "0s", -1, None, [], math.inf]),
     "fresh_for": ("a number of seconds or a text", [*NO_DURATION, 0, "0s"]),
     "each": ("the name of a tool with items", ["", None, True, 1, ["fetch"], {"fetch"}]),
+    "items": ("a pattern of files, without braces", [
+        "", None, True, 1, ["*.csv"], "raw/{item}.csv", "{", "}"]),
     "batch": ("a whole number from 1 on", [0, -1, 1.0, "500", None, True, math.inf]),
 }
 
