@@ -171,6 +171,7 @@ ITEM_STATUSES = ("success", "failed", "quarantined", "pending")
 DEATHS_ALLOWED = 3  # an item that took its process down so often is quarantined
 RESERVED_ARGUMENTS = ("conn", "context", "item")  # what run() gets from the engine
 NOT_AGAIN = "not tried again"  # the reason of a failure that another try would only repeat
+OF_ITEM = r"\{(item|stem)\}"  # in what a tool writes: the name of an item, or that of its file
 ALL_BEFORE = "*"  # Step.needs of a tool that declares nothing: everything before it in the plan
 
 
@@ -240,6 +241,11 @@ class Tool(NamedTuple):
     def given_items(self):
         """What its row says that its items are: a tool or a pattern of files, or None."""
         return self.each or self.items
+
+    @property
+    def outputs(self):
+        """Those of its writes that are a file of each of its items."""
+        return tuple(name for name in self.writes if re.search(OF_ITEM, name))
 
 
 class Stage(NamedTuple):
@@ -722,6 +728,12 @@ def read_names(value):
     return tuple(dict.fromkeys(map(read_name, names)))
 
 
+def read_writes(value):
+    """Read a list of names, in which braces stand for an item."""
+    names = read_names(value)
+    return accept(names, not re.search(rf"\{{{_IDENTIFIER}\}}", re.sub(OF_ITEM, "", str(names))))
+
+
 def read_uses(value):
     """Read the units of each resource; they are sorted by its name."""
     accept(value, isinstance(value, Mapping))
@@ -754,7 +766,8 @@ OPTIONS = {
     # the tools that must be done first; what reads X needs what writes X
     "needs": ("needs", read_names, _NAMES, '["fetch"]'),
     "reads": ("reads", read_names, _NAMES, '["raw_flights"]'),
-    "writes": ("writes", read_names, _NAMES, '["flights"]'),
+    "writes": ("writes", read_writes, _NAMES + ", with no braces but {item} and {stem}",
+               '["flights"]'),
     # further attempts after a failed one, and how long to wait before each: see retry_delay_s
     "retries": ("retries", read_number(0, kind=int), "a whole number from 0 on", "3"),
     "retry_delay": ("retry_delay_s", parse_duration_s, _DURATION, '"30s"'),
@@ -3275,7 +3288,8 @@ class Ledger:
     `transaction`, the number of that of an item, where no savepoint tells whether it ended. What
     find_pending() has found: `listed`, how many items there are, and `names`, those of all;
     `doubles`, the names that came again; `unfit`, those that can not be kept, each with what is
-    wrong; `given_back`, those of items that have their tries again.
+    wrong; `given_back`, those that come again, though they are done or given up, each with its
+    version and the run that was at it last.
     """
 
     def __init__(self, conn, folder, pipeline, tool, run_id, source, schema=None):
@@ -3356,15 +3370,17 @@ class Ledger:
 
     # --- which items there are ---
 
-    def find_pending(self, found, each=None, retry=None):
+    def find_pending(self, found, each=None, comes_again=lambda name, is_done: False,
+                     looks_at_done=False):
         """Yield the items that are not done, in order, each with the status of the last try of
         this version, "" if there was none, and the run of that.
 
         They are those that passed the tool `each`, or that items() `found`: a SELECT or names; the
-        first of the same name counts. `retry` has those tried again that were given up: of some
-        names, or all for (). Raise TypeError or ValueError for what is no item.
+        first of the same name counts. `comes_again(name, is_done)` is asked of those that were
+        given up, and of those that are done if it `looks_at_done`: what is to come again is
+        pending once reopen() is called. Raise TypeError or ValueError for what is no item.
         """
-        self.listed, self.names, self.doubles, self.given_back = 0, set(), [], set()
+        self.listed, self.names, self.doubles, self.given_back = 0, set(), [], {}
         self.unfit = []
         pairs = self._list_pairs(found, each)
         for listed in iter(lambda: [*itertools.islice(pairs, _PAGE)], []):
@@ -3376,7 +3392,7 @@ class Ledger:
                     self.unfit.append((pair[0], problem))
                 else:
                     page.append(pair)
-            done = {*self._look_up(page, "item, passed")}
+            done = () if looks_at_done else {*self._look_up(page, "item, passed")}
             left = []
             for name, version in page:
                 if (name, version) not in done:
@@ -3385,7 +3401,7 @@ class Ledger:
                     else:
                         left.append((name, version))
                 self.names.add(name)
-            yield from self._describe(left, retry)
+            yield from self._describe(left, comes_again)
 
     def _list_pairs(self, found, each):
         """Return the names and versions of items, one after the other."""
@@ -3424,19 +3440,29 @@ class Ledger:
                          f"WHERE pipeline = ? AND tool = ? AND item IN ({marks})",
                          (*self.key, *[name for name, _ in page]))
 
-    def _describe(self, page, retry):
-        """Yield what find_pending() does of items that are not done."""
+    def _describe(self, page, comes_again):
+        """Yield what find_pending() does of items that are not done, or are to be done again."""
         rows = {row[0]: row for row in self._look_up(
-            page, "item, version, source, status, attempts, deaths, run_id")} if page else {}
+            page, "item, version, passed, source, status, attempts, deaths, run_id")} \
+            if page else {}
         for name, version in page:
-            _, tried, source, status, tries, deaths, run_id = rows.get(name, (None,) * 7)
-            if retry is not None and status in _GIVEN_UP and name in (retry or (name,)):
-                self.do(_GIVE_BACK, (*self.key, name))
-                self.given_back.add(name)
+            _, tried, passed, source, status, tries, deaths, run_id = rows.get(name, (None,) * 8)
+            is_done = passed == version
+            if (is_done or status in _GIVEN_UP) and comes_again(name, is_done):
+                self.given_back[name] = version, run_id
                 status, tries, deaths = "pending", 0, 0
+            elif is_done:
+                continue
             if (tried, source) != (version, self.source):  # or there is no row
                 status, tries, deaths = "", 0, 0
             yield Item(name, version, name in rows, tries, deaths), status, run_id or ""
+
+    def reopen(self):
+        """Make pending what find_pending() has given back, but for what somebody else has been at
+        since. To forget that it passed is what lets record() write that it passed once more.
+        """
+        for name, (version, run_id) in self.given_back.items():
+            self.do(_REOPEN, (version, *self.key, name, run_id))
 
     def find_others(self):
         """Return the pipelines that have items of this tool in the ledger, if this one has none."""
@@ -3584,9 +3610,10 @@ _TRANSACTION = {
     "postgresql": "SELECT max(split_part(virtualtransaction, '/', 2)::bigint) FROM pg_locks "
                   "WHERE pid = pg_backend_pid()",
 }
-_GIVE_BACK = """
-    UPDATE orchestrator_items SET status = 'pending', attempts = 0, deaths = 0
-    WHERE pipeline = ? AND tool = ? AND item = ?
+_REOPEN = """
+    UPDATE orchestrator_items
+    SET passed = nullif(passed, ?), status = 'pending', attempts = 0, deaths = 0
+    WHERE pipeline = ? AND tool = ? AND item = ? AND run_id = ?
 """
 _UPDATE = """
     UPDATE orchestrator_items
@@ -4193,9 +4220,10 @@ def find_item_misfits(tool, has_own_items, run_takes):
         if not run_takes.takes("item"):
             yield (f"{tool.function}() of {tool.module} is called once per item, but does not "
                    "take it.", f"Write `def {tool.function}(conn, item):`.")
-    elif tool.batch != 1:
-        yield (f"'batch' is for tools with items, and {tool.module} has no function items().",
-               "Write one, or take 'batch' out.")
+    elif tool.batch != 1 or tool.outputs:
+        what = repr("batch") if tool.batch != 1 else f"'writes': {tool.outputs[0]!r}"
+        yield (f"{what} is for tools with items, and {tool.module} has no function items().",
+               f"Write one, or take {what} out.")
 
 
 def load_callees(tools, available, interrupts):
@@ -4210,7 +4238,8 @@ def load_callees(tools, available, interrupts):
 
     def load(_, tool):
         # and what it must be like depends on these options
-        key = tool.module, tool.function, tool.given_items is None, tool.batch, tool.cache_s
+        key = (tool.module, tool.function, tool.given_items is None, tool.outputs, tool.batch,
+               tool.cache_s)
         if key not in loaded:
             loaded[key] = load_callee(tool, known, interrupts)
         return loaded[key]._replace(tool=tool)
@@ -5234,6 +5263,10 @@ class Trier(Doer):
             if not is_good_exit(error.code) or self.interrupts.is_forked:
                 raise
             result = None
+        missing = self.tool.writes and self.at_work and find_missing(
+            self.tool, self.at_work.name, self.setting.base)
+        if missing and not self.interrupts.is_forked:
+            raise SaysFailed(f"it has not written {missing}")
         if callee.check is not None and not self.interrupts.is_forked:
             self.interrupts.own_argv(self.tool)
             call_check(callee, self.given)
@@ -5370,7 +5403,8 @@ _REFUSED = ("%s was refused inside an item, which the engine commits: take conn.
 
 class Lister(Doer):
     """Lists the items of a tool: its items(), another tool or a pattern says which there are, the
-    ledger which of them are pending.
+    ledger which of them are pending. State, beside that of each Doer: `gone`, by the name of each
+    item that is done, which of its output is not there.
     """
 
     def do_all(self):
@@ -5385,7 +5419,12 @@ class Lister(Doer):
                            f"listed of {job.tool}.",
                            format_nearest(job.only, sorted(ledger.names)[:10_000]))
         is_hopeless = bool(given_up) and not ledger.has_passed()
+        ledger.reopen()
         self.database.commit()
+        if self.gone:
+            self.tell("event", {"kind": "log", "level": 20, "text": (
+                f"{len(self.gone):,} of {count_items(listed)} pending again: their output is gone: "
+                + format_names(list(self.gone.values())[:3], len(self.gone)))})
         if others and pending:  # before any of them is done anew
             self.tell("event", {"kind": "log", "level": 30, "text": (
                 f"the ledger has items of this tool in pipeline {others[0]!r}, none in "
@@ -5425,6 +5464,7 @@ class Lister(Doer):
             raise UserError(f"nothing tells which items passed {each}: there is neither a database "
                             "nor a history")
         self.give()
+        self.gone = {}
         found = self.interrupts.call(self._sort_items)
         back = self.ledger.given_back
         missing = [name for name in self.job.retry or () if name not in back]
@@ -5437,9 +5477,8 @@ class Lister(Doer):
     def _sort_items(self):
         """Have the ledger look up what items() gives; return what _find_items() does."""
         pending, given_up, job = [], [], self.job
-        retry = job.retry if job.only is None else (job.only,)
-        for item, status, run_id in self.ledger.find_pending(self._call_items(), self.tool.each,
-                                                             retry):
+        for item, status, run_id in self.ledger.find_pending(
+                self._call_items(), self.tool.each, self._comes_again, bool(self.tool.outputs)):
             is_of_this_run = run_id == job.run_id
             # Without retries one that failed comes again in the next run.
             is_given_up = status == "quarantined" or status == "failed" and (
@@ -5449,6 +5488,19 @@ class Lister(Doer):
             elif not is_of_this_run or job.attempt == 1:  # else it is counted
                 given_up.append(item.name)
         return pending, given_up
+
+    def _comes_again(self, name, is_done):
+        """Return whether an item comes again that is done, or else given up: its output is gone,
+        or somebody asks for it.
+        """
+        job = self.job
+        if is_done:
+            missing = find_missing(self.tool, name, self.setting.base)
+            if missing:
+                self.gone[name] = missing
+            return bool(missing)
+        retry = job.retry if job.only is None else (job.only,)
+        return retry is not None and name in (retry or (name,))
 
     def _call_items(self):
         """Return what items() gives: the text of a SELECT, or what yields names."""
@@ -5504,6 +5556,13 @@ def find_files(pattern, base):
                 name = path[len(start) * path.startswith(start):].replace(os.sep, "/")
                 found[name] = f"{stat.st_size}-{stat.st_mtime_ns}"
     return sorted(found.items())
+
+
+def find_missing(tool, item, base):
+    """Return the first file that a tool writes for an item and that is not there; "" if all are."""
+    parts = {"item": item, "stem": os.path.splitext(os.path.basename(item))[0]}
+    names = [re.sub(OF_ITEM, lambda brace: parts[brace[1]], name) for name in tool.outputs]
+    return next((name for name in names if not os.path.exists(os.path.join(base, name))), "")
 
 
 def format_retry(tool):

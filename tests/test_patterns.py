@@ -187,3 +187,140 @@ def test_what_a_pattern_does_not_go_with_is_refused(quick, words, options, modul
     quick.tool("u", "def items(): return ['a']\ndef run(item): print('ran')")
     ended = quick.run(*words)
     assert ended.code == 2 and says in ended.out + ended.err and "ran" not in ended.out
+
+
+# --- what is written for each item ---
+
+SORT = """
+    from pathlib import Path
+    def run(conn, item):
+        conn.execute("CREATE TABLE IF NOT EXISTS done (item)")
+        conn.execute("INSERT INTO done VALUES (?)", (item,))
+        if not Path("lazy").exists() or Path("lazy").read_text() != item:
+            path = Path("sorted", Path(item).stem + ".bam")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(item)
+"""
+SORTED = csv(writes="sorted/{stem}.bam")
+NAMES = "raw/a.csv", "raw/b.csv", "raw/c.csv"
+
+
+def make_sorted(sandbox, tools=SORTED, *names):
+    """Return a sandbox with a tool that writes a file for each of some files."""
+    return make(sandbox, tools, *(names or NAMES)).tool("t", SORT)
+
+
+@PARALLEL
+def test_an_item_whose_output_is_gone_is_done_again_and_the_run_says_why(quick, words):
+    make_sorted(quick)
+    assert quick.run(*words).code == 0
+    assert "none of 3 items is pending" in quick.run(*words).err
+    (quick.folder / "sorted" / "b.bam").unlink()
+    ended = quick.run(*words)
+    assert ended.code == 0 and done(quick)[3:] == ["raw/b.csv"]
+    assert "1 of 3 items pending again: their output is gone: sorted/b.bam\n" in ended.err
+    assert "gone" not in quick.run(*words).err
+    assert (quick.folder / "sorted" / "b.bam").exists() and len(done(quick)) == 4
+
+
+@pytest.mark.parametrize("source", [
+    {"items": "raw/*.csv"}, {"each": "first"}, {"module": "own"}, {"module": "chosen"}],
+    ids=["pattern", "each", "items()", "SELECT"])
+def test_an_output_that_is_gone_is_found_whatever_says_which_items_there_are(quick, source):
+    table = {"first": {"module": "first", "items": "raw/*.csv"}} if "each" in source else {}
+    make_sorted(quick, {**table, "t": {"module": "t", "writes": ["sorted/{stem}.bam"], **source}})
+    quick.tool("first", "def run(item): pass")
+    quick.tool("own", f"def items(): return {NAMES}\nfrom t import run")
+    quick.tool("chosen", """
+        from t import run
+        def items():
+            return "SELECT 'raw/a.csv' UNION SELECT 'raw/b.csv' UNION SELECT 'raw/c.csv'"
+    """)
+    assert quick.run().code == 0
+    (quick.folder / "sorted" / "c.bam").unlink()
+    ended = quick.run()
+    assert ended.code == 0 and "1 of 3 items pending again" in ended.err
+    assert done(quick) == [*NAMES, "raw/c.csv"]
+
+
+def test_what_was_given_up_does_not_come_again_for_want_of_its_output(quick):
+    make_sorted(quick, csv(writes="sorted/{stem}.bam", retries=1, retry_delay=0))
+    write(quick, "lazy", text="raw/b.csv")
+    assert quick.run().code == 1
+    ended = quick.run()
+    assert "1 item given up before: raw/b.csv" in ended.err and "gone" not in ended.err
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@PARALLEL
+def test_an_item_that_has_not_written_its_output_fails_and_is_rolled_back(quick, words, batch):
+    make_sorted(quick, csv(writes="sorted/{stem}.bam", batch=batch))
+    write(quick, "lazy", text="raw/b.csv")
+    ended = quick.run(*words)
+    assert ended.code == 1
+    assert "raw/b.csv: it has not written sorted/b.bam" in ended.err
+    assert "Traceback" not in ended.err
+    assert sorted(done(quick)) == ["raw/a.csv", "raw/c.csv"]
+    (quick.folder / "lazy").unlink()
+    assert quick.run(*words).code == 0
+    assert sorted(done(quick)) == [*NAMES]
+
+
+def test_what_check_looks_at_is_written(quick):
+    make_sorted(quick, csv(writes="sorted/{stem}.bam"), "raw/a.csv")
+    quick.tool("t", SORT + "\n    def check(): print('checked')\n")
+    write(quick, "lazy", text="raw/a.csv")
+    assert quick.run().out == ""
+    (quick.folder / "lazy").unlink()
+    assert quick.run().out == "checked\n"
+
+
+def test_the_braces_are_the_item_and_its_name_without_folder_and_last_suffix(quick):
+    make(quick, csv(items="**/*.gz", writes=["out/{item}.ok", "{stem}+{stem}"]), "a/b/{item}.x.gz")
+    quick.tool("t", """
+        from pathlib import Path
+        def run(item):
+            if Path("once").exists():
+                Path("{item}.x+{item}.x").touch()
+            Path("once").touch()
+            Path("out/a/b").mkdir(parents=True, exist_ok=True)
+            Path("out", item + ".ok").touch()
+    """)
+    assert "it has not written {item}.x+{item}.x\n" in quick.run().err
+    assert quick.run().code == 0
+
+
+def test_who_reads_what_is_written_for_each_item_needs_who_writes_it(quick):
+    make_sorted(quick, {"u": {"module": "u", "reads": "sorted/{stem}.bam"}, **SORTED})
+    quick.tool("u", "def run(): print('last')")
+    plan = json.loads(quick.run("--plan", "--json").out)
+    assert [(step["tool"], step["needs"]) for step in plan["steps"]] == [("t", []), ("u", ["t"])]
+    assert quick.run().out == "last\n"
+
+
+def test_to_be_done_again_for_its_output_is_nothing_new_to_those_that_take_each(quick):
+    make_sorted(quick, {**SORTED, "u": {"module": "u", "each": "t"}})
+    quick.tool("u", "def run(item): print(item)")
+    assert quick.run().out.split() == [*NAMES]
+    (quick.folder / "sorted" / "a.bam").unlink()
+    assert quick.run().out == ""
+    assert done(quick)[3:] == ["raw/a.csv"]
+
+
+@pytest.mark.parametrize("table, says", [
+    ({"writes": "out/{stem}"}, "TOOL_MAP['t']: 'writes': 'out/{stem}' is for tools with items, "
+                               "and t has no function items().\n"),
+    ({"writes": "out/{year}"}, "'writes' must be a list of names, with no braces but {item} and "),
+    ({"writes": "out/{year}", "items": "*.csv"}, "with no braces but {item} and {stem}, not"),
+])
+@pytest.mark.parametrize("words", [(), ("--check",), ("--plan",)])
+def test_braces_that_stand_for_nothing_are_refused(quick, words, table, says):
+    make(quick, {"t": {"module": "t", **table}}).tool("t", "def run(conn): print('ran')")
+    ended = quick.run(*words)
+    assert ended.code == 2 and says in ended.out + ended.err and ended.out.count("ran\n") == 0
+
+
+def test_a_tool_without_items_may_share_its_module_with_one_that_writes_for_each(quick):
+    make_sorted(quick, {**SORTED, "u": {"module": "t", "writes": "{stem}"}})
+    ended = quick.run("u")
+    assert ended.code == 2 and "TOOL_MAP['u']: 'writes': '{stem}' is for tools with" in ended.err

@@ -327,6 +327,7 @@ def test_an_option_that_is_not_given_has_its_default(row, field, value):
     ("reads", [], "reads", ()),
     ("reads", "a table.csv", "reads", ("a table.csv",)),
     ("writes", ["x", "y"], "writes", ("x", "y")),
+    ("writes", ["x", "a/{item}", "{stem}.b", "{}"], "outputs", ("a/{item}", "{stem}.b")),
     ("retries", 0, "retries", 0),
     ("retries", 9999, "retries", 9999),
     ("retry_delay", "10m", "retry_delay_s", 600),
@@ -370,7 +371,8 @@ NO_COUNT = [-1, 1.0, 1.5, "3", None, True, False, math.inf, math.nan, []]
 WRONG = {
     "needs": ("a list of names", NO_NAMES),
     "reads": ("a list of names", NO_NAMES),
-    "writes": ("a list of names", NO_NAMES),
+    "writes": ("a list of names, with no braces but {item} and {stem}", [
+        *NO_NAMES, "{a}", ["out/{stem}.{x}"], ["x", "{items}"]]),
     "retries": ("a whole number from 0 on", NO_COUNT),
     "retry_delay": ("a number of seconds or a text", NO_DURATION),
     "retry_max_delay": ("a number of seconds or a text", NO_DURATION),
