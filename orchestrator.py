@@ -142,8 +142,8 @@ import re
 import time
 from heapq import heappop, heappush
 from typing import (
-    Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple,
-    Union,
+    Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+    Sequence, Tuple, Union,
 )
 
 VERSION = "2.0.0"
@@ -301,7 +301,7 @@ class Past(NamedTuple):
     this run: see History. `find_needed_works` gives the last work of each tool that one needs.
     `find_change` tells what changed in a tool itself since a success of it, or "". `done` are the
     tools that ended well in the run that is resumed. `is_forced` overrides cache, freshness and
-    missing needs. `has_items` tells whether a tool has items.
+    missing needs. `has_items` tells whether a tool has items. `excluded`: see Plan.
     """
     now: float
     find_success: Callable[[str], Optional[Success]]
@@ -312,15 +312,17 @@ class Past(NamedTuple):
     done: Mapping[str, Success] = {}
     is_forced: bool = False
     has_items: Callable[[Tool], bool] = lambda tool: False
+    excluded: FrozenSet[str] = frozenset()
 
 
 class Step(NamedTuple):
     """One tool's place in a plan. `action` is run, cached, or skip: done before a resume; or maybe:
     cached, unless what it waits for does something new, which is known when that has ended.
 
-    `needs` is what it waits for as its table says it; `edges` are the tools of the plan that it
-    waits for directly, which say the same: see make_steps. `success` is what a tool that is, maybe,
-    not run again did when it was; `expected_s` is None where nothing is known of it.
+    `needs` is what it waits for as its table says it, but for what is excluded; `edges` are the
+    tools of the plan that it waits for directly, which say the same: see make_steps. `success` is
+    what a tool that is, maybe, not run again did when it was; `expected_s` is None where nothing is
+    known of it.
     """
     tool: str
     wave: int
@@ -340,12 +342,14 @@ class Plan(NamedTuple):
     """What a run will do, in order, with `jobs` tools at most side by side.
 
     `critical_path` is the chain of tools that takes longest, `expected_s` what the whole run is
-    expected to take; None if that is unknown of any tool.
+    expected to take; None if that is unknown of any tool. `excluded` are the tools without which
+    those that need them go on.
     """
     steps: Tuple[Step, ...]
     critical_path: Names
     expected_s: Optional[float] = None
     jobs: int = 1
+    excluded: FrozenSet[str] = frozenset()
 
 
 class Item(NamedTuple):
@@ -1044,26 +1048,42 @@ def make_plan(pipeline, targets=(), *, exclude=(), start_from=None, jobs=1, past
         raise UserError(f"There is nothing to run: {', '.join(targets)} has no tools.",
                         "Name a target that has some; --list shows them all.")
     order = sort_by_needs(reasons, find_needs_within(pipeline, reasons))
-    order = leave_out(pipeline, order, exclude, start_from)
+    excluded = frozenset(tool for name in exclude for tool in expand_reasons(pipeline, name))
+    order = [tool for tool in begin_at(pipeline, order, start_from) if tool not in excluded]
     if not order:
         raise UserError("Nothing is left to run.", "Name a target that holds a tool, or take "
                         "something out of --exclude; --list shows them all.")
-    if past and not past.is_forced:
+    tell_excluded(pipeline, order, excluded, reasons)
+    if past:
+        past = past._replace(excluded=excluded)
         check_needs_met(pipeline, order, past)
+    needs = find_needs_within(pipeline, dict.fromkeys(order), excluded)
     redo, lost = {}, True
     while lost:
-        steps = make_steps(pipeline, order, reasons, past, redo, describe)
+        steps = make_steps(pipeline, needs, reasons, past, redo, describe)
         lost = find_lost_results(steps)
         redo.update(lost)
     expected_s = {step.tool: step.expected_s for step in steps}
     whole_s = None if None in expected_s.values() \
         else simulate(Schedule(steps, pipeline, jobs), expected_s, jobs)
-    return Plan(tuple(steps), find_critical_path(steps), whole_s, jobs)
+    return Plan(tuple(steps), find_critical_path(steps), whole_s, jobs, excluded)
+
+
+def tell_excluded(pipeline, order, excluded, reasons):
+    """Add to the reason of each tool what it needs and goes on without."""
+    for tool in order:
+        needs = pipeline.needs[tool]
+        without = [need for need in needs if needs != ALL_BEFORE and need in excluded]
+        if without:
+            are = "is" if len(without) == 1 else "are"
+            reasons[tool] += f"; without {', '.join(without)}, which {are} excluded"
 
 
 def check_needs_met(pipeline, order, past):
     """Raise UserError for each need outside the plan whose tool has no success fresh enough."""
-    planned, errors = set(order), []
+    if past.is_forced:
+        return
+    planned, errors = {*order, *past.excluded}, []
     for tool in order:
         needs = pipeline.needs[tool]
         if needs == ALL_BEFORE or tool in past.done or pipeline.tools[tool].when == "always":
@@ -1135,17 +1155,24 @@ def decide(pipeline, tool, edges, redo, past):
 
 def find_reason_to_run(tool, success, past):
     """Return why the success of a tool that is cached is none any more, or ""."""
-    needed, since = past.find_needed_works(tool.name), f"since run {success.run_id}"
+    since = f"since run {success.run_id}"
+    was, needed = (leave_out_works(works, past.excluded)
+                   for works in (success.needed, past.find_needed_works(tool.name)))
     if not success.source:
         return f"what it was in run {success.run_id} is not recorded"
-    if needed.keys() != success.needed.keys():
+    if needed.keys() != was.keys():
         return f"its needs changed {since}"
-    if needed != success.needed:
+    if needed != was:
         return f"what it needs has run {since}"
     if not is_young(success, tool.cache_s, past.now):
         return f"succeeded {format_age(success, past.now)}"
     change = past.find_change(tool, success)
     return change and f"{change} {since}"
+
+
+def leave_out_works(works, excluded):
+    """Return the works of needed tools, but for those that were left out on purpose."""
+    return {tool: work for tool, work in works.items() if tool not in excluded}
 
 
 def find_lost_results(steps):
@@ -1175,15 +1202,15 @@ def read_targets(where, value):
     return names
 
 
-def make_steps(pipeline, order, reasons, past, redo, describe):
-    """Return the steps for tools in an order that their needs allow.
+def make_steps(pipeline, needs_of, reasons, past, redo, describe):
+    """Return the steps for tools, with what each needs, in an order that this allows.
 
     A tool that waits for all before it has edges to the last such tool, which waits for all before
     that, and to what came in between: so there are never many more edges than tools and needs.
     """
     steps = {}
     since = []  # the last tool that waits for all before it, and what came after it
-    for tool, needs in find_needs_within(pipeline, dict.fromkeys(order)).items():
+    for tool, needs in needs_of.items():
         options = pipeline.tools[tool]
         edges = since if needs == ALL_BEFORE else [need for need in needs if need in steps]
         action, success, why = ("run", None, "") if past is None else decide(
@@ -1233,8 +1260,8 @@ def find_beyond(tools, edges, word):
     return found
 
 
-def find_needs_within(pipeline, planned):
-    """Return what each tool of a plan needs.
+def find_needs_within(pipeline, planned, excluded=frozenset()):
+    """Return what each tool of a plan needs, but for what is excluded.
 
     Who reads or writes a name needs the last of its writers, which needs the one before. Where
     that last one is not in the plan, the one before takes its place, so that no two who use a name
@@ -1251,6 +1278,8 @@ def find_needs_within(pipeline, planned):
                     needs += [each for each in pipeline.needs[need] if each not in needs
                               and used.intersection(tools[each].writes)]
             found[tool] = tuple(needs)
+        if excluded and found[tool] != ALL_BEFORE:
+            found[tool] = tuple(need for need in found[tool] if need not in excluded)
     return found
 
 
@@ -1481,17 +1510,16 @@ def decide_period(period, last, reprocess, today):
     return period._replace(action=action, reason=reason, run_id=run_id)
 
 
-def leave_out(pipeline, order, exclude, start_from):
-    """Return the tools that --exclude and --from leave, in order."""
-    excluded = {tool for name in exclude for tool in expand_reasons(pipeline, name)}
-    if start_from is not None:
-        first = set(expand_target(pipeline, start_from))
-        starts = [i for i, tool in enumerate(order) if tool in first]
-        if not starts:
-            raise UserError(f"--from: {start_from!r} is not in this plan.",
-                            format_nearest(start_from, order))
-        order = order[starts[0]:]
-    return [tool for tool in order if tool not in excluded]
+def begin_at(pipeline, order, start_from):
+    """Return the tools that --from leaves, in order."""
+    if start_from is None:
+        return order
+    first = set(expand_target(pipeline, start_from))
+    starts = [i for i, tool in enumerate(order) if tool in first]
+    if not starts:
+        raise UserError(f"--from: {start_from!r} is not in this plan.",
+                        format_nearest(start_from, order))
+    return order[starts[0]:]
 
 
 def expand_target(pipeline, name):
@@ -7281,7 +7309,7 @@ def find_standing(session, step):
     """
     if step.action == "maybe":
         past = make_past(session.pipeline, session.history, session.arguments,
-                         session.clock.wall(), {}, False)
+                         session.clock.wall(), {}, False)._replace(excluded=session.plan.excluded)
         if find_reason_to_run(session.pipeline.tools[step.tool], step.success, past):
             return None
     return step.success
@@ -7304,7 +7332,8 @@ def find_facts(session, tool):
     """
     history = session.history
     return {"source": describe_source(tool, hash_imported(tool.module)),
-            "needed": history.find_needed_works(session.pipeline, tool.name),
+            "needed": leave_out_works(history.find_needed_works(session.pipeline, tool.name),
+                                      session.plan.excluded),
             "inputs": {"reads": find_reads(tool, history.base, {})}}
 
 

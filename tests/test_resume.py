@@ -554,6 +554,73 @@ def test_a_need_outside_the_plan_may_be_no_older_than_it_is_fresh(line):
     assert line.run("b", "--force") == ["b"]
 
 
+# --- what is excluded ---
+
+def test_what_needs_an_excluded_tool_goes_on_without_it_whether_it_ever_succeeded_or_not(line):
+    for _ in range(2):
+        assert line.run("--exclude", "a") == ["b", "c", "d"]
+        assert line.run("b", "--exclude", "a") == ["b"]
+        assert line.plan("--exclude", "a") == {
+            "b": ("run", "in TOOL_MAP; without a, which is excluded"),
+            "c": ("run", "in TOOL_MAP; without a, which is excluded"), "d": ("run", "in TOOL_MAP")}
+        line.run("a")
+    assert line.plan("--exclude", "b", "--exclude", "c")["d"] == (
+        "run", "in TOOL_MAP; without b, c, which are excluded")
+    assert line.run("--exclude", "a", "-j", "2")[-1] == "d"
+
+
+def test_only_what_is_excluded_is_done_without(line):
+    assert line.run("d", "--exclude", "b", code=2) == []
+    assert "d needs what is not in this plan: c, which has never succeeded.\n" in line.ended.err
+
+
+@pytest.mark.parametrize("words", [(), ("-j", "2")])
+def test_the_results_of_an_excluded_tool_are_not_handed_on(line, words):
+    line.sandbox.tool("m", """
+        def run(context):
+            with open("sees." + context.tool, "w") as file:
+                file.write(" ".join(sorted(context.results)))
+            return 1
+    """)
+    line.run(*words)
+    assert line.sandbox.read("sees.d") == "b c"
+    line.run(*words, "--exclude", "b")
+    assert line.sandbox.read("sees.d") == "c"
+    line.run("d", *words)
+    assert line.sandbox.read("sees.d") == "b c"
+
+
+def test_a_resume_keeps_what_is_excluded_and_goes_on_without_it(line):
+    assert line.run("--exclude", "a", broken="c") == ["b", "c"]
+    assert line.plan("--resume")["c"] == ("run", "in TOOL_MAP; without a, which is excluded")
+    assert line.run("--resume") == ["c", "d"]
+
+
+def test_the_items_of_an_excluded_tool_that_passed_are_still_those_of_each(quick):
+    quick.pipeline(f"""{SQLITE}
+TOOL_MAP = {{"t": "t", "u": {{"module": "u", "each": "t"}}}}
+""")
+    quick.tool("t", "def items(): return ['a', 'b']\ndef run(item): assert item != 'b'")
+    quick.tool("u", "def run(item): print(item)")
+    ended = quick.run("--exclude", "t")
+    assert (ended.code, ended.out) == (0, "") and "no items" in ended.err
+    assert quick.run("t").code == 1
+    assert quick.run("--exclude", "t").out == "a\n"
+
+
+def test_a_cached_tool_stays_so_without_what_it_needs_but_what_was_made_without_is_no_more(quick):
+    """A success without the excluded tool says nothing of one with it."""
+    line = Line(quick, {"a": {"module": "m", "needs": []},
+                        "b": {"module": "m", "needs": ["a"], "cache": True}})
+    assert line.run() == ["a", "b"]
+    assert line.run("--exclude", "a", code=0) == []
+    line.sandbox.tool("m", TOOL + "    # changed\n")
+    assert line.run("--exclude", "a") == ["b"]
+    assert line.run("--exclude", "a") == []
+    assert line.plan("b")["b"] == ("run", "named; its needs changed since run 3")
+    assert line.run("b") == ["b"] and line.run("b") == []
+
+
 # --- cache ---
 
 CACHED = {
