@@ -390,7 +390,7 @@ class Job(NamedTuple):
     `number` is what messages call it by; `log` is the file for what it prints, where that is
     another process's; `run_id` that of the ledger, 7.3f2a for run 7; `source` the fingerprint of
     the tool's module. `only`: no item but this one. `retry`: the items to try again that were
-    given up; all if it is empty, none if it is None.
+    given up, and `redo` those to do again that are done; all if it is empty, none if it is None.
     """
     number: int
     tool: str
@@ -403,6 +403,7 @@ class Job(NamedTuple):
     source: str = ""
     only: Optional[str] = None
     retry: Optional[Names] = None
+    redo: Optional[Names] = None
 
 
 class Outcome(NamedTuple):
@@ -1027,11 +1028,12 @@ DEFAULT_STAGE = "full"
 
 
 def make_plan(pipeline, targets=(), *, exclude=(), start_from=None, jobs=1, past=None,
-              describe=None):
+              describe=None, redo=()):
     """Return the plan for some targets; without any, of the stage `full` or else of all tools.
 
     Without `past` nothing is known of earlier runs, and everything is to be run. `describe` tells
-    how a tool runs, if there is something to tell. Raise UserError for a word that is neither a
+    how a tool runs, if there is something to tell. `redo` are tools that run, though they are
+    cached, or done in the run that is resumed. Raise UserError for a word that is neither a
     stage nor a tool, if nothing is left to run, and if a tool needs one that is not in the plan
     and has no success that is fresh enough.
     """
@@ -1058,7 +1060,7 @@ def make_plan(pipeline, targets=(), *, exclude=(), start_from=None, jobs=1, past
         past = past._replace(excluded=excluded)
         check_needs_met(pipeline, order, past)
     needs = find_needs_within(pipeline, dict.fromkeys(order), excluded)
-    redo, lost = {}, True
+    redo, lost = dict.fromkeys(redo, "again, as --redo says"), True
     while lost:
         steps = make_steps(pipeline, needs, reasons, past, redo, describe)
         lost = find_lost_results(steps)
@@ -1213,7 +1215,7 @@ def make_steps(pipeline, needs_of, reasons, past, redo, describe):
     for tool, needs in needs_of.items():
         options = pipeline.tools[tool]
         edges = since if needs == ALL_BEFORE else [need for need in needs if need in steps]
-        action, success, why = ("run", None, "") if past is None else decide(
+        action, success, why = ("run", None, redo.get(tool, "")) if past is None else decide(
             pipeline, tool, [steps[each] for each in edges], redo, past)
         expected_s = 0.0 if action in ("cached", "skip") else (
             past and past.find_expected_s(tool)) or options.estimate_s
@@ -2619,17 +2621,24 @@ def make_request(run):
                    None if words is None else tuple(words), run["run_id"], run["item"] or None)
 
 
+def override(request, said):
+    """Return what a resume asks for, but for what is said beside it."""
+    names = "exclude", "start_from", "item"
+    return request._replace(**{name: getattr(said, name) for name in names if getattr(said, name)})
+
+
 def find_request(history, request, arguments, resume):
     """Return what to run, with which arguments, and what of it is done: for a resume, what the
-    resumed run says. Raise UserError if a resume is asked for together with targets.
+    resumed run says, where nothing else is said beside it. Raise UserError if a resume is asked for
+    together with targets.
     """
     if not resume:
         return request, arguments, {}
-    if request != Request():
-        raise UserError("resume takes its targets and exclusions from the run.",
-                        "Leave out targets, exclude and start_from.")
+    if request.targets:
+        raise UserError("resume takes its targets from the run.", "Leave out targets.")
     run = history.find_resumable(None if resume is True else resume)
-    return (make_request(run), read_arguments(run) if arguments is None else arguments,
+    return (override(make_request(run), request),
+            read_arguments(run) if arguments is None else arguments,
             history.find_done(run["run_id"]))
 
 
@@ -5494,9 +5503,14 @@ class Lister(Doer):
         self.give()
         self.gone = {}
         found = self.interrupts.call(self._sort_items)
-        back = self.ledger.given_back
-        missing = [name for name in self.job.retry or () if name not in back]
-        if missing and self.job.only is None:
+        job, back, names = self.job, self.ledger.given_back, self.ledger.names
+        missing = [name for name in job.redo or () if name not in names]
+        if missing:
+            raise Unlisted(f"--redo: {format_names(missing, len(missing))} can not be done again: "
+                           f"not among the {count_items(len(names))} of {self.tool.name}.",
+                           format_nearest(missing[0], sorted(names)[:10_000]))
+        missing = [name for name in job.retry or () if name not in back]
+        if missing and job.only is None:
             raise Unlisted(f"--retry-items: {format_names(missing, len(missing))} can not be tried "
                            f"again: not given up by {self.tool.name}.",
                            format_nearest(missing[0], sorted([*back, *found[1]])[:10_000]))
@@ -5505,8 +5519,9 @@ class Lister(Doer):
     def _sort_items(self):
         """Have the ledger look up what items() gives; return what _find_items() does."""
         pending, given_up, job = [], [], self.job
+        looks_at_done = job.redo is not None or bool(self.tool.outputs)
         for item, status, run_id in self.ledger.find_pending(
-                self._call_items(), self.tool.each, self._comes_again, bool(self.tool.outputs)):
+                self._call_items(), self.tool.each, self._comes_again, looks_at_done):
             is_of_this_run = run_id == job.run_id
             # Without retries one that failed comes again in the next run.
             is_given_up = status == "quarantined" or status == "failed" and (
@@ -5518,17 +5533,18 @@ class Lister(Doer):
         return pending, given_up
 
     def _comes_again(self, name, is_done):
-        """Return whether an item comes again that is done, or else given up: its output is gone,
-        or somebody asks for it.
+        """Return whether an item comes again that is done, or else given up: somebody asks for it,
+        or its output is gone.
         """
         job = self.job
-        if is_done:
-            missing = find_missing(self.tool, name, self.setting.base)
-            if missing:
-                self.gone[name] = missing
-            return bool(missing)
-        retry = job.retry if job.only is None else (job.only,)
-        return retry is not None and name in (retry or (name,))
+        retry = None if is_done else job.retry if job.only is None else ()
+        if job.only in (None, name) and any(asked is not None and name in (asked or (name,))
+                                            for asked in (job.redo, retry)):
+            return True
+        missing = is_done and find_missing(self.tool, name, self.setting.base)
+        if missing:
+            self.gone[name] = missing
+        return bool(missing)
 
     def _call_items(self):
         """Return what items() gives: the text of a SELECT, or what yields names."""
@@ -6468,8 +6484,8 @@ class Session(NamedTuple):
     """What a run is to do, and how; of it only what is in the Setting reaches who does jobs.
 
     retry_items: by tool, the items that are to be tried again though they were given up; all of
-    them where there are no names, and of all tools if it is None. find_said: see
-    check_are_taken(). grace_s: see run_pipeline().
+    them where there are no names, and of all tools if it is None; redo: by tool, those that are
+    to be done again. find_said: see check_are_taken(). grace_s: see run_pipeline().
     """
     pipeline: Pipeline
     plan: Plan
@@ -6481,6 +6497,7 @@ class Session(NamedTuple):
     keep_results: bool = True
     grace_s: float = GRACE_S
     retry_items: Optional[Mapping[str, Tuple[str, ...]]] = {}
+    redo: Mapping[str, Tuple[str, ...]] = {}
     on_event: Optional[Callable[[Event], None]] = None
     clock: Clock = Clock()
     find_said: Callable[[], Mapping[str, str]] = dict
@@ -6554,21 +6571,25 @@ def load_all(tools, arguments, interrupts):
 
 def find_retries(session, having):
     """Return by tool the items to try again that were given up; `having` are the tools that run and
-    have items. Raise UserError if items are asked for of another.
+    have items. Raise UserError if items are asked for of another, also of those to do again.
     """
     steps = session.plan.steps
     if session.request.item is not None and (len(steps) > 1 or not having):
         raise UserError("--item is for a single tool with items; the plan has "
                         f"{', '.join(step.tool for step in steps[:5])}.",
                         "Name one" + (": " + having[0] if having else "") + ".")
-    if session.retry_items is None:
-        return dict.fromkeys(having, ())
-    for tool in session.retry_items:
-        if tool not in having:
-            raise UserError(f"--retry-items: {tool!r} is no tool with items in this plan.",
-                            format_nearest(tool, having) if having else
-                            "Name such a tool as a target, too.")
-    return session.retry_items
+    named = [tool for tool, names in session.redo.items() if names]
+    for flag, asked, there, thing in [
+        ("--retry-items", session.retry_items or (), having, "tool with items"),
+        ("--redo", named, having, "tool with items"),
+        ("--redo", session.redo, [step.tool for step in steps], "tool"),
+    ]:
+        for tool in asked:
+            if tool not in there:
+                raise UserError(f"{flag}: {tool!r} is no {thing} in this plan.",
+                                format_nearest(tool, there) if there else
+                                "Name such a tool as a target, too.")
+    return dict.fromkeys(having, ()) if session.retry_items is None else session.retry_items
 
 
 def needs_worker(tool, jobs):
@@ -6709,13 +6730,13 @@ class Tally:
     """What came of the items of a tool in this run, in all its attempts: `ended`, how many did; the
     rows of those that passed; the first error, and the first names that failed; how many failures
     were `told`; how many were `unfit` to be kept. `retry` are those that were given up and are to
-    be tried again: see Job.
+    be tried again, `redo` those to be done again: see Job.
     """
 
-    def __init__(self, retry):
+    def __init__(self, retry, redo):
         self.ended = {"passed": 0, "failed": 0, "elsewhere": 0}
         self.rows, self.error, self.failed_names, self.told, self.unfit = None, "", [], 0, 0
-        self.retry = retry
+        self.retry, self.redo = retry, redo
 
     def count(self):
         """Return how many ended."""
@@ -6776,7 +6797,8 @@ class Work:
         self.lines = []
         if callee.has_items:
             from collections import deque
-            self.tally = former.tally if former else Tally(run.retries.get(self.tool.name))
+            self.tally = former.tally if former else Tally(
+                run.retries.get(self.tool.name), run.session.redo.get(self.tool.name))
             self.left, self.size, self.width = deque(), self.tool.batch, run.plan.jobs
             self.source = hash_item_source(self.tool)
             self.ended_before = self.tally.count()
@@ -6894,7 +6916,8 @@ class Work:
     def hear_listed(self, doing, listed):
         """Take it that all pending items are known, and what was said of them."""
         former, tool = self.run.former, self.tool.name
-        self.listed, self.tally.retry = listed, None  # what was given back is not once more
+        self.listed = listed
+        self.tally.retry = self.tally.redo = None  # what was given back is not once more
         self.run.history.note_items(tool, listed["counts"])
         for key in [] if doing.job.only else [key for key in former if key[0] == tool]:
             forget_slip(former.pop(key)[0], is_told=True)  # it is not pending any more
@@ -7062,7 +7085,8 @@ class Starter:
         work.jobs += 1
         job = Job(next(self.numbers), work.tool.name, items, not items, work.log,
                   self.ledger_run_id, work.number, work.last_success_at, work.source,
-                  self.session.request.item, work.tally and work.tally.retry)
+                  self.session.request.item, work.tally and work.tally.retry,
+                  work.tally and work.tally.redo)
         self.jobs[job.number] = Doing(work, job, self.clock.monotonic(),
                                       {item and item.name: item for item in items})
         work.performer.start(job, work.tool.timeout_s)
@@ -7445,12 +7469,12 @@ def check_keywords(name, item, home, resume, grace_s, wait_s, on_event):
                             f"Correct it, or leave {keyword} out.")
 
 
-def make_retries(given):
-    """Return which items are to be tried again, by tool; none of a tool means all of it."""
+def make_retries(keyword, given):
+    """Return which items are to be tried or done again, by tool; none of a tool means all of it."""
     if not isinstance(given, Mapping):
-        given = dict.fromkeys(read_targets("retry_items", given), ())
-    read_targets("retry_items", given)  # the tools
-    return {tool: tuple(read_targets("retry_items", names)) for tool, names in given.items()}
+        given = dict.fromkeys(read_targets(keyword, given), ())
+    read_targets(keyword, given)  # the tools
+    return {tool: tuple(read_targets(keyword, names)) for tool, names in given.items()}
 
 
 def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any],
@@ -7463,6 +7487,7 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
                  home: Optional[str] = None, resume: Union[bool, str] = False,
                  force: bool = False, wait_s: float = 0.0, item: Optional[str] = None,
                  retry_items: Union[str, Sequence[str], Mapping[str, Sequence[str]]] = (),
+                 redo: Union[str, Sequence[str], Mapping[str, Sequence[str]]] = (),
                  on_event: Optional[Callable[[Event], None]] = None) -> RunResult:
     """Run targets from Python, as the command line would, and return how that ended.
 
@@ -7470,8 +7495,9 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     arguments: what tools get by name. on_event: called with each Event; nothing is printed.
     grace_s: seconds between asking a process to end and killing it. home: a folder for the
     history, without which none is kept, and no lock held. resume: True, or the id of a run, whose
-    targets and exclusions are taken, and its arguments unless some are given. retry_items: tools,
-    or names of items by tool. The other keywords say what flags and tables of the same names say.
+    targets are taken, and also its arguments, exclusions, start_from and item unless others are
+    given. retry_items, redo: tools, or names of items by tool. The other keywords say what flags
+    and tables of the same names say.
 
     A tool that fails is told in the result; raise UserError for bad input, before anything has
     run: also for an argument that no tool in `tool_map` takes. On the main thread, Ctrl-C, SIGTERM
@@ -7482,8 +7508,9 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     forget_modules()
     pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
     request = Request(tuple(read_targets("targets", targets)),
-                      tuple(read_targets("exclude", exclude)), start_from)
+                      tuple(read_targets("exclude", exclude)), start_from, item=item)
     check_arguments(arguments)
+    retry_items, redo = make_retries("retry_items", retry_items), make_retries("redo", redo)
     if home is None and resume:
         raise UserError("resume needs a history.", "Say where it is: home=.")
     said, jobs = arguments or {}, count_jobs(jobs)  # those of a resumed run are not said anew
@@ -7496,13 +7523,11 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
             request, arguments, done = find_request(history, request, arguments, resume)
             past = make_past(pipeline, history, arguments or {}, Clock().wall(), done, force,
                              jobs > 1)
-        if item is not None:
-            request = request._replace(item=item)
         plan = make_plan(pipeline, request.targets, exclude=request.exclude, past=past,
-                         start_from=request.start_from, jobs=jobs)
+                         start_from=request.start_from, jobs=jobs, redo=redo)
         result = run_plan(Session(
             pipeline, plan, arguments or {}, history, request, fail_fast, verbose,
-            grace_s=grace_s, retry_items=make_retries(retry_items), on_event=on_event,
+            grace_s=grace_s, retry_items=retry_items, redo=redo, on_event=on_event,
             find_said=lambda: dict.fromkeys(said, "arguments")))
     pass_on_signal(result)
     return result
@@ -8139,16 +8164,15 @@ def check_companions(options, given):
         if flag in given and given.isdisjoint(others.split()):
             raise UserError(f"--{flag} goes with --{others.replace(' ', ', --')}.",
                             "Leave it out, or add that.")
-    said = [*options.targets, *(f"--exclude {name}" for name in options.exclude),
-            *["--from"] * ("start_from" in given), *["--no-history"] * options.no_history]
+    said = [*options.targets, *["--no-history"] * options.no_history]
     if said and ("resume" in given or "mark_done" in given):
-        raise UserError("--resume takes targets and exclusions from the run that it goes on with; "
-                        f"it does not go with {' '.join(said)}.",
-                        "Leave that out, or leave out --resume.")
-    if "backfill" in given and ("resume" in given or options.no_history):
+        raise UserError("--resume takes its targets from the run that it goes on with; it does not "
+                        f"go with {' '.join(said)}.", "Leave that out, or leave out --resume.")
+    said = [flag for flag in ("no_history", "resume", "redo") if flag in given]
+    if said and "backfill" in given:
         raise UserError("--backfill looks into the history for what is done, and goes on there; it "
-                        f"does not go with --{'no-history' if options.no_history else 'resume'}.",
-                        "Leave that out.")
+                        f"does not go with --{said[0].replace('_', '-')}.",
+                        "Leave that out; --reprocess runs periods again.")
 
 
 def read_duration_s(text):
@@ -8188,6 +8212,8 @@ def add_flags(parser):
         help="do only this item of a tool that has items; -- before a name says that it is no flag")
     run("--retry-items", nargs="+", action="append", default=[], metavar=("TOOL", "ITEM"),
         help="try items again that were given up: these, or all of the tool")
+    run("--redo", nargs="+", action="append", default=[], metavar=("TOOL", "ITEM"),
+        help="do again what is done: a tool, all of its items, or these")
     run("--backfill", metavar="A..B", help="run once per period from day A to day B, "
         "which tools get as period_start and period_end (the day after the last)")
     run("--step", choices=("day", "week", "month"), default="day",
@@ -8645,45 +8671,53 @@ def find_plan(call, history, resumes=None):
         past = make_past(call.pipeline, history, arguments, Clock().wall(), done, options.force,
                          wants_durations=options.plan or jobs > 1)
     plan = make_plan(call.pipeline, request.targets, exclude=request.exclude,
-                     start_from=request.start_from, jobs=jobs, past=past, describe=describe)
+                     start_from=request.start_from, jobs=jobs, past=past, describe=describe,
+                     redo=read_retries(options.redo))
     if is_resume:
         tell_changes(call.pipeline, history.find_run(request.resumes), plan, changed)
     return plan, request, arguments
 
 
 def find_resumed(call, history):
-    """Return what a resume asks for, its arguments, what of it is done, and in words which of the
-    arguments the flags beside --resume have changed.
+    """Return what a resume asks for, its arguments, what of it is done, and in words what of all
+    that the flags beside --resume have changed.
     """
     run = find_run_to_resume(call, history)
-    request, now = make_request(run), None
-    item, words = call.options.item or request.item, request.words
-    if words is not None:
-        said, now = call.parser.read(words)
-        item = item or said.item
-    recorded = read_arguments(run, now)
+    was, now = make_request(run), None
+    if was.words is not None:
+        said, now = call.parser.read(was.words)
+        was = was._replace(item=was.item or said.item)
+    recorded, request = read_arguments(run, now), override(was, call.make_request())
     arguments = {**recorded, **{name: value for name, value in call.arguments.items()
                                 if name in call.given}}
-    changed = format_changed(recorded, arguments)
-    if changed and words is not None:
-        words = (*words, *call.argv)
+    changed = format_changed(recorded, arguments) \
+        + format_changed(name_flags(was), name_flags(request))
+    if changed and was.words is not None:
+        request = request._replace(words=(*was.words, *call.argv))
     done = find_valid(call.pipeline, history.find_done(run["run_id"]), arguments)
-    return request._replace(item=item, words=words), arguments, done, changed
+    return request, arguments, done, changed
+
+
+def name_flags(request):
+    """Return what was asked for beside targets and arguments, by flag."""
+    return {"--exclude": " ".join(request.exclude) or None, "--from": request.start_from,
+            "--item": request.item}
 
 
 def find_run_to_resume(call, history):
     """Return the run to go on with. Raise UserError if there is none, with the way to have items
-    tried again where that was asked for too.
+    tried, or tools done, again where that was asked for too.
     """
     try:
         return history.find_resumable(call.options.resume or None)
     except Settled as error:
-        tools = list(read_retries(call.options.retry_items))
-        if not tools:
+        asked = {flag: read_retries(given) for flag, given in (
+            ("--retry-items", call.options.retry_items), ("--redo", call.options.redo)) if given}
+        if not asked:
             raise
-        words = [word for given in call.options.retry_items for word in ("--retry-items", *given)]
-        raise UserError(error.problem, "To try items again that it gave up: "
-                        + format_command(call, *tools, *words)) from None
+        words = [word for flag in asked for word in format_retries(flag, asked[flag])]
+        raise UserError(error.problem, "To do that without --resume: " + format_command(
+            call, *dict.fromkeys(itertools.chain(*asked.values())), *words)) from None
 
 
 def find_changed(was, now):
@@ -8735,7 +8769,8 @@ def make_session(call, history, resumes=None):
     return Session(
         call.pipeline, plan, arguments, history, request, options.fail_fast, options.verbose,
         keep_results=False, find_said=call.find_said,
-        retry_items=None if options.reprocess else read_retries(options.retry_items))
+        retry_items=None if options.reprocess else read_retries(options.retry_items),
+        redo=read_retries(options.redo))
 
 
 def carry_out(call, history, resumes=None):
@@ -8807,11 +8842,19 @@ def load_subjects(folder, since, until):
 
 
 def read_retries(given):
-    """Return what --retry-items asks for, by tool; all items of a tool where none is named."""
+    """Return what --retry-items or --redo asks for, by tool; all items of a tool where none is
+    named.
+    """
     retries = {}
     for tool, *items in sorted(given, key=len, reverse=True):  # one without items counts, as last
         retries[tool] = (*retries.get(tool, ()), *items) if items else ()
     return retries
+
+
+def format_retries(flag, asked):
+    """Return the words that ask for items, by tool, as read_retries() reads them."""
+    return [word for tool, names in asked.items() for word in (
+        flag, tool, *(each for name in names for each in ["--"] * name.startswith("-") + [name]))]
 
 
 class Screen:
@@ -9025,23 +9068,38 @@ def make_next_command(result, call):
     """Return the command that goes on where a run stopped; nothing after a success."""
     left = {tool: o for tool, o in result.outcomes.items() if o.status not in DONE}
     options, words = call.options, []
-    named = read_retries(options.retry_items)
+    named, redo = read_retries(options.retry_items), read_retries(options.redo)
     for tool, o in left.items():  # of whose items some have no try left
         if o.items and (o.items["failed"] or o.items["given_up"]):
             names = named.get(tool, ())
             # All of the tool, unless the named are for sure those that have failed.
             are_those = o.items["failed"] == o.items["pending"] == len(names)
-            words += ["--retry-items", tool]
-            for name in names if are_those else ():
-                words += ["--"] * name.startswith("-") + [name]
+            words += format_retries("--retry-items", {tool: names if are_those else ()})
+        elif tool in redo and not o.items:  # else they are pending
+            words += format_retries("--redo", {tool: redo[tool]})
     if not left:
         return ""
     if options.no_history:
-        argv = [word for last, word in zip(["", *call.argv], call.argv)
-                if not word.startswith("--from=") and "--from" not in (last, word)]
-        return format_command(call, *argv, *words, "--from", next(iter(left)))
+        return format_command(call, *leave_out_flags(call.argv), *words, "--from",
+                              next(iter(left)))
     words += ["--jobs", str(options.jobs)] if options.jobs != 1 else []
     return format_command(call, "--resume", *["--force"] * options.force, *words)
+
+
+_NOT_REPEATED = {"--from": 2, "--redo": sys.maxsize}  # flag: of so many words, up to another flag
+
+
+def leave_out_flags(argv):
+    """Return the words of a command line without those of a run that do not hold for the next."""
+    kept, count = [], 0
+    for before, word in zip(["", *argv], argv):
+        flag, equals, _ = word.partition("=")
+        if word.startswith("-") and "--" not in (before, word):
+            count = _NOT_REPEATED.get(flag, 0)
+            count = min(count, 1) if equals else count
+        kept += [word] * (count <= 0)
+        count -= 1
+    return kept
 
 
 def find_program():

@@ -171,15 +171,15 @@ def add_arguments(parser):
 
 
 @pytest.mark.parametrize("words, shown", [
-    (["b"], "b"), (["--exclude", "b"], "--exclude b"), (["--from", "b"], "--from"),
-    (["b", "--deep"], "b"), (["--no-history"], "--no-history"),
+    (["b"], "b"), (["b", "--deep"], "b"), (["--no-history"], "--no-history"),
+    (["b", "--exclude", "a"], "b"),
 ])
 def test_words_that_a_resumed_run_says_itself_are_refused(line, words, shown):
     line.set(ALL, FLAGS)
     line.run(broken="b")
     assert line.run(*words, "--resume", code=2) == []
     assert line.ended.err == (
-        "--resume takes targets and exclusions from the run that it goes on with; it does not go "
+        "--resume takes its targets from the run that it goes on with; it does not go "
         f"with {shown}.\n  Leave that out, or leave out --resume.\n")
 
 
@@ -235,6 +235,21 @@ def test_a_tool_that_gets_another_argument_is_not_done_though_a_resume_never_cam
 def test_words_on_how_to_run_are_welcome_beside_a_resume(line, words):
     line.run(broken="b")
     assert line.run(*words, "--resume") == ["b", "d"]
+
+
+def test_what_is_excluded_beside_a_resume_takes_the_place_of_what_was_and_is_told(line):
+    assert line.run("--exclude", "a", broken="b c") == ["b", "c"]
+    assert line.run("--resume", "--exclude", "b", broken="c") == ["a", "c"]
+    assert "Changed since run 1: --exclude (b, was a).\n" in line.ended.err
+    assert line.run("--resume") == ["c", "d"]  # the last that was said goes on
+    assert "Changed" not in line.ended.err
+    assert "run 3 did all of it" in line.sandbox.run("--resume").err
+
+
+def test_where_to_begin_beside_a_resume_takes_the_place_of_what_was_and_is_told(line):
+    line.run(broken="b")
+    assert line.run("--resume", "--from", "c", "--force") == ["d"]
+    assert "Changed since run 1: --from (c, was None)." in line.ended.err
 
 
 def test_flags_that_tools_require_come_from_the_run(line):
@@ -506,6 +521,15 @@ def test_run_pipeline_resumes_with_the_targets_and_arguments_of_the_run(modules)
         run_pipeline(["a"], tools, home=home, resume=True)
     with pytest.raises(UserError, match="resume needs a history"):
         run_pipeline([], tools, resume=True)
+
+
+def test_run_pipeline_takes_exclusions_beside_a_resume_in_place_of_those_of_the_run(modules):
+    folder = modules(flaky="def run(context): assert context.tool != 'c'")
+    home, tools = str(folder / "home"), dict.fromkeys("abcd", {"module": "flaky", "needs": []})
+    first = run_pipeline([], tools, home=home, exclude=["a"])
+    assert (first.failed, first.succeeded) == (["c"], ["b", "d"])
+    again = run_pipeline([], tools, home=home, resume=True, exclude=["c"])
+    assert (again.succeeded, again.cached) == (["a"], ["b", "d"])
 
 
 def test_arguments_that_json_can_not_say_are_asked_for_again_and_never_given_as_text(modules):
