@@ -8197,7 +8197,7 @@ def add_flags(parser):
         help='stages and tools; +TOOL adds all that it needs, TOOL+ all that needs '
              'it; none means the stage "full", or else every tool')
     run("--exclude", action="append", default=[], metavar="NAME",
-        help="leave out this tool or stage (may be repeated)")
+        help="leave out this tool or stage, without which what needs it goes on (may be repeated)")
     run("--from", dest="start_from", metavar="NAME",
         help="begin at this tool or stage, leaving out what is before it")
     run("-j", "--jobs", type=int, default=1, metavar="N",
