@@ -144,8 +144,8 @@ import re
 import time
 from heapq import heappop, heappush
 from typing import (
-    Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple,
-    Union,
+    Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+    Sequence, Tuple, Union,
 )
 
 VERSION = "2.0.0"
@@ -174,6 +174,7 @@ ITEM_STATUSES = ("success", "failed", "quarantined", "pending")
 DEATHS_ALLOWED = 3  # an item that took its process down so often is quarantined
 RESERVED_ARGUMENTS = ("conn", "context", "item")  # what run() gets from the engine
 NOT_AGAIN = "not tried again"  # the reason of a failure that another try would only repeat
+OF_ITEM = r"\{(item|stem)\}"  # in what a tool writes: the name of an item, or that of its file
 ALL_BEFORE = "*"  # Step.needs of a tool that declares nothing: everything before it in the plan
 
 
@@ -236,8 +237,19 @@ class Tool(NamedTuple):
     cache_s: Optional[float] = None  # infinite for "cache": True
     fresh_for_s: float = float("inf")
     each: Optional[str] = None
+    items: Optional[str] = None
     batch: int = 1
     command: Names = ()  # its words; then there is no module
+
+    @property
+    def given_items(self):
+        """What its row says that its items are: a tool or a pattern of files, or None."""
+        return self.each or self.items
+
+    @property
+    def outputs(self):
+        """Those of its writes that are a file of each of its items."""
+        return tuple(name for name in self.writes if re.search(OF_ITEM, name))
 
 
 class Stage(NamedTuple):
@@ -293,7 +305,7 @@ class Past(NamedTuple):
     this run: see History. `find_needed_works` gives the last work of each tool that one needs.
     `find_change` tells what changed in a tool itself since a success of it, or "". `done` are the
     tools that ended well in the run that is resumed. `is_forced` overrides cache, freshness and
-    missing needs. `has_items` tells whether a tool has items.
+    missing needs. `has_items` tells whether a tool has items. `excluded`: see Plan.
     """
     now: float
     find_success: Callable[[str], Optional[Success]]
@@ -304,15 +316,17 @@ class Past(NamedTuple):
     done: Mapping[str, Success] = {}
     is_forced: bool = False
     has_items: Callable[[Tool], bool] = lambda tool: False
+    excluded: FrozenSet[str] = frozenset()
 
 
 class Step(NamedTuple):
     """One tool's place in a plan. `action` is run, cached, or skip: done before a resume; or maybe:
     cached, unless what it waits for does something new, which is known when that has ended.
 
-    `needs` is what it waits for as its table says it; `edges` are the tools of the plan that it
-    waits for directly, which say the same: see make_steps. `success` is what a tool that is, maybe,
-    not run again did when it was; `expected_s` is None where nothing is known of it.
+    `needs` is what it waits for as its table says it, but for what is excluded; `edges` are the
+    tools of the plan that it waits for directly, which say the same: see make_steps. `success` is
+    what a tool that is, maybe, not run again did when it was; `expected_s` is None where nothing is
+    known of it.
     """
     tool: str
     wave: int
@@ -332,12 +346,14 @@ class Plan(NamedTuple):
     """What a run will do, in order, with `jobs` tools at most side by side.
 
     `critical_path` is the chain of tools that takes longest, `expected_s` what the whole run is
-    expected to take; None if that is unknown of any tool.
+    expected to take; None if that is unknown of any tool. `excluded` are the tools without which
+    those that need them go on.
     """
     steps: Tuple[Step, ...]
     critical_path: Names
     expected_s: Optional[float] = None
     jobs: int = 1
+    excluded: FrozenSet[str] = frozenset()
 
 
 class Item(NamedTuple):
@@ -378,7 +394,7 @@ class Job(NamedTuple):
     `number` is what messages call it by; `log` is the file for what it prints, where that is
     another process's; `run_id` that of the ledger, 7.3f2a for run 7; `source` the fingerprint of
     the tool's module. `only`: no item but this one. `retry`: the items to try again that were
-    given up; all if it is empty, none if it is None.
+    given up, and `redo` those to do again that are done; all if it is empty, none if it is None.
     """
     number: int
     tool: str
@@ -391,6 +407,7 @@ class Job(NamedTuple):
     source: str = ""
     only: Optional[str] = None
     retry: Optional[Names] = None
+    redo: Optional[Names] = None
 
 
 class Outcome(NamedTuple):
@@ -676,6 +693,9 @@ def make_tool(name, value):
     elif "module" not in options and not errors:
         errors.append(UserError(f"{where} names no module.", 'Add "module": "folder.module", or '
                                 '"command": "python load.py".'))
+    if {"each", "items"} <= given.keys():
+        errors.append(UserError(f"{where}: both 'each' and 'items' say which its items are.",
+                                "Take out the one or the other."))
     check_mistakes(errors)
     fields = {OPTIONS[key][0]: value for key, value in given.items()}
     fields["module"], _, function = given.get("module", "").partition(":")
@@ -728,6 +748,12 @@ def read_names(value):
     names = [value] if isinstance(value, str) else value
     accept(names, isinstance(names, (list, tuple)))
     return tuple(dict.fromkeys(map(read_name, names)))
+
+
+def read_writes(value):
+    """Read a list of names, in which braces stand for an item."""
+    names = read_names(value)
+    return accept(names, not re.search(rf"\{{{_IDENTIFIER}\}}", re.sub(OF_ITEM, "", str(names))))
 
 
 def read_uses(value):
@@ -849,7 +875,8 @@ OPTIONS = {
     # the tools that must be done first; what reads X needs what writes X
     "needs": ("needs", read_names, _NAMES, '["fetch"]'),
     "reads": ("reads", read_names, _NAMES, '["raw_flights"]'),
-    "writes": ("writes", read_names, _NAMES, '["flights"]'),
+    "writes": ("writes", read_writes, _NAMES + ", with no braces but {item} and {stem}",
+               '["flights"]'),
     # further attempts after a failed one, and how long to wait before each: see retry_delay_s
     "retries": ("retries", read_number(0, kind=int), "a whole number from 0 on", "3"),
     "retry_delay": ("retry_delay_s", parse_duration_s, _DURATION, '"30s"'),
@@ -872,8 +899,11 @@ OPTIONS = {
     "estimate": ("estimate_s", parse_duration_s, _DURATION, '"5m"'),
     # not run again while nothing of it changed, for ever or that long
     "cache": ("cache_s", read_cache_s, 'True, False or a duration like "24h"', '"24h"'),
-    # its items are those that ever passed this tool; so many of them are committed at a time
+    # its items are those that ever passed this tool, or the files of this pattern; so many of them
+    # are committed at a time
     "each": ("each", read_name, "the name of a tool with items", '"validate"'),
+    "items": ("items", read_text(r"[^{}\0]+"), "a pattern of files, without braces",
+              '"raw/*.csv"'),
     "batch": ("batch", read_positive, "a whole number from 1 on", "500"),
     # how old its last success may be for those that need it and do not run it
     "fresh_for": ("fresh_for_s", read_positive_s, _DURATION + ", above 0", '"24h"'),
@@ -1102,11 +1132,12 @@ DEFAULT_STAGE = "full"
 
 
 def make_plan(pipeline, targets=(), *, exclude=(), start_from=None, jobs=1, past=None,
-              describe=None):
+              describe=None, redo=()):
     """Return the plan for some targets; without any, of the stage `full` or else of all tools.
 
     Without `past` nothing is known of earlier runs, and everything is to be run. `describe` tells
-    how a tool runs, if there is something to tell. Raise UserError for a word that is neither a
+    how a tool runs, if there is something to tell. `redo` are tools that run, though they are
+    cached, or done in the run that is resumed. Raise UserError for a word that is neither a
     stage nor a tool, if nothing is left to run, and if a tool needs one that is not in the plan
     and has no success that is fresh enough.
     """
@@ -1123,26 +1154,42 @@ def make_plan(pipeline, targets=(), *, exclude=(), start_from=None, jobs=1, past
         raise UserError(f"There is nothing to run: {', '.join(targets)} has no tools.",
                         "Name a target that has some; --list shows them all.")
     order = sort_by_needs(reasons, find_needs_within(pipeline, reasons))
-    order = leave_out(pipeline, order, exclude, start_from)
+    excluded = frozenset(tool for name in exclude for tool in expand_reasons(pipeline, name))
+    order = [tool for tool in begin_at(pipeline, order, start_from) if tool not in excluded]
     if not order:
         raise UserError("Nothing is left to run.", "Name a target that holds a tool, or take "
                         "something out of --exclude; --list shows them all.")
-    if past and not past.is_forced:
+    tell_excluded(pipeline, order, excluded, reasons)
+    if past:
+        past = past._replace(excluded=excluded)
         check_needs_met(pipeline, order, past)
-    redo, lost = {}, True
+    needs = find_needs_within(pipeline, dict.fromkeys(order), excluded)
+    redo, lost = dict.fromkeys(redo, "again, as --redo says"), True
     while lost:
-        steps = make_steps(pipeline, order, reasons, past, redo, describe)
+        steps = make_steps(pipeline, needs, reasons, past, redo, describe)
         lost = find_lost_results(steps)
         redo.update(lost)
     expected_s = {step.tool: step.expected_s for step in steps}
     whole_s = None if None in expected_s.values() \
         else simulate(Schedule(steps, pipeline, jobs), expected_s, jobs)
-    return Plan(tuple(steps), find_critical_path(steps), whole_s, jobs)
+    return Plan(tuple(steps), find_critical_path(steps), whole_s, jobs, excluded)
+
+
+def tell_excluded(pipeline, order, excluded, reasons):
+    """Add to the reason of each tool what it needs and goes on without."""
+    for tool in order:
+        needs = pipeline.needs[tool]
+        without = [need for need in needs if needs != ALL_BEFORE and need in excluded]
+        if without:
+            are = "is" if len(without) == 1 else "are"
+            reasons[tool] += f"; without {', '.join(without)}, which {are} excluded"
 
 
 def check_needs_met(pipeline, order, past):
     """Raise UserError for each need outside the plan whose tool has no success fresh enough."""
-    planned, errors = set(order), []
+    if past.is_forced:
+        return
+    planned, errors = {*order, *past.excluded}, []
     for tool in order:
         needs = pipeline.needs[tool]
         if needs == ALL_BEFORE or tool in past.done or pipeline.tools[tool].when == "always":
@@ -1228,17 +1275,24 @@ def decide(pipeline, tool, edges, redo, past):
 
 def find_reason_to_run(tool, success, past):
     """Return why the success of a tool that is cached is none any more, or ""."""
-    needed, since = past.find_needed_works(tool.name), f"since run {success.run_id}"
+    since = f"since run {success.run_id}"
+    was, needed = (leave_out_works(works, past.excluded)
+                   for works in (success.needed, past.find_needed_works(tool.name)))
     if not success.source:
         return f"what it was in run {success.run_id} is not recorded"
-    if needed.keys() != success.needed.keys():
+    if needed.keys() != was.keys():
         return f"its needs changed {since}"
-    if needed != success.needed:
+    if needed != was:
         return f"what it needs has run {since}"
     if not is_young(success, tool.cache_s, past.now):
         return f"succeeded {format_age(success, past.now)}"
     change = past.find_change(tool, success)
     return change and f"{change} {since}"
+
+
+def leave_out_works(works, excluded):
+    """Return the works of needed tools, but for those that were left out on purpose."""
+    return {tool: work for tool, work in works.items() if tool not in excluded}
 
 
 def find_lost_results(steps):
@@ -1268,18 +1322,18 @@ def read_targets(where, value):
     return names
 
 
-def make_steps(pipeline, order, reasons, past, redo, describe):
-    """Return the steps for tools in an order that their needs allow.
+def make_steps(pipeline, needs_of, reasons, past, redo, describe):
+    """Return the steps for tools, with what each needs, in an order that this allows.
 
     A tool that waits for all before it has edges to the last such tool, which waits for all before
     that, and to what came in between: so there are never many more edges than tools and needs.
     """
     steps = {}
     since = []  # the last tool that waits for all before it, and what came after it
-    for tool, needs in find_needs_within(pipeline, dict.fromkeys(order)).items():
+    for tool, needs in needs_of.items():
         options = pipeline.tools[tool]
         edges = since if needs == ALL_BEFORE else [need for need in needs if need in steps]
-        action, success, why = ("run", None, "") if past is None else decide(
+        action, success, why = ("run", None, redo.get(tool, "")) if past is None else decide(
             pipeline, tool, [steps[each] for each in edges], redo, past)
         expected_s = 0.0 if action in ("cached", "skip") else (
             past and past.find_expected_s(tool)) or options.estimate_s
@@ -1326,8 +1380,8 @@ def find_beyond(tools, edges, word):
     return found
 
 
-def find_needs_within(pipeline, planned):
-    """Return what each tool of a plan needs.
+def find_needs_within(pipeline, planned, excluded=frozenset()):
+    """Return what each tool of a plan needs, but for what is excluded.
 
     Who reads or writes a name needs the last of its writers, which needs the one before. Where
     that last one is not in the plan, the one before takes its place, so that no two who use a name
@@ -1344,6 +1398,8 @@ def find_needs_within(pipeline, planned):
                     needs += [each for each in pipeline.needs[need] if each not in needs
                               and used.intersection(tools[each].writes)]
             found[tool] = tuple(needs)
+        if excluded and found[tool] != ALL_BEFORE:
+            found[tool] = tuple(need for need in found[tool] if need not in excluded)
     return found
 
 
@@ -1574,17 +1630,16 @@ def decide_period(period, last, reprocess, today):
     return period._replace(action=action, reason=reason, run_id=run_id)
 
 
-def leave_out(pipeline, order, exclude, start_from):
-    """Return the tools that --exclude and --from leave, in order."""
-    excluded = {tool for name in exclude for tool in expand_reasons(pipeline, name)}
-    if start_from is not None:
-        first = set(expand_target(pipeline, start_from))
-        starts = [i for i, tool in enumerate(order) if tool in first]
-        if not starts:
-            raise UserError(f"--from: {start_from!r} is not in this plan.",
-                            format_nearest(start_from, order))
-        order = order[starts[0]:]
-    return [tool for tool in order if tool not in excluded]
+def begin_at(pipeline, order, start_from):
+    """Return the tools that --from leaves, in order."""
+    if start_from is None:
+        return order
+    first = set(expand_target(pipeline, start_from))
+    starts = [i for i, tool in enumerate(order) if tool in first]
+    if not starts:
+        raise UserError(f"--from: {start_from!r} is not in this plan.",
+                        format_nearest(start_from, order))
+    return order[starts[0]:]
 
 
 def expand_target(pipeline, name):
@@ -2689,17 +2744,24 @@ def make_request(run):
                    None if words is None else tuple(words), run["run_id"], run["item"] or None)
 
 
+def override(request, said):
+    """Return what a resume asks for, but for what is said beside it."""
+    names = "exclude", "start_from", "item"
+    return request._replace(**{name: getattr(said, name) for name in names if getattr(said, name)})
+
+
 def find_request(history, request, arguments, resume):
     """Return what to run, with which arguments, and what of it is done: for a resume, what the
-    resumed run says. Raise UserError if a resume is asked for together with targets.
+    resumed run says, where nothing else is said beside it. Raise UserError if a resume is asked for
+    together with targets.
     """
     if not resume:
         return request, arguments, {}
-    if request != Request():
-        raise UserError("resume takes its targets and exclusions from the run.",
-                        "Leave out targets, exclude and start_from.")
+    if request.targets:
+        raise UserError("resume takes its targets from the run.", "Leave out targets.")
     run = history.find_resumable(None if resume is True else resume)
-    return (make_request(run), read_arguments(run) if arguments is None else arguments,
+    return (override(make_request(run), request),
+            read_arguments(run) if arguments is None else arguments,
             history.find_done(run["run_id"]))
 
 
@@ -3386,7 +3448,8 @@ class Ledger:
     `transaction`, the number of that of an item, where no savepoint tells whether it ended. What
     find_pending() has found: `listed`, how many items there are, and `names`, those of all;
     `doubles`, the names that came again; `unfit`, those that can not be kept, each with what is
-    wrong; `given_back`, those of items that have their tries again.
+    wrong; `given_back`, those that come again, though they are done or given up, each with its
+    version and the run that was at it last.
     """
 
     def __init__(self, conn, folder, pipeline, tool, run_id, source, schema=None):
@@ -3467,15 +3530,17 @@ class Ledger:
 
     # --- which items there are ---
 
-    def find_pending(self, found, each=None, retry=None):
+    def find_pending(self, found, each=None, comes_again=lambda name, is_done: False,
+                     looks_at_done=False):
         """Yield the items that are not done, in order, each with the status of the last try of
         this version, "" if there was none, and the run of that.
 
         They are those that passed the tool `each`, or that items() `found`: a SELECT or names; the
-        first of the same name counts. `retry` has those tried again that were given up: of some
-        names, or all for (). Raise TypeError or ValueError for what is no item.
+        first of the same name counts. `comes_again(name, is_done)` is asked of those that were
+        given up, and of those that are done if it `looks_at_done`: what is to come again is
+        pending once reopen() is called. Raise TypeError or ValueError for what is no item.
         """
-        self.listed, self.names, self.doubles, self.given_back = 0, set(), [], set()
+        self.listed, self.names, self.doubles, self.given_back = 0, set(), [], {}
         self.unfit = []
         pairs = self._list_pairs(found, each)
         for listed in iter(lambda: [*itertools.islice(pairs, _PAGE)], []):
@@ -3487,7 +3552,7 @@ class Ledger:
                     self.unfit.append((pair[0], problem))
                 else:
                     page.append(pair)
-            done = {*self._look_up(page, "item, passed")}
+            done = () if looks_at_done else {*self._look_up(page, "item, passed")}
             left = []
             for name, version in page:
                 if (name, version) not in done:
@@ -3496,7 +3561,7 @@ class Ledger:
                     else:
                         left.append((name, version))
                 self.names.add(name)
-            yield from self._describe(left, retry)
+            yield from self._describe(left, comes_again)
 
     def _list_pairs(self, found, each):
         """Return the names and versions of items, one after the other."""
@@ -3535,19 +3600,29 @@ class Ledger:
                          f"WHERE pipeline = ? AND tool = ? AND item IN ({marks})",
                          (*self.key, *[name for name, _ in page]))
 
-    def _describe(self, page, retry):
-        """Yield what find_pending() does of items that are not done."""
+    def _describe(self, page, comes_again):
+        """Yield what find_pending() does of items that are not done, or are to be done again."""
         rows = {row[0]: row for row in self._look_up(
-            page, "item, version, source, status, attempts, deaths, run_id")} if page else {}
+            page, "item, version, passed, source, status, attempts, deaths, run_id")} \
+            if page else {}
         for name, version in page:
-            _, tried, source, status, tries, deaths, run_id = rows.get(name, (None,) * 7)
-            if retry is not None and status in _GIVEN_UP and name in (retry or (name,)):
-                self.do(_GIVE_BACK, (*self.key, name))
-                self.given_back.add(name)
+            _, tried, passed, source, status, tries, deaths, run_id = rows.get(name, (None,) * 8)
+            is_done = passed == version
+            if (is_done or status in _GIVEN_UP) and comes_again(name, is_done):
+                self.given_back[name] = version, run_id
                 status, tries, deaths = "pending", 0, 0
+            elif is_done:
+                continue
             if (tried, source) != (version, self.source):  # or there is no row
                 status, tries, deaths = "", 0, 0
             yield Item(name, version, name in rows, tries, deaths), status, run_id or ""
+
+    def reopen(self):
+        """Make pending what find_pending() has given back, but for what somebody else has been at
+        since. To forget that it passed is what lets record() write that it passed once more.
+        """
+        for name, (version, run_id) in self.given_back.items():
+            self.do(_REOPEN, (version, *self.key, name, run_id))
 
     def find_others(self):
         """Return the pipelines that have items of this tool in the ledger, if this one has none."""
@@ -3695,9 +3770,10 @@ _TRANSACTION = {
     "postgresql": "SELECT max(split_part(virtualtransaction, '/', 2)::bigint) FROM pg_locks "
                   "WHERE pid = pg_backend_pid()",
 }
-_GIVE_BACK = """
-    UPDATE orchestrator_items SET status = 'pending', attempts = 0, deaths = 0
-    WHERE pipeline = ? AND tool = ? AND item = ?
+_REOPEN = """
+    UPDATE orchestrator_items
+    SET passed = nullif(passed, ?), status = 'pending', attempts = 0, deaths = 0
+    WHERE pipeline = ? AND tool = ? AND item = ? AND run_id = ?
 """
 _UPDATE = """
     UPDATE orchestrator_items
@@ -3891,7 +3967,7 @@ class Callee(NamedTuple):
     @property
     def has_items(self):
         """Whether run() is called once per item."""
-        return self.items is not None or self.tool.each is not None
+        return self.items is not None or self.tool.given_items is not None
 
 
 class SaysFailed(Exception):
@@ -4403,7 +4479,7 @@ def find_misfits(tool, name, takes, has_own_items, available):
                "Take the `/` out of its parameters: arguments are passed by name.")
     comes_before = {"items": "what tells which there are", "setup": "called before there is any"}
     before = comes_before.get(name) if name != tool.function else None
-    has_items = not before and (has_own_items or tool.each is not None)
+    has_items = not before and (has_own_items or tool.given_items is not None)
     known = {*available, "item"} if has_items else available
     missing = [each for each in takes.required if each not in known]
     if not missing:
@@ -4441,10 +4517,11 @@ def find_command_misfits(tool, takes, available):
 
 def find_item_misfits(tool, has_own_items, run_takes):
     """Yield why what TOOL_MAP says of a tool does not go with its items, or their lack."""
-    if has_own_items and tool.each is not None:
-        yield (f"its items are those of {tool.each!r}, but {tool.module} has a function items() "
+    given = tool.given_items
+    if has_own_items and given is not None:
+        yield (f"its items are those of {given!r}, but {tool.module} has a function items() "
                "too.", "Take out the one or the other.")
-    if has_own_items or tool.each is not None:
+    if has_own_items or given is not None:
         if tool.cache_s is not None:
             yield ("'cache' is not for tools with items, of which each is done once.",
                    "Take 'cache' out.")
@@ -4454,9 +4531,10 @@ def find_item_misfits(tool, has_own_items, run_takes):
         elif not run_takes.takes("item"):
             yield (f"{tool.function}() of {tool.module} is called once per item, but does not "
                    "take it.", f"Write `def {tool.function}(conn, item):`.")
-    elif tool.batch != 1:
-        yield (f"'batch' is for tools with items, and {tool.module} has no function items().",
-               "Write one, or take 'batch' out.")
+    elif tool.batch != 1 or tool.outputs:
+        what = repr("batch") if tool.batch != 1 else f"'writes': {tool.outputs[0]!r}"
+        yield (f"{what} is for tools with items, and {tool.module} has no function items().",
+               f"Write one, or take {what} out.")
 
 
 def load_callees(tools, available, interrupts):
@@ -4471,8 +4549,8 @@ def load_callees(tools, available, interrupts):
 
     def load(_, tool):
         # and what it must be like depends on these options
-        key = (tool.module, tool.function, tool.command, tool.each is None, tool.batch,
-               tool.cache_s)
+        key = (tool.module, tool.function, tool.command, tool.given_items is None, tool.outputs,
+               tool.batch, tool.cache_s)
         if key not in loaded:
             loaded[key] = load_callee(tool, known, interrupts)
         return loaded[key]._replace(tool=tool)
@@ -4539,7 +4617,7 @@ def has_items(tool):
     """Return whether a tool has items, as its module reads; where a star is imported, it may."""
     found = read_tool(tool).definitions or {}
     items = found.get("items") or found.get("*")
-    return tool.each is not None or items is not None and not items.kind
+    return tool.given_items is not None or items is not None and not items.kind
 
 
 def read_takes(tool):
@@ -4605,7 +4683,7 @@ def describe_tool(tool, has_database):
     runs = f"runs {read_tool(tool).summary}" if tool.command else ""
     if not has_items(tool):
         return runs
-    source = f" of {tool.each}" if tool.each else ""
+    source = f" of {tool.given_items}" if tool.given_items else ""
     is_exact = has_database and not (tool.commits or tool.command)
     return join_reasons(runs, f"each item{source} "
                         + ("exactly once" if is_exact else "at least once"))
@@ -5127,8 +5205,8 @@ class Setting(NamedTuple):
     """What all who do jobs of a run share; it travels to each process once.
 
     `folder` is that of the history, or "" where none is kept; in `slips` each process notes the
-    item that it is at, "" if it is not to. Commands are run in the folder `base`, and have
-    `grace_s` to end when they are asked to.
+    item that it is at, "" if it is not to. Names of files are seen from the folder `base`, in
+    which commands are run; these have `grace_s` to end when they are asked to.
     """
     pipeline: Pipeline
     arguments: Mapping[str, Any]
@@ -5533,6 +5611,10 @@ class Trier(Doer):
             if not is_good_exit(error.code) or self.interrupts.is_forked:
                 raise
             result = None
+        missing = self.tool.writes and self.at_work and find_missing(
+            self.tool, self.at_work.name, self.setting.base)
+        if missing and not self.interrupts.is_forked:
+            raise SaysFailed(f"it has not written {missing}")
         if callee.check is not None and not self.interrupts.is_forked:
             self.interrupts.own_argv(self.tool)
             call_check(callee, self.given)
@@ -5668,8 +5750,9 @@ _REFUSED = ("%s was refused inside an item, which the engine commits: take conn.
 
 
 class Lister(Doer):
-    """Lists the items of a tool: its items() says which there are, the ledger which of them are
-    pending.
+    """Lists the items of a tool: its items(), another tool or a pattern says which there are, the
+    ledger which of them are pending. State, beside that of each Doer: `gone`, by the name of each
+    item that is done, which of its output is not there.
     """
 
     def do_all(self):
@@ -5684,7 +5767,12 @@ class Lister(Doer):
                            f"listed of {job.tool}.",
                            format_nearest(job.only, sorted(ledger.names)[:10_000]))
         is_hopeless = bool(given_up) and not ledger.has_passed()
+        ledger.reopen()
         self.database.commit()
+        if self.gone:
+            self.tell("event", {"kind": "log", "level": 20, "text": (
+                f"{len(self.gone):,} of {count_items(listed)} pending again: their output is gone: "
+                + format_names(list(self.gone.values())[:3], len(self.gone)))})
         if others and pending:  # before any of them is done anew
             self.tell("event", {"kind": "log", "level": 30, "text": (
                 f"the ledger has items of this tool in pipeline {others[0]!r}, none in "
@@ -5703,6 +5791,8 @@ class Lister(Doer):
     def _describe_left_out(self, given_up):
         """Return what to say of items that are there and not to be done."""
         doubles, reasons = self.ledger.doubles, []
+        if self.tool.items is not None and not self.ledger.listed:
+            reasons.append(f"no file is named like {self.tool.items} in {self.setting.base}")
         if given_up:
             reasons.append(f"{count_items(len(given_up))} given up before: "
                            f"{format_names(given_up[:3], len(given_up))}; "
@@ -5722,10 +5812,16 @@ class Lister(Doer):
             raise UserError(f"nothing tells which items passed {each}: there is neither a database "
                             "nor a history")
         self.give()
+        self.gone = {}
         found = self.interrupts.call(self._sort_items)
-        back = self.ledger.given_back
-        missing = [name for name in self.job.retry or () if name not in back]
-        if missing and self.job.only is None:
+        job, back, names = self.job, self.ledger.given_back, self.ledger.names
+        missing = [name for name in job.redo or () if name not in names]
+        if missing:
+            raise Unlisted(f"--redo: {format_names(missing, len(missing))} can not be done again: "
+                           f"not among the {count_items(len(names))} of {self.tool.name}.",
+                           format_nearest(missing[0], sorted(names)[:10_000]))
+        missing = [name for name in job.retry or () if name not in back]
+        if missing and job.only is None:
             raise Unlisted(f"--retry-items: {format_names(missing, len(missing))} can not be tried "
                            f"again: not given up by {self.tool.name}.",
                            format_nearest(missing[0], sorted([*back, *found[1]])[:10_000]))
@@ -5734,9 +5830,9 @@ class Lister(Doer):
     def _sort_items(self):
         """Have the ledger look up what items() gives; return what _find_items() does."""
         pending, given_up, job = [], [], self.job
-        retry = job.retry if job.only is None else (job.only,)
-        for item, status, run_id in self.ledger.find_pending(self._call_items(), self.tool.each,
-                                                             retry):
+        looks_at_done = job.redo is not None or bool(self.tool.outputs)
+        for item, status, run_id in self.ledger.find_pending(
+                self._call_items(), self.tool.each, self._comes_again, looks_at_done):
             is_of_this_run = run_id == job.run_id
             # Without retries one that failed comes again in the next run.
             is_given_up = status == "quarantined" or status == "failed" and (
@@ -5747,9 +5843,25 @@ class Lister(Doer):
                 given_up.append(item.name)
         return pending, given_up
 
+    def _comes_again(self, name, is_done):
+        """Return whether an item comes again that is done, or else given up: somebody asks for it,
+        or its output is gone.
+        """
+        job = self.job
+        retry = None if is_done else job.retry if job.only is None else ()
+        if job.only in (None, name) and any(asked is not None and name in (asked or (name,))
+                                            for asked in (job.redo, retry)):
+            return True
+        missing = is_done and find_missing(self.tool, name, self.setting.base)
+        if missing:
+            self.gone[name] = missing
+        return bool(missing)
+
     def _call_items(self):
         """Return what items() gives: the text of a SELECT, or what yields names."""
         callee, found = self.callee, ()
+        if self.tool.items is not None:
+            return find_files(self.tool.items, self.setting.base)
         self.interrupts.own_argv(self.tool)
         if callee.items is not None:
             with until_exit(self.interrupts):
@@ -5783,6 +5895,29 @@ def yield_until_exit(found, interrupts):
             if interrupts.is_forked:
                 interrupts.end_fork()
             yield each
+
+
+def find_files(pattern, base):
+    """Return the names of the files of a pattern, seen from a folder, with `/` on every system, and
+    as the version of each its size and its time of change; sorted. `**` stands for any folders.
+    """
+    from glob import escape, iglob
+    from stat import S_ISREG
+    found, start = {}, os.path.join(base, "")
+    for path in iglob(os.path.join(escape(base), pattern), recursive=True):
+        with contextlib.suppress(OSError):  # it has just gone
+            stat = os.stat(path)
+            if S_ISREG(stat.st_mode):
+                name = path[len(start) * path.startswith(start):].replace(os.sep, "/")
+                found[name] = f"{stat.st_size}-{stat.st_mtime_ns}"
+    return sorted(found.items())
+
+
+def find_missing(tool, item, base):
+    """Return the first file that a tool writes for an item and that is not there; "" if all are."""
+    parts = {"item": item, "stem": os.path.splitext(os.path.basename(item))[0]}
+    names = [re.sub(OF_ITEM, lambda brace: parts[brace[1]], name) for name in tool.outputs]
+    return next((name for name in names if not os.path.exists(os.path.join(base, name))), "")
 
 
 def format_retry(tool):
@@ -6823,8 +6958,8 @@ class Session(NamedTuple):
     """What a run is to do, and how; of it only what is in the Setting reaches who does jobs.
 
     retry_items: by tool, the items that are to be tried again though they were given up; all of
-    them where there are no names, and of all tools if it is None. find_said: see
-    check_are_taken(). grace_s: see run_pipeline().
+    them where there are no names, and of all tools if it is None; redo: by tool, those that are
+    to be done again. find_said: see check_are_taken(). grace_s: see run_pipeline().
     """
     pipeline: Pipeline
     plan: Plan
@@ -6836,6 +6971,7 @@ class Session(NamedTuple):
     keep_results: bool = True
     grace_s: float = GRACE_S
     retry_items: Optional[Mapping[str, Tuple[str, ...]]] = {}
+    redo: Mapping[str, Tuple[str, ...]] = {}
     on_event: Optional[Callable[[Event], None]] = None
     clock: Clock = Clock()
     find_said: Callable[[], Mapping[str, str]] = dict
@@ -6910,21 +7046,25 @@ def load_all(tools, arguments, interrupts):
 
 def find_retries(session, having):
     """Return by tool the items to try again that were given up; `having` are the tools that run and
-    have items. Raise UserError if items are asked for of another.
+    have items. Raise UserError if items are asked for of another, also of those to do again.
     """
     steps = session.plan.steps
     if session.request.item is not None and (len(steps) > 1 or not having):
         raise UserError("--item is for a single tool with items; the plan has "
                         f"{', '.join(step.tool for step in steps[:5])}.",
                         "Name one" + (": " + having[0] if having else "") + ".")
-    if session.retry_items is None:
-        return dict.fromkeys(having, ())
-    for tool in session.retry_items:
-        if tool not in having:
-            raise UserError(f"--retry-items: {tool!r} is no tool with items in this plan.",
-                            format_nearest(tool, having) if having else
-                            "Name such a tool as a target, too.")
-    return session.retry_items
+    named = [tool for tool, names in session.redo.items() if names]
+    for flag, asked, there, thing in [
+        ("--retry-items", session.retry_items or (), having, "tool with items"),
+        ("--redo", named, having, "tool with items"),
+        ("--redo", session.redo, [step.tool for step in steps], "tool"),
+    ]:
+        for tool in asked:
+            if tool not in there:
+                raise UserError(f"{flag}: {tool!r} is no {thing} in this plan.",
+                                format_nearest(tool, there) if there else
+                                "Name such a tool as a target, too.")
+    return dict.fromkeys(having, ()) if session.retry_items is None else session.retry_items
 
 
 def needs_worker(tool, jobs):
@@ -7067,13 +7207,13 @@ class Tally:
     """What came of the items of a tool in this run, in all its attempts: `ended`, how many did; the
     rows of those that passed; the first error, and the first names that failed; how many failures
     were `told`; how many were `unfit` to be kept. `retry` are those that were given up and are to
-    be tried again: see Job.
+    be tried again, `redo` those to be done again: see Job.
     """
 
-    def __init__(self, retry):
+    def __init__(self, retry, redo):
         self.ended = {"passed": 0, "failed": 0, "elsewhere": 0}
         self.rows, self.error, self.failed_names, self.told, self.unfit = None, "", [], 0, 0
-        self.retry = retry
+        self.retry, self.redo = retry, redo
 
     def count(self):
         """Return how many ended."""
@@ -7134,7 +7274,8 @@ class Work:
         self.lines = []
         if callee.has_items:
             from collections import deque
-            self.tally = former.tally if former else Tally(run.retries.get(self.tool.name))
+            self.tally = former.tally if former else Tally(
+                run.retries.get(self.tool.name), run.session.redo.get(self.tool.name))
             self.left, self.size, self.width = deque(), self.tool.batch, run.plan.jobs
             self.source = hash_item_source(self.tool, run.setting.base)
             self.ended_before = self.tally.count()
@@ -7252,7 +7393,8 @@ class Work:
     def hear_listed(self, doing, listed):
         """Take it that all pending items are known, and what was said of them."""
         former, tool = self.run.former, self.tool.name
-        self.listed, self.tally.retry = listed, None  # what was given back is not once more
+        self.listed = listed
+        self.tally.retry = self.tally.redo = None  # what was given back is not once more
         self.run.history.note_items(tool, listed["counts"])
         for key in [] if doing.job.only else [key for key in former if key[0] == tool]:
             forget_slip(former.pop(key)[0], is_told=True)  # it is not pending any more
@@ -7420,7 +7562,8 @@ class Starter:
         work.jobs += 1
         job = Job(next(self.numbers), work.tool.name, items, not items, work.log,
                   self.ledger_run_id, work.number, work.last_success_at, work.source,
-                  self.session.request.item, work.tally and work.tally.retry)
+                  self.session.request.item, work.tally and work.tally.retry,
+                  work.tally and work.tally.redo)
         self.jobs[job.number] = Doing(work, job, self.clock.monotonic(),
                                       {item and item.name: item for item in items})
         work.performer.start(job, work.tool.timeout_s)
@@ -7666,7 +7809,7 @@ def find_standing(session, step):
     """
     if step.action == "maybe":
         past = make_past(session.pipeline, session.history, session.arguments,
-                         session.clock.wall(), {}, False)
+                         session.clock.wall(), {}, False)._replace(excluded=session.plan.excluded)
         if find_reason_to_run(session.pipeline.tools[step.tool], step.success, past):
             return None
     return step.success
@@ -7689,7 +7832,8 @@ def find_facts(session, tool):
     """
     history = session.history
     return {"source": describe_source(tool, hash_source(tool, history.base, hash_imported)),
-            "needed": history.find_needed_works(session.pipeline, tool.name),
+            "needed": leave_out_works(history.find_needed_works(session.pipeline, tool.name),
+                                      session.plan.excluded),
             "inputs": {"reads": find_reads(tool, history.base, {})}}
 
 
@@ -7801,12 +7945,12 @@ def check_keywords(name, item, home, resume, grace_s, wait_s, on_event):
                             f"Correct it, or leave {keyword} out.")
 
 
-def make_retries(given):
-    """Return which items are to be tried again, by tool; none of a tool means all of it."""
+def make_retries(keyword, given):
+    """Return which items are to be tried or done again, by tool; none of a tool means all of it."""
     if not isinstance(given, Mapping):
-        given = dict.fromkeys(read_targets("retry_items", given), ())
-    read_targets("retry_items", given)  # the tools
-    return {tool: tuple(read_targets("retry_items", names)) for tool, names in given.items()}
+        given = dict.fromkeys(read_targets(keyword, given), ())
+    read_targets(keyword, given)  # the tools
+    return {tool: tuple(read_targets(keyword, names)) for tool, names in given.items()}
 
 
 def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any],
@@ -7819,6 +7963,7 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
                  home: Optional[str] = None, resume: Union[bool, str] = False,
                  force: bool = False, wait_s: float = 0.0, item: Optional[str] = None,
                  retry_items: Union[str, Sequence[str], Mapping[str, Sequence[str]]] = (),
+                 redo: Union[str, Sequence[str], Mapping[str, Sequence[str]]] = (),
                  on_event: Optional[Callable[[Event], None]] = None) -> RunResult:
     """Run targets from Python, as the command line would, and return how that ended.
 
@@ -7826,8 +7971,9 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     arguments: what tools get by name. on_event: called with each Event; nothing is printed.
     grace_s: seconds between asking a process to end and killing it. home: a folder for the
     history, without which none is kept, and no lock held. resume: True, or the id of a run, whose
-    targets and exclusions are taken, and its arguments unless some are given. retry_items: tools,
-    or names of items by tool. The other keywords say what flags and tables of the same names say.
+    targets are taken, and also its arguments, exclusions, start_from and item unless others are
+    given. retry_items, redo: tools, or names of items by tool. The other keywords say what flags
+    and tables of the same names say.
 
     A tool that fails is told in the result; raise UserError for bad input, before anything has
     run: also for an argument that no tool in `tool_map` takes. On the main thread, Ctrl-C, SIGTERM
@@ -7838,8 +7984,9 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     forget_modules()
     pipeline = load_pipeline(tool_map, stages, get_connection, name=name, limits=limits)
     request = Request(tuple(read_targets("targets", targets)),
-                      tuple(read_targets("exclude", exclude)), start_from)
+                      tuple(read_targets("exclude", exclude)), start_from, item=item)
     check_arguments(arguments)
+    retry_items, redo = make_retries("retry_items", retry_items), make_retries("redo", redo)
     if home is None and resume:
         raise UserError("resume needs a history.", "Say where it is: home=.")
     said, jobs = arguments or {}, count_jobs(jobs)  # those of a resumed run are not said anew
@@ -7852,13 +7999,11 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
             request, arguments, done = find_request(history, request, arguments, resume)
             past = make_past(pipeline, history, arguments or {}, Clock().wall(), done, force,
                              jobs > 1)
-        if item is not None:
-            request = request._replace(item=item)
         plan = make_plan(pipeline, request.targets, exclude=request.exclude, past=past,
-                         start_from=request.start_from, jobs=jobs)
+                         start_from=request.start_from, jobs=jobs, redo=redo)
         result = run_plan(Session(
             pipeline, plan, arguments or {}, history, request, fail_fast, verbose,
-            grace_s=grace_s, retry_items=make_retries(retry_items), on_event=on_event,
+            grace_s=grace_s, retry_items=retry_items, redo=redo, on_event=on_event,
             find_said=lambda: dict.fromkeys(said, "arguments")))
     pass_on_signal(result)
     return result
@@ -8979,16 +9124,15 @@ def check_companions(options, given):
         if flag in given and given.isdisjoint(others.split()):
             raise UserError(f"--{flag} goes with --{others.replace(' ', ', --')}.",
                             "Leave it out, or add that.")
-    said = [*options.targets, *(f"--exclude {name}" for name in options.exclude),
-            *["--from"] * ("start_from" in given), *["--no-history"] * options.no_history]
+    said = [*options.targets, *["--no-history"] * options.no_history]
     if said and ("resume" in given or "mark_done" in given):
-        raise UserError("--resume takes targets and exclusions from the run that it goes on with; "
-                        f"it does not go with {' '.join(said)}.",
-                        "Leave that out, or leave out --resume.")
-    if "backfill" in given and ("resume" in given or options.no_history):
+        raise UserError("--resume takes its targets from the run that it goes on with; it does not "
+                        f"go with {' '.join(said)}.", "Leave that out, or leave out --resume.")
+    said = [flag for flag in ("no_history", "resume", "redo") if flag in given]
+    if said and "backfill" in given:
         raise UserError("--backfill looks into the history for what is done, and goes on there; it "
-                        f"does not go with --{'no-history' if options.no_history else 'resume'}.",
-                        "Leave that out.")
+                        f"does not go with --{said[0].replace('_', '-')}.",
+                        "Leave that out; --reprocess runs periods again.")
 
 
 def read_duration_s(text):
@@ -9013,7 +9157,7 @@ def add_flags(parser):
         help='stages and tools; +TOOL adds all that it needs, TOOL+ all that needs '
              'it; none means the stage "full", or else every tool')
     run("--exclude", action="append", default=[], metavar="NAME",
-        help="leave out this tool or stage (may be repeated)")
+        help="leave out this tool or stage, without which what needs it goes on (may be repeated)")
     run("--from", dest="start_from", metavar="NAME",
         help="begin at this tool or stage, leaving out what is before it")
     run("-j", "--jobs", type=int, default=1, metavar="N",
@@ -9028,6 +9172,8 @@ def add_flags(parser):
         help="do only this item of a tool that has items; -- before a name says that it is no flag")
     run("--retry-items", nargs="+", action="append", default=[], metavar=("TOOL", "ITEM"),
         help="try items again that were given up: these, or all of the tool")
+    run("--redo", nargs="+", action="append", default=[], metavar=("TOOL", "ITEM"),
+        help="do again what is done: a tool, all of its items, or these")
     run("--backfill", metavar="A..B", help="run once per period from day A to day B, "
         "which tools get as period_start and period_end (the day after the last)")
     run("--step", choices=("day", "week", "month"), default="day",
@@ -9371,7 +9517,7 @@ def command_items(call):
     check_tool(call, tool)
     if not has_items(call.pipeline.tools[tool]):
         raise UserError(f"{tool} has no items.", "A tool has items if its module has a function "
-                        'items(), or if TOOL_MAP says "each" of it.')
+                        'items(), or if TOOL_MAP says "each" or "items" of it.')
     count = 0
     with open_connection(call) as conn:
         for page in load_item_pages(call, conn, tool, names):
@@ -9609,45 +9755,53 @@ def find_plan(call, history, resumes=None):
         past = make_past(call.pipeline, history, arguments, Clock().wall(), done, options.force,
                          wants_durations=options.plan or jobs > 1)
     plan = make_plan(call.pipeline, request.targets, exclude=request.exclude,
-                     start_from=request.start_from, jobs=jobs, past=past, describe=describe)
+                     start_from=request.start_from, jobs=jobs, past=past, describe=describe,
+                     redo=read_retries(options.redo))
     if is_resume:
         tell_changes(call.pipeline, history.find_run(request.resumes), plan, changed)
     return plan, request, arguments
 
 
 def find_resumed(call, history):
-    """Return what a resume asks for, its arguments, what of it is done, and in words which of the
-    arguments the flags beside --resume have changed.
+    """Return what a resume asks for, its arguments, what of it is done, and in words what of all
+    that the flags beside --resume have changed.
     """
     run = find_run_to_resume(call, history)
-    request, now = make_request(run), None
-    item, words = call.options.item or request.item, request.words
-    if words is not None:
-        said, now = call.parser.read(words)
-        item = item or said.item
-    recorded = read_arguments(run, now)
+    was, now = make_request(run), None
+    if was.words is not None:
+        said, now = call.parser.read(was.words)
+        was = was._replace(item=was.item or said.item)
+    recorded, request = read_arguments(run, now), override(was, call.make_request())
     arguments = {**recorded, **{name: value for name, value in call.arguments.items()
                                 if name in call.given}}
-    changed = format_changed(recorded, arguments)
-    if changed and words is not None:
-        words = (*words, *call.argv)
+    changed = format_changed(recorded, arguments) \
+        + format_changed(name_flags(was), name_flags(request))
+    if changed and was.words is not None:
+        request = request._replace(words=(*was.words, *call.argv))
     done = find_valid(call.pipeline, history.find_done(run["run_id"]), arguments)
-    return request._replace(item=item, words=words), arguments, done, changed
+    return request, arguments, done, changed
+
+
+def name_flags(request):
+    """Return what was asked for beside targets and arguments, by flag."""
+    return {"--exclude": " ".join(request.exclude) or None, "--from": request.start_from,
+            "--item": request.item}
 
 
 def find_run_to_resume(call, history):
     """Return the run to go on with. Raise UserError if there is none, with the way to have items
-    tried again where that was asked for too.
+    tried, or tools done, again where that was asked for too.
     """
     try:
         return history.find_resumable(call.options.resume or None)
     except Settled as error:
-        tools = list(read_retries(call.options.retry_items))
-        if not tools:
+        asked = {flag: read_retries(given) for flag, given in (
+            ("--retry-items", call.options.retry_items), ("--redo", call.options.redo)) if given}
+        if not asked:
             raise
-        words = [word for given in call.options.retry_items for word in ("--retry-items", *given)]
-        raise UserError(error.problem, "To try items again that it gave up: "
-                        + format_command(call, *tools, *words)) from None
+        words = [word for flag in asked for word in format_retries(flag, asked[flag])]
+        raise UserError(error.problem, "To do that without --resume: " + format_command(
+            call, *dict.fromkeys(itertools.chain(*asked.values())), *words)) from None
 
 
 def find_changed(was, now):
@@ -9700,7 +9854,8 @@ def make_session(call, history, resumes=None):
     return Session(
         call.pipeline, plan, arguments, history, request, options.fail_fast, options.verbose,
         keep_results=False, find_said=call.find_said,
-        retry_items=None if options.reprocess else read_retries(options.retry_items))
+        retry_items=None if options.reprocess else read_retries(options.retry_items),
+        redo=read_retries(options.redo))
 
 
 def carry_out(call, history, resumes=None):
@@ -9774,11 +9929,19 @@ def load_subjects(folder, since, until):
 
 
 def read_retries(given):
-    """Return what --retry-items asks for, by tool; all items of a tool where none is named."""
+    """Return what --retry-items or --redo asks for, by tool; all items of a tool where none is
+    named.
+    """
     retries = {}
     for tool, *items in sorted(given, key=len, reverse=True):  # one without items counts, as last
         retries[tool] = (*retries.get(tool, ()), *items) if items else ()
     return retries
+
+
+def format_retries(flag, asked):
+    """Return the words that ask for items, by tool, as read_retries() reads them."""
+    return [word for tool, names in asked.items() for word in (
+        flag, tool, *(each for name in names for each in ["--"] * name.startswith("-") + [name]))]
 
 
 class Screen:
@@ -9992,23 +10155,38 @@ def make_next_command(result, call):
     """Return the command that goes on where a run stopped; nothing after a success."""
     left = {tool: o for tool, o in result.outcomes.items() if o.status not in DONE}
     options, words = call.options, []
-    named = read_retries(options.retry_items)
+    named, redo = read_retries(options.retry_items), read_retries(options.redo)
     for tool, o in left.items():  # of whose items some have no try left
         if o.items and (o.items["failed"] or o.items["given_up"]):
             names = named.get(tool, ())
             # All of the tool, unless the named are for sure those that have failed.
             are_those = o.items["failed"] == o.items["pending"] == len(names)
-            words += ["--retry-items", tool]
-            for name in names if are_those else ():
-                words += ["--"] * name.startswith("-") + [name]
+            words += format_retries("--retry-items", {tool: names if are_those else ()})
+        elif tool in redo and not o.items:  # else they are pending
+            words += format_retries("--redo", {tool: redo[tool]})
     if not left:
         return ""
     if options.no_history:
-        argv = [word for last, word in zip(["", *call.argv], call.argv)
-                if not word.startswith("--from=") and "--from" not in (last, word)]
-        return format_command(call, *argv, *words, "--from", next(iter(left)))
+        return format_command(call, *leave_out_flags(call.argv), *words, "--from",
+                              next(iter(left)))
     words += ["--jobs", str(options.jobs)] if options.jobs != 1 else []
     return format_command(call, "--resume", *["--force"] * options.force, *words)
+
+
+_NOT_REPEATED = {"--from": 2, "--redo": sys.maxsize}  # flag: of so many words, up to another flag
+
+
+def leave_out_flags(argv):
+    """Return the words of a command line without those of a run that do not hold for the next."""
+    kept, count = [], 0
+    for before, word in zip(["", *argv], argv):
+        flag, equals, _ = word.partition("=")
+        if word.startswith("-") and "--" not in (before, word):
+            count = _NOT_REPEATED.get(flag, 0)
+            count = min(count, 1) if equals else count
+        kept += [word] * (count <= 0)
+        count -= 1
+    return kept
 
 
 def find_program():

@@ -405,7 +405,8 @@ class Maker:
         """Return some starts: a first one, others that follow it, and a look."""
         name = self.rng.choice(names)
         starts = [self.make_start(self.rng.choice(
-            ([], [], [], [], [], [], [f"+{name}"], [f"{name}+", "--force"], ["--exclude", name])))]
+            ([], [], [], [], [], [], [f"+{name}"], [f"{name}+", "--force"],
+             ["--exclude", names[-1]])))]  # which none needs: those go on without it now
         if self.chance(0.15) and not self.is_parallel:
             starts[0] = starts[0]._replace(words=(*starts[0].words, "--since", "2013"))
         if self.kind.whole:  # and then once that nothing dies
@@ -442,7 +443,8 @@ class Maker:
         """Return words that say what is to be run."""
         name = self.rng.choice(names)
         words = self.rng.choice(([name], [f"+{name}"], [f"{name}+"], self.some(names, 3),
-                                 ["--from", name], ["--exclude", name], [*list(stages)[-1:]]))
+                                 ["--from", name], ["--exclude", names[-1]],
+                                 [*list(stages)[-1:]]))
         return [*words, "--force"] if self.chance(0.5) else words
 
     def choose_words(self, names, stages):
@@ -663,7 +665,10 @@ NORMAL = [(re.compile(pattern), other) for pattern, other in (
 
 
 # What the engine of today says otherwise than that of before, and is meant to: (pattern, other).
-AGREED: List[Tuple["re.Pattern[str]", str]] = []
+AGREED: List[Tuple["re.Pattern[str]", str]] = [
+    # --redo is asked for beside --resume, too
+    (re.compile("To (try items again that it gave up|do that without --resume): "), "Do: "),
+]
 
 
 # One that was shown for a try is not shown again for the next.

@@ -226,7 +226,7 @@ def test_a_resume_that_comes_too_late_names_the_command_that_tries_again(line):
     assert line.run().code == 0
     ended = line.run(*late)
     assert ended.code == 2 and "There is nothing to resume" in ended.err, ended
-    assert line.run(*next_of(ended, "To try items again that it gave up: ")).code == 0
+    assert line.run(*next_of(ended, "To do that without --resume: ")).code == 0
     assert sorted(line.done()) == ["a", "b"]
 
 

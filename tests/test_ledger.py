@@ -213,13 +213,52 @@ def test_an_item_that_was_given_up_comes_back_only_if_asked_for_or_changed(open_
     assert [(item.name, *tried) for item, *tried in found] == [("a", status, "1"), ("b", "", "")]
     assert pending(open_ledger(source="new"), [("a", "v")]) == [("a", "v")]
     assert pending(ledger, [("a", "w")]) == [("a", "w")]
-    list(ledger.find_pending([("a", "v"), "b"], retry=["b", "z"]))
-    assert ledger.given_back == set()  # they were not given up
+    list(ledger.find_pending([("a", "v"), "b"], None, lambda name, _: name in ["b", "z"]))
+    assert ledger.given_back == {}  # they were not given up
     assert pending(ledger, [("a", "v"), "b"]) == ["b"]
-    for retry in (names, None):
-        assert list(ledger.find_pending([("a", "v")], retry=retry)) \
-            == [(Item("a", "v", True, 0, 0), "pending", "1")]
-        assert ledger.given_back == (set() if retry is None else {"a"})
+    again = [(Item("a", "v", True, 0, 0), "pending", "1")]
+    assert list(ledger.find_pending([("a", "v")], None,
+                                    lambda name, _: name in (names or (name,)))) == again
+    assert ledger.given_back == {"a": ("v", "1")}
+    ledger.reopen()
+    assert list(ledger.find_pending([("a", "v")])) == again
+    assert ledger.given_back == {}
+
+
+def test_an_item_that_is_done_comes_again_only_if_asked_for_and_reopened(open_ledger):
+    ledger = open_ledger()
+    for name in "abc":
+        done(ledger, name, "v")
+    found = [(name, "v") for name in "abcd"]
+    again = {"looks_at_done": True, "comes_again": lambda name, is_done: is_done and name in "ac"}
+    assert [item.name for item, *_ in ledger.find_pending(found, None, **again)] == ["a", "c", "d"]
+    assert pending(ledger, found) == [("d", "v")]
+    list(ledger.find_pending(found, None, **again))
+    ledger.reopen()
+    assert pending(ledger, found) == [("a", "v"), ("c", "v"), ("d", "v")]
+    done(ledger, "a", "v")
+    assert pending(ledger, found) == [("c", "v"), ("d", "v")]
+
+
+def test_what_somebody_else_has_done_again_meanwhile_is_not_reopened(open_ledger):
+    ledger, other = open_ledger(), open_ledger(run_id="2")
+    done(ledger, "a")
+    again = {"looks_at_done": True, "comes_again": lambda *_: True}
+    for each in (other, ledger):
+        list(each.find_pending(["a"], None, **again))
+    other.reopen()
+    done(other, "a")
+    ledger.reopen()
+    assert pending(ledger, ["a"]) == []
+
+
+def test_to_try_again_what_was_given_up_does_not_forget_the_version_that_passed(open_ledger):
+    ledger = open_ledger()
+    done(ledger, "a", "1")
+    done(ledger, "a", "2", "failed")
+    list(ledger.find_pending([("a", "2")], None, lambda *_: True))
+    ledger.reopen()
+    assert pending(open_ledger("u"), each="t") == [("a", "1")]
 
 
 def test_what_failed_once_keeps_its_tries_only_for_its_version_and_source(open_ledger):

@@ -171,15 +171,15 @@ def add_arguments(parser):
 
 
 @pytest.mark.parametrize("words, shown", [
-    (["b"], "b"), (["--exclude", "b"], "--exclude b"), (["--from", "b"], "--from"),
-    (["b", "--deep"], "b"), (["--no-history"], "--no-history"),
+    (["b"], "b"), (["b", "--deep"], "b"), (["--no-history"], "--no-history"),
+    (["b", "--exclude", "a"], "b"),
 ])
 def test_words_that_a_resumed_run_says_itself_are_refused(line, words, shown):
     line.set(ALL, FLAGS)
     line.run(broken="b")
     assert line.run(*words, "--resume", code=2) == []
     assert line.ended.err == (
-        "--resume takes targets and exclusions from the run that it goes on with; it does not go "
+        "--resume takes its targets from the run that it goes on with; it does not go "
         f"with {shown}.\n  Leave that out, or leave out --resume.\n")
 
 
@@ -235,6 +235,21 @@ def test_a_tool_that_gets_another_argument_is_not_done_though_a_resume_never_cam
 def test_words_on_how_to_run_are_welcome_beside_a_resume(line, words):
     line.run(broken="b")
     assert line.run(*words, "--resume") == ["b", "d"]
+
+
+def test_what_is_excluded_beside_a_resume_takes_the_place_of_what_was_and_is_told(line):
+    assert line.run("--exclude", "a", broken="b c") == ["b", "c"]
+    assert line.run("--resume", "--exclude", "b", broken="c") == ["a", "c"]
+    assert "Changed since run 1: --exclude (b, was a).\n" in line.ended.err
+    assert line.run("--resume") == ["c", "d"]  # the last that was said goes on
+    assert "Changed" not in line.ended.err
+    assert "run 3 did all of it" in line.sandbox.run("--resume").err
+
+
+def test_where_to_begin_beside_a_resume_takes_the_place_of_what_was_and_is_told(line):
+    line.run(broken="b")
+    assert line.run("--resume", "--from", "c", "--force") == ["d"]
+    assert "Changed since run 1: --from (c, was None)." in line.ended.err
 
 
 def test_flags_that_tools_require_come_from_the_run(line):
@@ -508,6 +523,15 @@ def test_run_pipeline_resumes_with_the_targets_and_arguments_of_the_run(modules)
         run_pipeline([], tools, resume=True)
 
 
+def test_run_pipeline_takes_exclusions_beside_a_resume_in_place_of_those_of_the_run(modules):
+    folder = modules(flaky="def run(context): assert context.tool != 'c'")
+    home, tools = str(folder / "home"), dict.fromkeys("abcd", {"module": "flaky", "needs": []})
+    first = run_pipeline([], tools, home=home, exclude=["a"])
+    assert (first.failed, first.succeeded) == (["c"], ["b", "d"])
+    again = run_pipeline([], tools, home=home, resume=True, exclude=["c"])
+    assert (again.succeeded, again.cached) == (["a"], ["b", "d"])
+
+
 def test_arguments_that_json_can_not_say_are_asked_for_again_and_never_given_as_text(modules):
     folder = modules(flaky="""
         def run(context, place):
@@ -552,6 +576,73 @@ def test_a_need_outside_the_plan_may_be_no_older_than_it_is_fresh(line):
     assert "plan: a, which succeeded 0." in line.ended.err
     assert "ago, in run 1, and is fresh for 0.00 s." in line.ended.err
     assert line.run("b", "--force") == ["b"]
+
+
+# --- what is excluded ---
+
+def test_what_needs_an_excluded_tool_goes_on_without_it_whether_it_ever_succeeded_or_not(line):
+    for _ in range(2):
+        assert line.run("--exclude", "a") == ["b", "c", "d"]
+        assert line.run("b", "--exclude", "a") == ["b"]
+        assert line.plan("--exclude", "a") == {
+            "b": ("run", "in TOOL_MAP; without a, which is excluded"),
+            "c": ("run", "in TOOL_MAP; without a, which is excluded"), "d": ("run", "in TOOL_MAP")}
+        line.run("a")
+    assert line.plan("--exclude", "b", "--exclude", "c")["d"] == (
+        "run", "in TOOL_MAP; without b, c, which are excluded")
+    assert line.run("--exclude", "a", "-j", "2")[-1] == "d"
+
+
+def test_only_what_is_excluded_is_done_without(line):
+    assert line.run("d", "--exclude", "b", code=2) == []
+    assert "d needs what is not in this plan: c, which has never succeeded.\n" in line.ended.err
+
+
+@pytest.mark.parametrize("words", [(), ("-j", "2")])
+def test_the_results_of_an_excluded_tool_are_not_handed_on(line, words):
+    line.sandbox.tool("m", """
+        def run(context):
+            with open("sees." + context.tool, "w") as file:
+                file.write(" ".join(sorted(context.results)))
+            return 1
+    """)
+    line.run(*words)
+    assert line.sandbox.read("sees.d") == "b c"
+    line.run(*words, "--exclude", "b")
+    assert line.sandbox.read("sees.d") == "c"
+    line.run("d", *words)
+    assert line.sandbox.read("sees.d") == "b c"
+
+
+def test_a_resume_keeps_what_is_excluded_and_goes_on_without_it(line):
+    assert line.run("--exclude", "a", broken="c") == ["b", "c"]
+    assert line.plan("--resume")["c"] == ("run", "in TOOL_MAP; without a, which is excluded")
+    assert line.run("--resume") == ["c", "d"]
+
+
+def test_the_items_of_an_excluded_tool_that_passed_are_still_those_of_each(quick):
+    quick.pipeline(f"""{SQLITE}
+TOOL_MAP = {{"t": "t", "u": {{"module": "u", "each": "t"}}}}
+""")
+    quick.tool("t", "def items(): return ['a', 'b']\ndef run(item): assert item != 'b'")
+    quick.tool("u", "def run(item): print(item)")
+    ended = quick.run("--exclude", "t")
+    assert (ended.code, ended.out) == (0, "") and "no items" in ended.err
+    assert quick.run("t").code == 1
+    assert quick.run("--exclude", "t").out == "a\n"
+
+
+def test_a_cached_tool_stays_so_without_what_it_needs_but_what_was_made_without_is_no_more(quick):
+    """A success without the excluded tool says nothing of one with it."""
+    line = Line(quick, {"a": {"module": "m", "needs": []},
+                        "b": {"module": "m", "needs": ["a"], "cache": True}})
+    assert line.run() == ["a", "b"]
+    assert line.run("--exclude", "a", code=0) == []
+    line.sandbox.tool("m", TOOL + "    # changed\n")
+    assert line.run("--exclude", "a") == ["b"]
+    assert line.run("--exclude", "a") == []
+    assert line.plan("b")["b"] == ("run", "named; its needs changed since run 3")
+    assert line.run("b") == ["b"] and line.run("b") == []
 
 
 # --- cache ---

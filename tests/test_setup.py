@@ -327,6 +327,7 @@ def test_an_option_that_is_not_given_has_its_default(row, field, value):
     ("reads", [], "reads", ()),
     ("reads", "a table.csv", "reads", ("a table.csv",)),
     ("writes", ["x", "y"], "writes", ("x", "y")),
+    ("writes", ["x", "a/{item}", "{stem}.b", "{}"], "outputs", ("a/{item}", "{stem}.b")),
     ("retries", 0, "retries", 0),
     ("retries", 9999, "retries", 9999),
     ("retry_delay", "10m", "retry_delay_s", 600),
@@ -356,6 +357,7 @@ def test_an_option_that_is_not_given_has_its_default(row, field, value):
     ("cache", False, "cache_s", None),
     ("cache", "24h", "cache_s", 86_400),
     ("fresh_for", "2d", "fresh_for_s", 172_800),
+    ("items", "raw/**/*.[ct]sv", "items", "raw/**/*.[ct]sv"),
 ])
 def test_an_option_is_read_as_what_it_says(key, given, field, value):
     assert getattr(read(**{key: given}), field) == value
@@ -371,7 +373,8 @@ WRONG = {
                 ["", " ", 3, None, True, {}, [], [""], ["a", 1], {"a"}]),
     "needs": ("a list of names", NO_NAMES),
     "reads": ("a list of names", NO_NAMES),
-    "writes": ("a list of names", NO_NAMES),
+    "writes": ("a list of names, with no braces but {item} and {stem}", [
+        *NO_NAMES, "{a}", ["out/{stem}.{x}"], ["x", "{items}"]]),
     "retries": ("a whole number from 0 on", NO_COUNT),
     "retry_delay": ("a number of seconds or a text", NO_DURATION),
     "retry_max_delay": ("a number of seconds or a text", NO_DURATION),
@@ -392,6 +395,8 @@ WRONG = {
     "cache": ("True, False or a duration", ["24", "ever", "", 0, "0s", -1, None, [], math.inf]),
     "fresh_for": ("a number of seconds or a text", [*NO_DURATION, 0, "0s"]),
     "each": ("the name of a tool with items", ["", None, True, 1, ["fetch"], {"fetch"}]),
+    "items": ("a pattern of files, without braces", [
+        "", None, True, 1, ["*.csv"], "raw/{item}.csv", "{", "}"]),
     "batch": ("a whole number from 1 on", [0, -1, 1.0, "500", None, True, math.inf]),
 }
 

@@ -247,3 +247,52 @@ def test_a_tool_that_commits_itself_may_do_so_within_an_item(pipeline, store, en
         pipeline.run()
         assert store.work() == list("abcde")
         assert [status for _, status in store.ledger()] == ["success"] * 5
+
+
+# --- what is done is done again ---
+
+@on(ALL)
+def test_items_that_are_done_are_reopened_for_who_asks_and_for_want_of_their_output(
+        pipeline, store, quick):
+    pipeline.write(writes=["out/{item}"])
+    pipeline.tool("note(conn, item)\nPath('out').mkdir(exist_ok=True)\nPath('out', item).touch()",
+                  "return [(item, 'v') for item in 'abcde']", "from pathlib import Path")
+    pipeline.run()
+    pipeline.run()
+    pipeline.run("--redo", "tool", "b", "d")
+    (quick.folder / "out" / "c").unlink()
+    assert "1 of 5 items pending again: their output is gone: out/c\n" in pipeline.run().err
+    assert store.work() == list("abcdebdc")
+    pipeline.run("--redo", "tool")
+    assert store.work()[8:] == list("abcde")
+    pipeline.run("--redo", "tool", "e", "x", code=2)
+    pipeline.run()
+    assert len(store.work()) == 13
+    assert store.ledger("item, status, attempts, passed") == [
+        (item, "success", 1, "v") for item in "abcde"]
+
+
+@on(["psycopg-transactions", "psycopg2-autocommit", "alchemy-mariadb", "alchemy-sqlite"])
+@pytest.mark.parametrize("words", [(), ("--jobs", "2")])
+def test_a_kill_between_reopening_and_doing_leaves_what_was_reopened_pending(
+        sandbox, store, words):
+    pipeline = Pipeline(sandbox, store)
+    tool = "import os, signal, time\nfrom pathlib import Path"
+    pipeline.tool("note(conn, item)", "", tool).run(*words)
+    pipeline.tool("""
+        pid = int(Path(__file__).with_name("pid").read_text())
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(20)
+    """, "Path(__file__).with_name('pid').write_text(os.environ['RUN_PID'])\nreturn list('abcde')",
+                  tool)
+    sandbox.tool("start", """
+        import os, sys
+        os.environ["RUN_PID"] = str(os.getpid())
+        os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    """)
+    sandbox.run("orchestrator.py", *words, "--redo", "tool", "a", "e", file="start.py")
+    assert store.query("SELECT item, status FROM orchestrator_items WHERE passed IS NULL "
+                       "ORDER BY item") == [("a", "pending"), ("e", "pending")]
+    pipeline.tool("note(conn, item)", "", tool).run(*words)
+    assert sorted(store.work()[5:]) == ["a", "e"]
+    assert store.query("SELECT DISTINCT status FROM orchestrator_items") == [("success",)]

@@ -68,6 +68,23 @@ def test_two_first_starts_create_one_ledger(sandbox, store):
     assert sorted(store.work()) == list("abcde")
 
 
+def test_two_coordinators_do_each_item_once_whose_output_is_gone(sandbox, store):
+    two = Two(sandbox, store, writes=["out/{item}"])
+    two.pipeline.tool("""
+        note(conn, item)
+        meet(item)  # both have found that it is gone
+        Path(__file__).with_name("out").joinpath(item).touch()
+    """, "return list('abcde')", "from pathlib import Path\nfrom meeting import meet")
+    out = sandbox.folder / "out"
+    out.mkdir()
+    for done in range(1, 4):
+        ended = two.run()
+        assert [code for code, _, _ in ended] == [0, 0], ended
+        assert sorted(store.work()) == sorted("abcde" * done), ended
+        for file in out.iterdir():
+            file.unlink()
+
+
 @pytest.mark.parametrize("words, batch", [((), 1), (("--jobs", "2"), 1), (("--jobs", "2"), 20)])
 def test_whoever_is_killed_each_item_is_done_once_and_whole(
         sandbox, psycopg_store, words, batch):
