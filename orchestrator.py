@@ -234,6 +234,7 @@ class Tool(NamedTuple):
     fresh_for_s: float = float("inf")
     each: Optional[str] = None
     batch: int = 1
+    arguments: Mapping[str, Any] = {}
 
 
 class Stage(NamedTuple):
@@ -308,7 +309,8 @@ class Step(NamedTuple):
 
     `needs` is what it waits for as its table says it; `edges` are the tools of the plan that it
     waits for directly, which say the same: see make_steps. `success` is what a tool that is, maybe,
-    not run again did when it was; `expected_s` is None where nothing is known of it.
+    not run again did when it was; `expected_s` is None where nothing is known of it; `arguments`
+    are its own.
     """
     tool: str
     wave: int
@@ -318,6 +320,7 @@ class Step(NamedTuple):
     edges: Names = ()
     expected_s: Optional[float] = None
     success: Optional[Success] = None
+    arguments: Mapping[str, Any] = {}
 
     def may_run(self):
         """Return whether the tool may have to run."""
@@ -725,6 +728,23 @@ def read_positive_s(value):
     return accept(seconds, seconds > 0)
 
 
+def read_arguments(value):
+    """Read arguments by name, plain data; they come as a copy that nobody changes."""
+    for name in value:
+        read_text(_IDENTIFIER)(accept(name, name not in RESERVED_ARGUMENTS))
+    return accept(copy_data(value), isinstance(value, dict))
+
+
+def copy_data(value):
+    """Return a copy of what JSON can say. Raise ValueError or TypeError if it is anything else."""
+    if isinstance(value, dict):
+        return {read_text(".*")(name): copy_data(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return list(map(copy_data, value))
+    is_finite = isinstance(value, (int, float)) and abs(value) < float("inf")
+    return accept(value, is_finite or value is None or isinstance(value, str))
+
+
 def read_cache_s(value):
     """Read how long a success is good for, in seconds; None where it is good for nothing."""
     if isinstance(value, bool):
@@ -771,6 +791,9 @@ OPTIONS = {
     # its items are those that ever passed this tool; so many of them are committed at a time
     "each": ("each", read_name, "the name of a tool with items", '"validate"'),
     "batch": ("batch", read_positive, "a whole number from 1 on", "500"),
+    # what its functions get by name, rather than from a flag of that name
+    "arguments": ("arguments", read_arguments, "a dict of plain data, as JSON has it, by the names "
+                  "of arguments, none of which is conn, context or item", '{"year": 2013}'),
     # how old its last success may be for those that need it and do not run it
     "fresh_for": ("fresh_for_s", read_positive_s, _DURATION + ", above 0", '"24h"'),
 }
@@ -1168,7 +1191,8 @@ def make_steps(pipeline, order, reasons, past, redo, describe):
         reason = why if success else "; ".join(filter(None, [
             reasons[tool], why, describe and describe(options)]))
         wave = 1 + max((steps[each].wave for each in edges), default=0)
-        steps[tool] = Step(tool, wave, action, reason, needs, tuple(edges), expected_s, success)
+        steps[tool] = Step(tool, wave, action, reason, needs, tuple(edges), expected_s, success,
+                           options.arguments)
         if needs == ALL_BEFORE:
             since = []
         since.append(tool)
@@ -1485,7 +1509,7 @@ def expand_target(pipeline, name):
 # of a status is committed before the next thing happens. What is read from there is data: nothing
 # of it is unpickled or evaluated. It never touches other people's databases.
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 APPLICATION_ID = 0x6F726368  # "orch" in the header of the file says whose it is
 
 VIEWS = """
@@ -1586,8 +1610,10 @@ CREATE TABLE attempts (
     source        TEXT,              -- cached tools: JSON, what ran: see describe_source()
     inputs        TEXT,              -- cached tools: JSON, the files that they read and write
     needed        TEXT,              -- cached tools: JSON object, needed tool -> its work then
-    items         TEXT               -- JSON object, counts of its items: see Outcome; NULL for a
+    items         TEXT,              -- JSON object, counts of its items: see Outcome; NULL for a
                                      -- tool without items
+    given         TEXT               -- JSON object, the arguments of the tool's own; NULL if it
+                                     -- has none
 );
 CREATE INDEX attempts_of_tool ON attempts (tool);
 """ + VIEWS
@@ -1600,12 +1626,13 @@ UPDATE runs SET item = '' WHERE words LIKE '%"-' || '-item"%' OR words LIKE '%"-
     3: "",
     4: "".join(f"DROP VIEW IF EXISTS {name};" for name in re.findall(r"VIEW (\w+) AS", VIEWS))
        + VIEWS,
+    5: "ALTER TABLE attempts ADD COLUMN given TEXT;",
 }
 
 _TYPES = {"INTEGER": int, "REAL": float, "TEXT": str}
 # What JSON in a column is like: each part of a list like the one part here, each of an object like
 # the one of its name, which has to be there, or else like that named "".
-_LIKE = {"targets": [""], "exclude": [""], "words": [""], "arguments": {}, "said": {},
+_LIKE = {"targets": [""], "exclude": [""], "words": [""], "arguments": {}, "said": {}, "given": {},
          "sources": {}, "called": {"": 0}, "source": {"calls": "", "source": "", "options": {}},
          "inputs": {"reads": {"": []}, "": [""]}, "needed": {"": 0}}
 _FAR_S = 2.5e11  # later moments have no date
@@ -2044,7 +2071,7 @@ class Store:
     def load_attempts(self, run_id):
         """Return the rows of `attempts` of a run, in the order in which they began."""
         return self.load("SELECT * FROM attempts_of_runs WHERE of_run = ? ORDER BY attempt_id",
-                         run_id)
+                         run_id, json="given")
 
     def load_last_attempts(self):
         """Return the rows of the view `last_attempts` by tool; after a period of a backfill that
@@ -2232,9 +2259,11 @@ class History(Store):
         self.commit()
         return str(self.run_id)
 
-    def begin_attempt(self, tool, attempt, at, pid):
-        """Record that an attempt begins."""
+    def begin_attempt(self, tool, attempt, at, pid, arguments=None):
+        """Record that an attempt begins, with the arguments of the tool's own."""
         self.open[tool] = self.note(tool, attempt, "running", at, pid)
+        if arguments:
+            self.update(self.open[tool], {"given": format_arguments(arguments)})
 
     def note_items(self, tool, counts):
         """Record how many items a tool that runs has."""
@@ -3709,6 +3738,11 @@ class Parameters(NamedTuple):
         """Return whether the function gets an argument."""
         return self.takes_all or name in self.names
 
+    def without(self, arguments):
+        """Return what the function takes but for some arguments."""
+        return self._replace(names=[name for name in self.names if name not in arguments]) \
+            if arguments else self
+
 
 ANYTHING = Parameters(takes_all=True)  # what is taken where that can not be told
 HOOKS = ("check", "items", "setup")  # what a tool's module may have beside the tool's function
@@ -3988,7 +4022,7 @@ def describe_source(tool, source):
     is so without it is left out, so that one which a later engine knows changes nothing.
     """
     options = {"commits": tool.commits, "reads": sorted(tool.reads or ()),
-               "writes": sorted(tool.writes or ())}
+               "writes": sorted(tool.writes or ()), "arguments": tool.arguments}
     return {"calls": f"{tool.module}:{tool.function}", "source": source,
             "options": {name: given for name, given in options.items() if given}}
 
@@ -4008,6 +4042,8 @@ def hash_item_source(tool):
     """Return a short fingerprint of what the tries of an item are of: a change gives them back."""
     from hashlib import sha256
     what = tool.module, tool.function, tool.commits, hash_imported(tool.module)
+    if tool.arguments:
+        what += format_arguments(tool.arguments),
     return sha256(repr(what).encode()).hexdigest()[:16]
 
 
@@ -4133,6 +4169,18 @@ def find_mistakes(tool, path, functions, available):
                 tool, name, found.takes, has_own_items, available):
             yield found.line, UserError(f"{where}: {problem}", fix)
             break  # what follows may come of it
+    takes = [found.takes for found in functions.values() if not found.kind]
+    for name in tool.arguments if run else ():
+        if not any(each.takes(name) for each in takes):
+            yield run.line, UserError(
+                f"{where}: 'arguments' has {name!r}, which no function of {tool.module} takes.",
+                format_nearest(name, find_names(takes)))
+
+
+def find_names(takes):
+    """Return the arguments that are named by functions, but for the engine's own."""
+    return dict.fromkeys(name for each in takes for name in each.names
+                         if name not in RESERVED_ARGUMENTS)
 
 
 def find_misfits(tool, name, takes, has_own_items, available):
@@ -4148,7 +4196,7 @@ def find_misfits(tool, name, takes, has_own_items, available):
     comes_before = {"items": "what tells which there are", "setup": "called before there is any"}
     before = comes_before.get(name) if name != tool.function else None
     has_items = not before and (has_own_items or tool.each is not None)
-    known = {*available, "item"} if has_items else available
+    known = {*available, *tool.arguments, *["item"] * has_items}
     missing = [each for each in takes.required if each not in known]
     if not missing:
         return
@@ -4195,7 +4243,8 @@ def load_callees(tools, available, interrupts):
 
     def load(_, tool):
         # and what it must be like depends on these options
-        key = tool.module, tool.function, tool.each is None, tool.batch, tool.cache_s
+        key = (tool.module, tool.function, tool.each is None, tool.batch, tool.cache_s,
+               *tool.arguments)
         if key not in loaded:
             loaded[key] = load_callee(tool, known, interrupts)
         return loaded[key]._replace(tool=tool)
@@ -4262,13 +4311,13 @@ def has_items(tool):
 
 
 def read_takes(tool):
-    """Return what the functions of a tool take, as its module reads; of what can not be read so,
-    that it takes all.
+    """Return what the functions of a tool take that it does not have of its own, as its module
+    reads; of what can not be read so, that it takes all.
     """
     found = read_module(tool.module).definitions
     if found is None or "*" in found:
         return [ANYTHING]
-    return [each.takes for each in read_functions(tool).values()]
+    return [each.takes.without(tool.arguments) for each in read_functions(tool).values()]
 
 
 def takes_any(tool, names):
@@ -4283,7 +4332,8 @@ def check_are_taken(arguments, callees, tools, find_said):
     takes an argument: it may be one of theirs. `find_said` gives those that somebody gave, each
     with where that was, and is asked last: it takes time, and there are defaults that none takes.
     """
-    takes = [each for callee in callees.values() for each in callee.all_takes]
+    takes = [each.without(callee.tool.arguments)
+             for callee in callees.values() for each in callee.all_takes]
     said = find_said() if find_untaken(arguments, takes) else {}
     left = find_untaken(said, takes)
     for tool in tools.values():
@@ -4291,10 +4341,8 @@ def check_are_taken(arguments, callees, tools, find_said):
             read = read_takes(tool)
             left = find_untaken(left, read)
             takes += read
-    known = dict.fromkeys(name for each in takes for name in each.names
-                          if name not in RESERVED_ARGUMENTS)
     check_mistakes([UserError(f"{said[name]}: no tool takes {name!r}.",
-                              format_nearest(name, known)) for name in left])
+                              format_nearest(name, find_names(takes))) for name in left])
 
 
 def find_untaken(arguments, takes):
@@ -4974,8 +5022,14 @@ class Doer:
             raise
 
     def give(self):
-        """Make the arguments that there are, over the connection that is open."""
-        self.given = {**self.setting.arguments, "conn": self.database.conn,
+        """Make the arguments that there are, over the connection that is open. Those of the tool's
+        own are copies: what it does to them is not to be there in its next try.
+        """
+        own = self.tool.arguments
+        if own:
+            from copy import deepcopy
+            own = deepcopy(own)
+        self.given = {**self.setting.arguments, **own, "conn": self.database.conn,
                       "context": Context(self.job, self.kept.ask,
                                          functools.partial(self.tell, "event"))}
 
@@ -6928,7 +6982,8 @@ class Starter:
         if self.is_interrupted:
             self.interrupts.limit(self.session.grace_s)
         work = self.open[tool] = Work(self, self.callees[tool], former)
-        self.history.begin_attempt(tool, work.number, self.clock.wall(), work.performer.reserve())
+        self.history.begin_attempt(tool, work.number, self.clock.wall(), work.performer.reserve(),
+                                   work.tool.arguments)
         self.tell("tool_started", tool, output=work.output)
         self.publish()
         self.start_job(work, () if work.tally else (None,))
@@ -7514,7 +7569,7 @@ def make_plan_view(plan):
     def make_step(step):
         needs = step.needs if step.needs == ALL_BEFORE else list(step.needs)
         return make_row({**step._asdict(), "needs": needs},
-                        "tool wave action reason needs expected_s")
+                        "tool wave action reason needs expected_s arguments")
 
     return {"steps": [make_step(step) for step in plan.steps],
             "critical_path": list(plan.critical_path), "expected_s": plan.expected_s}
@@ -7734,12 +7789,13 @@ def make_run_view(run, attempts, is_detailed=False):
     of_tools = "tool status reason attempts started_at duration_s rows error "
     of_run = "run_id status targets arguments started_at ended_at duration_s planned "
     if is_detailed:
-        of_tools += "traceback log pid result items"
+        of_tools += "traceback log pid result items arguments"
         of_run += "exclude start_from resumes pid version git_commit"
     tools = {}
     for row in attempts:
         tools.pop(row["tool"], None)
-        tools[row["tool"]] = make_row({**row, "attempts": row["attempt"]}, of_tools)
+        tools[row["tool"]] = make_row({**row, "attempts": row["attempt"],
+                                       "arguments": row["given"] or {}}, of_tools)
     ended_at = None if run["duration_s"] is None else run["started_at"] + run["duration_s"]
     return {**make_row({**run, "ended_at": ended_at}, of_run), "tools": list(tools.values())}
 
@@ -7760,18 +7816,21 @@ def format_runs(shown, style):
 def format_run(shown, style):
     """Return --history RUN as text: all that is known of one run."""
     import json
+    to_text = functools.partial(json.dumps, ensure_ascii=False)
     run, = shown["runs"]
     resumed = f", which resumed run {run['resumes']}" if run["resumes"] else ""
     commit = f", commit {run['git_commit'][:12]}" if run["git_commit"] else ""
     facts = {**run, "run": run["run_id"] + resumed, "without": run["exclude"],
              "from": run["start_from"], "version": f"{run['version']}{commit}",
-             "arguments": json.dumps(run["arguments"], ensure_ascii=False)}
+             "arguments": to_text(run["arguments"])}
     names = "run status targets without from arguments started_at duration_s version".split()
     cells = [{"name": format_head(name), "value": format_cell(name, facts[name])}
              for name in names]
     lines = format_table("name value", [cell for cell in cells if cell["value"]], has_head=False)
-    lines += ["", *format_table("tool status >attempts started >duration_s >rows note", [
+    columns = "tool status >attempts started >duration_s >rows ?arguments note"
+    lines += ["", *format_table(columns, [
         {**tool, "attempts": tool["attempts"] or None,
+         "arguments": to_text(tool["arguments"]) * bool(tool["arguments"]),
          "started": format_local(tool["started_at"])[11:], "note": tool["error"] or tool["reason"]}
         for tool in run["tools"]], style)]
     for tool in run["tools"]:
