@@ -3727,12 +3727,25 @@ def forget_slip(path, is_told=False):
 # for all the tools that are in it, and kept as little as is asked of it, until forget_modules():
 # a syntax tree takes 2 KB for each line.
 
+class Available(NamedTuple):
+    """What there is for the functions of tools: `arguments` by name, beside a tool's own and those
+    of the engine, and results of `tools`, of which sees(tool, other) tells whether a tool waits
+    for another and may see what that returned.
+    """
+    arguments: Mapping[str, Any]
+    tools: Mapping[str, Tool]
+    sees: Callable[[str, str], bool]
+
+
 class Parameters(NamedTuple):
-    """What a function takes. `takes_all`: it has a **kwargs."""
+    """What a function takes. `takes_all`: it has a **kwargs. `results` are those of the names that
+    stand for what other tools have returned, as far as that is known: see find_results().
+    """
     names: Sequence[str] = ()
     required: Sequence[str] = ()
     positional_only: Sequence[str] = ()
     takes_all: bool = False
+    results: Sequence[str] = ()
 
     def takes(self, name):
         """Return whether the function gets an argument."""
@@ -4140,7 +4153,7 @@ def check_callable(tools, available):
             mistakes.append(make_import_error(tool, cause))
         elif module.definitions is not None:
             mistakes += [error for _, error in find_mistakes(
-                tool, module.path, read_functions(tool), {*available, "conn", "context"})][:1]
+                tool, module.path, read_functions(tool), available)][:1]
     check_mistakes(mistakes)
 
 
@@ -4148,8 +4161,7 @@ def find_mistakes(tool, path, functions, available):
     """Yield what is wrong with the functions of a tool, be its module read or imported: a line and
     a UserError.
 
-    `path` is that of the module, `functions` are Definitions by name, and `available` the names
-    of the arguments that there will be.
+    `path` is that of the module, `functions` are Definitions by name.
     """
     where = f"TOOL_MAP[{tool.name!r}]"
     run = functions.get(tool.function)
@@ -4196,8 +4208,10 @@ def find_misfits(tool, name, takes, has_own_items, available):
     comes_before = {"items": "what tells which there are", "setup": "called before there is any"}
     before = comes_before.get(name) if name != tool.function else None
     has_items = not before and (has_own_items or tool.each is not None)
-    known = {*available, *tool.arguments, *["item"] * has_items}
-    missing = [each for each in takes.required if each not in known]
+    known = {*available.arguments, *tool.arguments, "conn", "context", *["item"] * has_items}
+    results = find_results(tool, takes, available)
+    missing = [each for each in takes.required if each not in known
+               and not (each in results and available.sees(tool.name, each))]
     if not missing:
         return
     if "item" in missing and before:
@@ -4209,9 +4223,22 @@ def find_misfits(tool, name, takes, has_own_items, available):
     if missing[0] in PERIOD_ARGUMENTS:
         yield (f"{where} asks for {missing[0]!r}, which only --backfill gives.",
                f"Run it so, or give it a default: {missing[0]}=None.")
+    if missing[0] in results:
+        yield (f"{where} asks for {missing[0]!r}, but there will be no result of that tool for "
+               f"{tool.name}.", f'Let it need that, "needs": ["{missing[0]}"], and run it before; '
+               f"or give it a default: {missing[0]}=None.")
     yield (f"{where} asks for {', '.join(map(repr, missing))}, which nothing gives.",
            f"There are {', '.join(sorted(known))}. Give it a default ({missing[0]}=None), or "
            f"declare --{missing[0].replace('_', '-')} in add_arguments().")
+
+
+def find_results(tool, takes, available):
+    """Return the parameters of a function that are named like other tools, and like nothing else
+    that its own tool gets.
+    """
+    others = {*available.arguments, *tool.arguments, *RESERVED_ARGUMENTS, *PERIOD_ARGUMENTS,
+              tool.name}
+    return [name for name in takes.names if name in available.tools and name not in others]
 
 
 def find_item_misfits(tool, has_own_items, run_takes):
@@ -4234,19 +4261,19 @@ def find_item_misfits(tool, has_own_items, run_takes):
 def load_callees(tools, available, interrupts):
     """Return the tools imported and ready to be called, by name.
 
-    `available` are the names of the arguments that there will be. Raise UserError with all that
-    is wrong: a module that can not be imported, no run(), a run() that asks for more than there is.
+    Raise UserError with all that is wrong: a module that can not be imported, no run(), a run()
+    that asks for more than is `available`.
     """
     errors = []
-    known = {*available, "conn", "context"}
     loaded = {}  # tools may share a function
 
     def load(_, tool):
         # and what it must be like depends on these options
         key = (tool.module, tool.function, tool.each is None, tool.batch, tool.cache_s,
                *tool.arguments)
-        if key not in loaded:
-            loaded[key] = load_callee(tool, known, interrupts)
+        # and on who waits for whom, if it takes results
+        if key not in loaded or any(each.results for each in loaded[key].all_takes):
+            loaded[key] = load_callee(tool, available, interrupts)
         return loaded[key]._replace(tool=tool)
 
     callees = make_all(errors, load, {tool.name: tool for tool in tools})
@@ -4264,8 +4291,11 @@ def load_callee(tool, available, interrupts):
              else Definition(kind=format_type(value)) for name, value in given.items()}
     for _, error in find_mistakes(tool, getattr(module, "__file__", None), found, available):
         raise error
-    functions = {name: (value, found[name].takes) for name, value in given.items()
-                 if callable(value)}
+    functions = {}
+    for name, value in given.items():
+        takes = found[name].takes
+        if callable(value):
+            functions[name] = value, takes._replace(results=find_results(tool, takes, available))
     run, takes = functions.pop(tool.function)
     nothing = None, Parameters()
     return Callee(tool, run, takes, *itertools.chain(*(functions.get(name, nothing)
@@ -4815,9 +4845,9 @@ def call_run(callee, arguments):
     return None
 
 
-def call_check(callee, available):
+def call_check(callee, arguments):
     """Call check(). Raise SaysFailed if it says no, or what may be yes or no."""
-    result = call_function("check", callee.check, choose_arguments(callee.check_takes, available))
+    result = call_function("check", callee.check, arguments)
     if result is not None and result is not True:
         from numbers import Number
         if isinstance(result, Number):  # how SQLite says yes and no, or a count of what is wrong
@@ -4906,8 +4936,10 @@ class Kept:
     def load(self, tool):
         """Return a tool, imported. Raise UserError if that can not be done."""
         if tool.name not in self.callees:
+            available = Available(self.setting.arguments, self.setting.pipeline.tools,
+                                  lambda *_: True)  # the run has looked at that
             self.callees[tool.name] = self.interrupts.call(
-                load_callee, tool, {*self.setting.arguments, "conn", "context"}, self.interrupts)
+                load_callee, tool, available, self.interrupts)
         return self.callees[tool.name]
 
     def note(self, job, item):
@@ -4980,7 +5012,8 @@ class Doer:
     first and again over each new connection. A tool that `commits` begins and ends its own.
 
     State: `ledger`; `is_sqlite`, what that is in; `is_watched`, whether an item may not end the
-    transaction; `given`, the arguments that there are; `step`, what the engine itself is doing, ""
+    transaction; `given`, the arguments that there are, and `results`, what other tools returned, as
+    far as a function has asked for it; `step`, what the engine itself is doing, ""
     while it is the tool; `at_work`, the item that is being done, or of which it is not recorded yet
     that it lost the connection (is_death); of the transaction that was undone last, `had_ended`,
     whether it had ended before, and `was_closed`, whether the tool had closed the connection;
@@ -4993,7 +5026,7 @@ class Doer:
     def __init__(self, job, setting, send, kept):
         self.job, self.setting, self.send, self.kept = job, setting, send, kept
         self.tool, self.database = setting.pipeline.tools[job.tool], kept.database
-        self.interrupts, self.given = kept.interrupts, {}
+        self.interrupts, self.given, self.results = kept.interrupts, {}, {}
         self.has_items = job.is_listing or job.items[:1] != (None,)
 
     def do(self):
@@ -5032,6 +5065,22 @@ class Doer:
         self.given = {**self.setting.arguments, **own, "conn": self.database.conn,
                       "context": Context(self.job, self.kept.ask,
                                          functools.partial(self.tell, "event"))}
+
+    def choose(self, takes):
+        """Return the arguments of a function, with the results that it names of tools for which
+        this one waits; one that is not there is left to its default. Raise what context.results
+        raises if there is none, or if the result could not travel.
+        """
+        chosen = choose_arguments(takes, self.given)
+        for name in takes.results:
+            try:
+                if name not in self.results:
+                    self.results[name] = self.given["context"].results[name]
+                chosen[name] = self.results[name]
+            except KeyError:
+                if name in takes.required:
+                    raise
+        return chosen
 
     def _leave(self):
         """Note that nothing is at work any more."""
@@ -5075,7 +5124,7 @@ class Doer:
         self.interrupts.own_argv(self.tool)
         with until_exit(self.interrupts):
             self.interrupts.call(call_function, "setup", callee.setup,
-                                 choose_arguments(callee.setup_takes, self.given))
+                                 self.choose(callee.setup_takes))
         if has_conn:
             self.database.commit()
         self.given, self.step = {}, ""
@@ -5219,7 +5268,7 @@ class Trier(Doer):
             self.begin(number > 1 or self.has_items and group[0].is_seen is None)
         if not self.given or self.given["conn"] is not self.database.conn:
             self.give()
-            self.chosen = choose_arguments(self.callee.run_takes, self.given)
+            self.chosen = self.choose(self.callee.run_takes)
         if not (self.is_watched and self.ledger.has_savepoints):
             group = group[:1]
         ahead = self.database.ahead if len(group) == 1 else None
@@ -5274,7 +5323,7 @@ class Trier(Doer):
             result = None
         if callee.check is not None and not self.interrupts.is_forked:
             self.interrupts.own_argv(self.tool)
-            call_check(callee, self.given)
+            call_check(callee, self.choose(callee.check_takes))
         return result
 
     # --- an item may not end the transaction ---
@@ -5492,7 +5541,7 @@ class Lister(Doer):
         self.interrupts.own_argv(self.tool)
         if callee.items is not None:
             with until_exit(self.interrupts):
-                found = callee.items(**choose_arguments(callee.items_takes, self.given))
+                found = callee.items(**self.choose(callee.items_takes))
                 found = wait_for(found) if hasattr(found, "__await__") else found
             if isinstance(found, Mapping):
                 raise TypeError("items() returned a dict; for names and versions, return its "
@@ -6442,11 +6491,13 @@ def run_plan(session):
             stack.push(lambda kind, *_: workers.close(
                 session.grace_s if kind in (None, Unlisted) else 0.0))
         interrupts = stack.enter_context(Interrupts())
-        callees = load_all(tools, setting.arguments, interrupts)
+        returned = Returned(session)
+        callees = load_all(tools, Available(setting.arguments, pipeline.tools, returned.may_see),
+                           interrupts)
         check_are_taken(setting.arguments, callees, pipeline.tools, session.find_said)
-        run = Run(session, setting, interrupts, callees, workers)
+        run = Run(session, setting, interrupts, callees, workers, returned)
         with Capture(bool(history.folder)) as capture:
-            kept = Kept(setting, interrupts, run.returned.find)
+            kept = Kept(setting, interrupts, returned.find)
             kept.callees = callees
             with contextlib.closing(kept):
                 run.loop(Here(setting, kept, capture, run.hear))
@@ -6465,17 +6516,17 @@ def check_plan(session):
     check_modules(pipeline, tools)
     if any(needs_worker(tool, plan.jobs) for tool in tools):
         check_can_travel(Setting(pipeline, dict(arguments)))
-    check_callable(tools, arguments)
+    check_callable(tools, Available(arguments, pipeline.tools, Returned(session).may_see))
     check_are_taken(arguments, {}, pipeline.tools, session.find_said)
     find_retries(session, [tool.name for tool in tools if has_items(tool)])
 
 
-def load_all(tools, arguments, interrupts):
+def load_all(tools, available, interrupts):
     """Return the tools, imported, by name. Notes what the modules are of which that is recorded."""
     for tool in tools:
         if tool.cache_s is not None:
             hash_module(tool.module)
-    callees = interrupts.call(load_callees, tools, arguments, interrupts)
+    callees = interrupts.call(load_callees, tools, available, interrupts)
     for callee in callees.values():
         if callee.has_items or callee.tool.cache_s is not None:
             hash_imported(callee.tool.module)
@@ -6527,22 +6578,28 @@ class Returned:
             self.sees[tool] = tuple(self.steps)[:self.position[tool]]
         self.users = Counter(each for seen in self.sees.values() for each in seen)
 
-    def look(self, tool, name):
-        """Return in a tuple the result of a tool that another may see: of one that it waits for;
-        of one that is not in the plan, the last. It is empty if there is none. For None, return
-        the names of all.
+    def may_see(self, tool, name):
+        """Return whether there may be a result for a tool of another: of one that it waits for,
+        and that is in the plan or has succeeded before.
         """
         needs = self.steps[tool].needs
+        if needs == ALL_BEFORE:
+            return self.position.get(name, len(self.steps)) < self.position[tool]
+        return name in needs and (name in self.steps or self.history.find_success(name) is not None)
+
+    def look(self, tool, name):
+        """Return in a tuple the result of a tool that another may see; of one that is not in the
+        plan, the last. It is empty if there is none. For None, return the names of all.
+        """
         if name is None:
+            needs = self.steps[tool].needs
             names = self.results if needs == ALL_BEFORE else needs
             return ([each for each in names if self.look(tool, each)],)
-        if name not in needs if needs != ALL_BEFORE \
-                else self.position.get(name, len(self.steps)) >= self.position[tool]:
+        if not self.may_see(tool, name):
             return ()
-        if name in self.results:
-            return (self.results[name],)
-        success = name not in self.steps and self.history.find_success(name)
-        return (load_result(success),) if success else ()
+        if name in self.steps:
+            return (self.results[name],) if name in self.results else ()
+        return (load_result(self.history.find_success(name)),)
 
     def find(self, job, name):
         """Return a result for the tool of a job, or for None the names of all. Raise KeyError if
@@ -7011,13 +7068,13 @@ class Run(Starter):
     hears at the next publish(); `refused`, what makes that a run that never was.
     """
 
-    def __init__(self, session, setting, interrupts, callees, workers):
+    def __init__(self, session, setting, interrupts, callees, workers, returned):
         self.session, self.plan, self.history = session, session.plan, session.history
         self.clock, self.pipeline, self.callees = session.clock, session.pipeline, callees
         self.interrupts, self.workers = interrupts, workers
         self.retries = find_retries(
             session, [tool for tool, callee in callees.items() if callee.has_items])
-        self.returned, self.policy = Returned(session), Policy(session)
+        self.returned, self.policy = returned, Policy(session)
         self.steps = self.returned.steps
         self.schedule = Schedule(self.plan.steps, session.pipeline, self.plan.jobs)
         self.outcomes = dict.fromkeys(self.steps, Outcome("pending", "not started"))
@@ -8282,10 +8339,13 @@ def command_check(call):
     if not pipeline.mistakes:
         for target in call.options.targets:
             expand_target(pipeline, target)
-    known = {*call.arguments, *PERIOD_ARGUMENTS, "conn", "context"}
+    def may_see(tool, name):
+        return pipeline.needs[tool] == ALL_BEFORE or name in pipeline.needs[tool]
+
+    available = Available({*call.arguments, *PERIOD_ARGUMENTS}, pipeline.tools, may_see)
     mistakes = dict.fromkeys(map(str, [  # tools may share a module
         *pipeline.mistakes, *find_table_doubles(), *find_wrong_each(pipeline, tools),
-        *(mistake for tool in tools for mistake in read_mistakes(tool, known))]))
+        *(mistake for tool in tools for mistake in read_mistakes(tool, available))]))
     for mistake in mistakes:
         show(mistake)
     show(f"{format_plural(len(tools), 'tool')} read, "
