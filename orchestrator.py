@@ -255,7 +255,7 @@ class Pipeline(NamedTuple):
     stages: Dict[str, Stage]
     needs: Dict[str, Union[str, Names]]
     limits: Dict[str, int]
-    get_connection: Callable[[], Any]
+    get_connection: Callable[..., Any]
     mistakes: Tuple[UserError, ...] = ()
 
 
@@ -4355,18 +4355,20 @@ def takes_any(tool, names):
     return any(each.takes(name) for each in read_takes(tool) for name in names)
 
 
-def check_are_taken(arguments, callees, tools, find_said):
-    """Raise UserError for arguments that somebody gave and that no tool would ever get.
+def check_are_taken(arguments, callees, pipeline, find_said):
+    """Raise UserError for arguments that somebody gave and that no tool would ever get, nor
+    get_connection().
 
     `callees` are those of a plan; the other tools are read, not imported, and only if no callee
     takes an argument: it may be one of theirs. `find_said` gives those that somebody gave, each
     with where that was, and is asked last: it takes time, and there are defaults that none takes.
     """
-    takes = [each.without(callee.tool.arguments)
-             for callee in callees.values() for each in callee.all_takes]
+    takes = [find_asked(pipeline.get_connection), *(
+        each.without(callee.tool.arguments)
+        for callee in callees.values() for each in callee.all_takes)]
     said = find_said() if find_untaken(arguments, takes) else {}
     left = find_untaken(said, takes)
-    for tool in tools.values():
+    for tool in pipeline.tools.values():
         if left and tool.name not in callees:
             read = read_takes(tool)
             left = find_untaken(left, read)
@@ -4384,15 +4386,35 @@ def find_untaken(arguments, takes):
     return [] if takes_all else [name for name in arguments if name not in names]
 
 
-def check_get_connection(get_connection):
-    """Raise UserError if get_connection() asks for something, which nothing gives it."""
+def find_asked(get_connection):
+    """Return what get_connection() takes by name; nothing of what is no function: to look into
+    another callable takes `inspect`, whose import is slow.
+    """
     if getattr(get_connection, "__code__", None) is None:
-        return  # to look into other callables takes `inspect`, whose import is slow
-    asks = find_parameters(get_connection).required
-    if asks:
-        raise UserError(f"get_connection() asks for {', '.join(map(repr, asks))}, which nothing "
-                        "gives.", "It is called without arguments: give them defaults, or read "
-                        "them from the environment.")
+        return Parameters()
+    takes = find_parameters(get_connection)
+    return Parameters(takes.names[len(takes.positional_only):], takes.required)
+
+
+def find_connection_mistakes(get_connection, arguments):
+    """Return an error if get_connection() asks for something that no argument of the run is."""
+    takes = find_asked(get_connection)
+    there = {*takes.names}.intersection(arguments)
+    missing = [name for name in takes.required if name not in there]
+    if not missing:
+        return []
+    nearest = format_nearest(missing[0], arguments)
+    fix = nearest if nearest.startswith("Did") else (
+        f"Give it a default ({missing[0]}=None), or declare --{missing[0].replace('_', '-')} in "
+        "add_arguments().")
+    return [UserError(f"get_connection() asks for {', '.join(map(repr, missing))}, which nothing "
+                      "gives.", fix)]
+
+
+def bind_connection(get_connection, arguments):
+    """Return get_connection() with those arguments of the run that it names."""
+    names = {*find_asked(get_connection).names}.intersection(arguments)
+    return functools.partial(get_connection, **{name: arguments[name] for name in names})
 
 
 def describe_items(tool, has_database):
@@ -4928,8 +4950,9 @@ class Kept:
 
     def __init__(self, setting, interrupts, ask, pack=lambda result: result):
         self.setting, self.interrupts, self.ask, self.pack = setting, interrupts, ask, pack
-        self.database = Database(setting.pipeline.get_connection,
-                                 lambda: interrupts.signal is not None)
+        self.database = Database(
+            bind_connection(setting.pipeline.get_connection, setting.arguments),
+            lambda: interrupts.signal is not None)
         import threading
         self.callees, self.threads = {}, {*threading.enumerate()}
 
@@ -6474,7 +6497,7 @@ def run_plan(session):
     """
     pipeline, plan, history = session.pipeline, session.plan, session.history
     tools = [pipeline.tools[step.tool] for step in plan.steps if step.may_run()]
-    check_get_connection(pipeline.get_connection)
+    check_mistakes(find_connection_mistakes(pipeline.get_connection, session.arguments))
     check_modules(pipeline, tools)
     wants_workers, workers = any(needs_worker(tool, plan.jobs) for tool in tools), None
     with contextlib.ExitStack() as stack:
@@ -6494,7 +6517,7 @@ def run_plan(session):
         returned = Returned(session)
         callees = load_all(tools, Available(setting.arguments, pipeline.tools, returned.may_see),
                            interrupts)
-        check_are_taken(setting.arguments, callees, pipeline.tools, session.find_said)
+        check_are_taken(setting.arguments, callees, pipeline, session.find_said)
         run = Run(session, setting, interrupts, callees, workers, returned)
         with Capture(bool(history.folder)) as capture:
             kept = Kept(setting, interrupts, returned.find)
@@ -6512,12 +6535,12 @@ def check_plan(session):
     """
     pipeline, plan, arguments = session.pipeline, session.plan, session.arguments
     tools = [pipeline.tools[step.tool] for step in plan.steps if step.may_run()]
-    check_get_connection(pipeline.get_connection)
+    check_mistakes(find_connection_mistakes(pipeline.get_connection, arguments))
     check_modules(pipeline, tools)
     if any(needs_worker(tool, plan.jobs) for tool in tools):
         check_can_travel(Setting(pipeline, dict(arguments)))
     check_callable(tools, Available(arguments, pipeline.tools, Returned(session).may_see))
-    check_are_taken(arguments, {}, pipeline.tools, session.find_said)
+    check_are_taken(arguments, {}, pipeline, session.find_said)
     find_retries(session, [tool.name for tool in tools if has_items(tool)])
 
 
@@ -7442,7 +7465,7 @@ def make_retries(given):
 
 def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any],
                  stages: Optional[Mapping[str, Any]] = None,
-                 get_connection: Optional[Callable[[], Any]] = None, *,
+                 get_connection: Optional[Callable[..., Any]] = None, *,
                  arguments: Optional[Mapping[str, Any]] = None, exclude: Sequence[str] = (),
                  start_from: Optional[str] = None, jobs: int = 1,
                  limits: Optional[Mapping[str, int]] = None, fail_fast: bool = False,
@@ -7903,7 +7926,7 @@ def format_run(shown, style):
 # and the one place where an error becomes a sentence and an exit code. No other logic.
 
 def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None,
-         get_connection: Optional[Callable[[], Any]] = None, *,
+         get_connection: Optional[Callable[..., Any]] = None, *,
          argv: Optional[Sequence[str]] = None, name: Optional[str] = None,
          add_arguments: Optional[Callable[[Any], None]] = None,
          limits: Optional[Mapping[str, int]] = None, home: Optional[str] = None,
@@ -8345,6 +8368,7 @@ def command_check(call):
     available = Available({*call.arguments, *PERIOD_ARGUMENTS}, pipeline.tools, may_see)
     mistakes = dict.fromkeys(map(str, [  # tools may share a module
         *pipeline.mistakes, *find_table_doubles(), *find_wrong_each(pipeline, tools),
+        *find_connection_mistakes(pipeline.get_connection, available.arguments),
         *(mistake for tool in tools for mistake in read_mistakes(tool, available))]))
     for mistake in mistakes:
         show(mistake)
@@ -8385,7 +8409,8 @@ def count_items_of(call, lasts):
 @contextlib.contextmanager
 def open_connection(call):
     """Hold the pipeline's connection to look at what is there. Raise UserError if that fails."""
-    with contextlib.closing(Database(call.pipeline.get_connection)) as database:
+    connect = bind_connection(call.pipeline.get_connection, call.arguments)
+    with contextlib.closing(Database(connect)) as database:
         try:
             database.begin(commits=True)
         except Exception as error:
@@ -8696,12 +8721,16 @@ def format_changed(was, now):
 
 
 def find_valid(pipeline, done, arguments):
-    """Return those of the tools that are done which got no other arguments than they would now."""
+    """Return those of the tools that are done which got no other arguments than they would now,
+    nor another connection, which may be one to another database.
+    """
     now = format_arguments(arguments)
     changed = {was: find_changed(was, now) for was in {each.arguments for each in done.values()}}
+    of_connection = find_asked(pipeline.get_connection).names
     return {tool: success for tool, success in done.items() if tool not in pipeline.tools
             or not changed[success.arguments]
-            or not takes_any(pipeline.tools[tool], changed[success.arguments])}
+            or not (takes_any(pipeline.tools[tool], changed[success.arguments])
+                    or {*of_connection}.intersection(changed[success.arguments]))}
 
 
 def tell_changes(pipeline, run, plan, changed):

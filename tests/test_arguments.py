@@ -226,13 +226,87 @@ def test_a_get_connection_that_asks_for_something_is_refused(call, get_connectio
     assert text.startswith(f"get_connection() asks for {asks}, which nothing gives.\n")
 
 
-@pytest.mark.parametrize("words", [[], ["--jobs", "2"]])
-def test_a_get_connection_that_asks_for_something_is_refused_on_the_command_line(quick, words):
-    quick.pipeline(FLAGS.replace("get_connection()", "get_connection(since)")).tool("a", SINCE)
-    quick.tool("b", NAMES)
+@pytest.mark.parametrize("words", [[], ["--jobs", "2"], ["--plan"], ["--check"]])
+@pytest.mark.parametrize("asks, fix", [
+    ("sinse", "Did you mean 'since' or 'stile'?"), ("zzz", "declare --zzz in add_arguments()")])
+def test_a_get_connection_that_asks_for_what_no_flag_is_is_refused(quick, words, asks, fix):
+    quick.pipeline(FLAGS.replace("get_connection()", f"get_connection({asks}, deep=None)"))
+    quick.tool("a", SINCE).tool("b", NAMES)
     ended = quick.run(*words)
-    assert ended.code == 2 and "get_connection() asks for 'since'" in ended.err
-    assert not (quick.folder / "ran").exists()
+    said = ended.out + ended.err
+    assert ended.code == 2 and f"get_connection() asks for '{asks}', which nothing gives." in said
+    assert fix in said and not (quick.folder / "ran").exists(), ended
+
+
+ENVS = """
+def add_arguments(parser):
+    parser.add_argument("--env", default="dev")
+    parser.add_argument("--other", default=1)
+
+def get_connection(env, timeout=5, *rest, **others):
+    import sqlite3
+    assert (timeout, rest, others) == (5, (), {})
+    return sqlite3.connect(Path(__file__).with_name(f"{env}.db"))
+
+TOOL_MAP = {"a": {"module": "a", "arguments": {"env": "of the tool"}}, "b": "b"}
+"""
+WHERE = """
+    def run(conn):
+        print(conn.execute("PRAGMA database_list").fetchone()[2].rpartition("/")[2])
+"""
+
+
+@pytest.mark.parametrize("mode", [[], ["--jobs", "2"], ["--no-history"]])
+@pytest.mark.parametrize("words, file", [([], "dev.db"), (["--env", "prod"], "prod.db")])
+def test_get_connection_gets_the_flags_that_it_names(quick, mode, words, file):
+    """Which are taken then; the arguments of a tool do not reach it: there is one for all."""
+    quick.pipeline(ENVS).tool("a", WHERE.replace("(conn)", "(conn, env)")).tool("b", WHERE)
+    assert quick.run("--check").code == 0
+    assert quick.run("--plan", *words).code == 0
+    ended = quick.run(*words, *mode)
+    assert ended.code == 0 and ended.out == 2 * f"{file}\n", ended
+
+
+def test_the_items_that_are_shown_are_those_of_the_connection_of_the_flags(quick):
+    quick.pipeline(ENVS.replace('"arguments": {"env": "of the tool"}', '"needs": []'))
+    quick.tool("a", "def items(): return ['x']\ndef run(item, conn): pass")
+    quick.tool("b", "def run(other): pass")
+    assert quick.run("--env", "prod").code == 0
+    assert "success" in quick.run("--items", "a", "--env", "prod").out
+    assert "No item of a has been tried." in quick.run("--items", "a").err
+    statuses = [quick.run("--status", "--json", *words).out for words in ([], ["--env", "prod"])]
+    assert statuses[0] != statuses[1]
+
+
+def test_a_resume_over_another_connection_does_all_again(quick):
+    quick.pipeline(ENVS.replace('"arguments": {"env": "of the tool"}', '"needs": []'))
+    quick.tool("a", WHERE).tool("b", WHERE + "        if not __import__('os').path.exists("
+                                             "'ready'): raise ValueError")
+    assert quick.run().code == 1
+    (quick.folder / "ready").touch()
+    ended = quick.run("--resume", "--env", "prod")
+    assert ended.code == 0 and ended.out == "prod.db\nprod.db\n", ended
+
+
+def connect_by(env, kind="memory"):
+    """Return what tells what it got."""
+    class Told:
+        got = env, kind
+    return Told()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_get_connection_gets_arguments_from_python_that_it_names(call, jobs):
+    keywords = {"arguments": {"env": "prod", "kind": "file"}, "jobs": jobs}
+    result = call([], None, connect_by, keywords, a="def run(conn): return list(conn.got)")
+    assert result.results["a"] == ["prod", "file"]
+    text = refusal(call, [], None, connect_by, {"arguments": {"evn": 1}}, a=SINCE)
+    assert text == "get_connection() asks for 'env', which nothing gives.\n  Did you mean 'evn'?"
+
+
+def test_a_flag_that_neither_a_tool_nor_get_connection_takes_is_refused_with_the_nearest(call):
+    text = refusal(call, [], None, connect_by, {"arguments": {"env": 1, "kidn": 1}}, a=SINCE)
+    assert text == "arguments: no tool takes 'kidn'.\n  Did you mean 'kind'?"
 
 
 @pytest.mark.parametrize("get_connection", [
