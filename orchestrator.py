@@ -755,10 +755,11 @@ def read_cache_s(value):
 _NAMES = "a list of names"
 _DURATION = 'a number of seconds or a text like "90s", "10m", "1h30m" or "7d"'
 _IDENTIFIER = r"[^\W\d]\w*"
+_MODULE = r"[^.:/\\\s\0]+"  # which Python finds, though no `import` can spell it: 02_load, my-tools
 
 # option of a tool -> (field of Tool, how its value is read, that in words, an example)
 OPTIONS = {
-    "module": ("module", read_text(rf"{_IDENTIFIER}(\.{_IDENTIFIER})*(:{_IDENTIFIER})?"),
+    "module": ("module", read_text(rf"{_MODULE}(\.{_MODULE})*(:{_IDENTIFIER})?"),
                "a module path with dots", '"folder.module"'),
     # True: the tool looks after its transactions itself
     "commits": ("commits", read_flag, "True or False", "True"),
@@ -3873,7 +3874,7 @@ def parse(path):
 
 def forget_modules():
     """Forget what is known of modules: a command or a run begins, and they may have changed."""
-    for function in (find_module, read_module, hash_module):
+    for function in (find_module, read_module, hash_module, lacks_function):
         function.cache_clear()
 
 
@@ -4098,16 +4099,46 @@ def take_path():
 
 
 def check_modules(pipeline, tools):
-    """Raise UserError for the tools whose module is not there, or whose items are to be those of
-    one that has none. Imports nothing.
+    """Raise UserError for the tools whose module is not there, or has not their function, or whose
+    items are to be those of one that has none. Imports nothing.
     """
     missing = [missing_module(tool) for tool in tools if find_module(tool.module) is None]
-    check_mistakes(missing or find_wrong_each(pipeline, tools))
+    scripts = [missing_function(tool, read_module(tool.module).path) for tool in tools
+               if not missing and lacks_function(tool.module, tool.function)]
+    check_mistakes(missing or scripts + find_wrong_each(pipeline, tools))
+
+
+@functools.lru_cache(maxsize=None)
+def lacks_function(name, function):
+    """Return whether a module surely has no such function, as it reads. It may be a script, which
+    its import would run. One that is imported already is asked itself.
+    """
+    is_plain = rb"^(async )?def %s\b" % function.encode()
+    if name in sys.modules or re.search(is_plain, read_source(name), re.M):  # to parse takes longer
+        return False
+    found = read_module(name).definitions
+    return found is not None and found.keys().isdisjoint((function, "*"))
+
+
+def missing_function(tool, path):
+    """Return the sentence for a module that has not the function of its tool."""
+    script = tool.module.replace(".", "/") + ".py"
+    is_script = tool.function == "run" and path.replace(os.sep, "/").endswith("/" + script)
+    fix = f'Write "command": "python {script}", or ' if is_script else "Write "
+    return UserError(f"TOOL_MAP[{tool.name!r}]: {format_path(path)} has no function "
+                     f"{tool.function}().", f"{fix}`def {tool.function}(conn, **kwargs):` in it.")
 
 
 def missing_module(tool):
     """Return the sentence for a module that is not there, with the nearest that is beside it."""
     import pkgutil
+    first = tool.module.partition(".")[0]
+    spec = find_module(first)
+    if first != tool.module and spec and spec.has_location and not spec.submodule_search_locations \
+            and os.path.isdir(os.path.join(sys.path[0], first)):
+        return UserError(f"TOOL_MAP[{tool.name!r}]: there is no module {tool.module!r}: the file "
+                         f"{format_path(spec.origin)} hides the folder {first} from Python.",
+                         "Rename one of them, or put an empty file __init__.py into the folder.")
     package, dot, _ = tool.module.rpartition(".")
     places = getattr(find_module(package), "submodule_search_locations", None) or () if package \
         else sys.path[:1]
@@ -4165,12 +4196,12 @@ def find_mistakes(tool, path, functions, available):
     """
     where = f"TOOL_MAP[{tool.name!r}]"
     run = functions.get(tool.function)
-    if run is None or run.kind:
-        file, line = format_path(path or tool.module), run.line if run else 1
-        problem = f"{tool.function} of {file} is {run.kind}, not a function." if run \
-            else f"{file} has no function {tool.function}()."
-        yield line, UserError(f"{where}: {problem}",
-                              f"Write `def {tool.function}(conn, **kwargs):` in it.")
+    if run is None:
+        yield 1, missing_function(tool, path or tool.module)
+    elif run.kind:
+        yield run.line, UserError(f"{where}: {tool.function} of {format_path(path or tool.module)} "
+                                  f"is {run.kind}, not a function.",
+                                  f"Write `def {tool.function}(conn, **kwargs):` in it.")
     items = functions.get("items")
     has_own_items = tool.function != "items" and items is not None and not items.kind
     for name, found in functions.items():
@@ -8021,7 +8052,7 @@ def check_edited(tools, base):
     paths = [path for pattern in ("*.py", os.path.join("*", "*.py"))
              for path in sorted(glob(os.path.join(escape(base), pattern)))]
     names = [os.path.relpath(path, base)[:-3].replace(os.sep, ".") for path in paths]
-    names = [name for name in names if not re.search(r"(^|\.)test|[^\w.]", name) and (
+    names = [name for name in names if not re.search(r"(^|\.)test|[^\w.-]", name) and (
         (read_module(name).definitions or {}).get("run", Definition()).takes is not ANYTHING)]
     shown = names or ["hello"]
     last = [name.rpartition(".")[2] for name in shown]

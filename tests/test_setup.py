@@ -190,13 +190,20 @@ def test_a_tool_that_is_neither_a_path_nor_options_is_refused(value, kind):
 
 
 @pytest.mark.parametrize("path", ["tools/fetch", "tools/fetch.py", "tools\\fetch", "tools..fetch",
-                                  ".fetch", "tools.", "", "tools fetch", "tools-fetch",
+                                  ".fetch", "tools.", "", "tools fetch", "python a.py",
                                   "tools.fetch:", "tools.fetch:a:b", "tools.fetch:a.b", ":run",
-                                  "2tools"])
+                                  "tools.fetch:2a", "a.b\n", "a\0.b", "C:\\a"])
 @pytest.mark.parametrize("make", [lambda path: path, lambda path: {"module": path}])
 def test_a_module_path_without_dots_between_names_is_refused(make, path):
     assert has_one_sentence(refusal({"fetch": make(path)}), "TOOL_MAP['fetch']",
                             "a module path with dots", repr(path), '"folder.module"')
+
+
+@pytest.mark.parametrize("path", ["pipeline.02_build", "my-scripts.go", "2024.load", "a.é",
+                                  "a.class", "2024.my-scripts:go"])
+def test_any_name_that_python_can_import_is_a_module(path):
+    tool = load_pipeline({"a": path}).tools["a"]
+    assert (tool.module, tool.function) == (path.partition(":")[0], path.partition(":")[2] or "run")
 
 
 @pytest.mark.parametrize("option, value", [("module", 5), ("module", None), ("commits", "yes"),
