@@ -3754,8 +3754,7 @@ class Parameters(NamedTuple):
 
     def without(self, arguments):
         """Return what the function takes but for some arguments."""
-        return self._replace(names=[name for name in self.names if name not in arguments]) \
-            if arguments else self
+        return self._replace(names=[name for name in self.names if name not in arguments])
 
 
 ANYTHING = Parameters(takes_all=True)  # what is taken where that can not be told
@@ -4302,10 +4301,12 @@ def load_callees(tools, available, interrupts):
         # and what it must be like depends on these options
         key = (tool.module, tool.function, tool.each is None, tool.batch, tool.cache_s,
                *tool.arguments)
-        # and on who waits for whom, if it takes results
-        if key not in loaded or any(each.results for each in loaded[key].all_takes):
-            loaded[key] = load_callee(tool, available, interrupts)
-        return loaded[key]._replace(tool=tool)
+        if key in loaded:
+            return loaded[key]._replace(tool=tool)
+        callee = load_callee(tool, available, interrupts)
+        if not any(each.results for each in callee.all_takes):  # else who waits for whom counts too
+            loaded[key] = callee
+        return callee
 
     callees = make_all(errors, load, {tool.name: tool for tool in tools})
     check_mistakes(errors)
@@ -4394,9 +4395,10 @@ def check_are_taken(arguments, callees, pipeline, find_said):
     takes an argument: it may be one of theirs. `find_said` gives those that somebody gave, each
     with where that was, and is asked last: it takes time, and there are defaults that none takes.
     """
-    takes = [find_asked(pipeline.get_connection), *(
-        each.without(callee.tool.arguments)
-        for callee in callees.values() for each in callee.all_takes)]
+    takes = [find_asked(pipeline.get_connection)]
+    for callee in callees.values():
+        own = callee.tool.arguments
+        takes += [each.without(own) for each in callee.all_takes] if own else callee.all_takes
     said = find_said() if find_untaken(arguments, takes) else {}
     left = find_untaken(said, takes)
     for tool in pipeline.tools.values():
