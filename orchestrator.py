@@ -4112,8 +4112,8 @@ def lacks_function(name, function):
     """Return whether a module surely has no such function, as it reads. It may be a script, which
     its import would run. One that is imported already is asked itself.
     """
-    is_plain = rb"^(async )?def %s\b" % function.encode()
-    if name in sys.modules or re.search(is_plain, read_source(name), re.M):  # to parse takes longer
+    is_there = f"\ndef {function}(".encode() in b"\n" + read_source(name)  # to parse takes longer
+    if name in sys.modules or is_there:
         return False
     found = read_module(name).definitions
     return found is not None and found.keys().isdisjoint((function, "*"))
@@ -7510,7 +7510,8 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     """Run targets from Python, as the command line would, and return how that ended.
 
     targets: names of stages and tools; none means the stage `full`, or else every tool.
-    arguments: what tools get by name. on_event: called with each Event; nothing is printed.
+    arguments: what tools, and get_connection(), get by name. on_event: called with each Event;
+    nothing is printed.
     grace_s: seconds between asking a process to end and killing it. home: a folder for the
     history, without which none is kept, and no lock held. resume: True, or the id of a run, whose
     targets and exclusions are taken, and its arguments unless some are given. retry_items: tools,

@@ -120,8 +120,8 @@ def test_of_a_tool_that_is_not_run_the_module_does_not_matter(quick):
     "run = None\ndef go(): pass\nrun = go", "from other import run", "from other import *",
     "import other as run", "class run:\n    def __init__(self): pass",
     "if True:\n    def run(): pass", "try:\n    run\nexcept NameError:\n    async def run(): pass",
-    "for run in [print]: pass",
-    "with __import__('contextlib').nullcontext(print) as run: pass",
+    "for run in [lambda: 1]: pass",
+    "with __import__('contextlib').nullcontext(lambda: 1) as run: pass",
     "text = '''\ndef run(): pass\n'''\nfrom other import run",
     "import sys\nasync def run(): pass", "def run (): pass",
 ], ids=range(12))

@@ -119,13 +119,12 @@ def test_every_function_of_a_tool_with_items_gets_it_and_it_travels_once_for_a_j
     assert jobs == 1 or len(travelled.read_text()) <= 4
 
 
-def test_a_resume_has_it_from_the_history(quick, words):
-    if words == ["--no-history"]:
-        return
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_resume_has_it_from_the_history(quick, jobs):
     quick.pipeline(NEEDS).tool("etl", ETL.replace("return [each", "1 / 0; return [each"))
-    assert quick.run(*words).code == 1
+    assert quick.run("--jobs", jobs).code == 1
     quick.tool("etl", ETL.replace('return ["a", "b"]', 'return ["not again"]'))
-    ended = quick.run("--resume", *words)
+    ended = quick.run("--resume", "--jobs", jobs)
     assert ended.code == 0 and ended.out == "loaded ['A', 'B'] None\n", ended
 
 
