@@ -240,6 +240,7 @@ class Tool(NamedTuple):
     items: Optional[str] = None
     batch: int = 1
     command: Names = ()  # its words; then there is no module
+    arguments: Mapping[str, Any] = {}
 
     @property
     def given_items(self):
@@ -270,7 +271,7 @@ class Pipeline(NamedTuple):
     stages: Dict[str, Stage]
     needs: Dict[str, Union[str, Names]]
     limits: Dict[str, int]
-    get_connection: Callable[[], Any]
+    get_connection: Callable[..., Any]
     mistakes: Tuple[UserError, ...] = ()
 
 
@@ -326,7 +327,7 @@ class Step(NamedTuple):
     `needs` is what it waits for as its table says it, but for what is excluded; `edges` are the
     tools of the plan that it waits for directly, which say the same: see make_steps. `success` is
     what a tool that is, maybe, not run again did when it was; `expected_s` is None where nothing is
-    known of it.
+    known of it; `arguments` are its own.
     """
     tool: str
     wave: int
@@ -336,6 +337,7 @@ class Step(NamedTuple):
     edges: Names = ()
     expected_s: Optional[float] = None
     success: Optional[Success] = None
+    arguments: Mapping[str, Any] = {}
 
     def may_run(self):
         """Return whether the tool may have to run."""
@@ -768,6 +770,23 @@ def read_positive_s(value):
     return accept(seconds, seconds > 0)
 
 
+def read_arguments(value):
+    """Read arguments by name, plain data; they come as a copy that nobody changes."""
+    for name in value:
+        read_text(_IDENTIFIER)(accept(name, name not in RESERVED_ARGUMENTS))
+    return accept(copy_data(value), isinstance(value, dict))
+
+
+def copy_data(value):
+    """Return a copy of what JSON can say. Raise ValueError or TypeError if it is anything else."""
+    if isinstance(value, dict):
+        return {read_text(".*")(name): copy_data(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return list(map(copy_data, value))
+    is_finite = isinstance(value, (int, float)) and abs(value) < float("inf")
+    return accept(value, is_finite or value is None or isinstance(value, str))
+
+
 def read_cache_s(value):
     """Read how long a success is good for, in seconds; None where it is good for nothing."""
     if isinstance(value, bool):
@@ -861,10 +880,11 @@ def format_words(words):
 
 _NAMES = "a list of names"
 _DURATION = 'a number of seconds or a text like "90s", "10m", "1h30m" or "7d"'
+_MODULE = r"[^.:/\\\s\0]+"  # which Python finds, though no `import` can spell it: 02_load, my-tools
 
 # option of a tool -> (field of Tool, how its value is read, that in words, an example)
 OPTIONS = {
-    "module": ("module", read_text(rf"{_IDENTIFIER}(\.{_IDENTIFIER})*(:{_IDENTIFIER})?"),
+    "module": ("module", read_text(rf"{_MODULE}(\.{_MODULE})*(:{_IDENTIFIER})?"),
                "a module path with dots",
                '"folder.module", or "command": "python load.py"'),
     # or a program and its words, in which {name} is an argument
@@ -905,6 +925,9 @@ OPTIONS = {
     "items": ("items", read_text(r"[^{}\0]+"), "a pattern of files, without braces",
               '"raw/*.csv"'),
     "batch": ("batch", read_positive, "a whole number from 1 on", "500"),
+    # what its functions get by name, rather than from a flag of that name
+    "arguments": ("arguments", read_arguments, "a dict of plain data, as JSON has it, by the names "
+                  "of arguments, none of which is conn, context or item", '{"year": 2013}'),
     # how old its last success may be for those that need it and do not run it
     "fresh_for": ("fresh_for_s", read_positive_s, _DURATION + ", above 0", '"24h"'),
 }
@@ -1340,7 +1363,8 @@ def make_steps(pipeline, needs_of, reasons, past, redo, describe):
         reason = why if success else "; ".join(filter(None, [
             reasons[tool], why, describe and describe(options)]))
         wave = 1 + max((steps[each].wave for each in edges), default=0)
-        steps[tool] = Step(tool, wave, action, reason, needs, tuple(edges), expected_s, success)
+        steps[tool] = Step(tool, wave, action, reason, needs, tuple(edges), expected_s, success,
+                           options.arguments)
         if needs == ALL_BEFORE:
             since = []
         since.append(tool)
@@ -1658,7 +1682,7 @@ def expand_target(pipeline, name):
 # of a status is committed before the next thing happens. What is read from there is data: nothing
 # of it is unpickled or evaluated. It never touches other people's databases.
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 APPLICATION_ID = 0x6F726368  # "orch" in the header of the file says whose it is
 
 VIEWS = """
@@ -1759,8 +1783,10 @@ CREATE TABLE attempts (
     source        TEXT,              -- cached tools: JSON, what ran: see describe_source()
     inputs        TEXT,              -- cached tools: JSON, the files that they read and write
     needed        TEXT,              -- cached tools: JSON object, needed tool -> its work then
-    items         TEXT               -- JSON object, counts of its items: see Outcome; NULL for a
+    items         TEXT,              -- JSON object, counts of its items: see Outcome; NULL for a
                                      -- tool without items
+    given         TEXT               -- JSON object, the arguments of the tool's own; NULL if it
+                                     -- has none
 );
 CREATE INDEX attempts_of_tool ON attempts (tool);
 """ + VIEWS
@@ -1773,12 +1799,13 @@ UPDATE runs SET item = '' WHERE words LIKE '%"-' || '-item"%' OR words LIKE '%"-
     3: "",
     4: "".join(f"DROP VIEW IF EXISTS {name};" for name in re.findall(r"VIEW (\w+) AS", VIEWS))
        + VIEWS,
+    5: "ALTER TABLE attempts ADD COLUMN given TEXT;",
 }
 
 _TYPES = {"INTEGER": int, "REAL": float, "TEXT": str}
 # What JSON in a column is like: each part of a list like the one part here, each of an object like
 # the one of its name, which has to be there, or else like that named "".
-_LIKE = {"targets": [""], "exclude": [""], "words": [""], "arguments": {}, "said": {},
+_LIKE = {"targets": [""], "exclude": [""], "words": [""], "arguments": {}, "said": {}, "given": {},
          "sources": {}, "called": {"": 0}, "source": {"calls": "", "source": "", "options": {}},
          "inputs": {"reads": {"": []}, "": [""]}, "needed": {"": 0}}
 _FAR_S = 2.5e11  # later moments have no date
@@ -2217,7 +2244,7 @@ class Store:
     def load_attempts(self, run_id):
         """Return the rows of `attempts` of a run, in the order in which they began."""
         return self.load("SELECT * FROM attempts_of_runs WHERE of_run = ? ORDER BY attempt_id",
-                         run_id)
+                         run_id, json="given")
 
     def load_last_attempts(self):
         """Return the rows of the view `last_attempts` by tool; after a period of a backfill that
@@ -2410,9 +2437,11 @@ class History(Store):
         self.commit()
         return str(self.run_id)
 
-    def begin_attempt(self, tool, attempt, at, pid):
-        """Record that an attempt begins."""
+    def begin_attempt(self, tool, attempt, at, pid, arguments=None):
+        """Record that an attempt begins, with the arguments of the tool's own."""
         self.open[tool] = self.note(tool, attempt, "running", at, pid)
+        if arguments:
+            self.update(self.open[tool], {"given": format_arguments(arguments)})
 
     def note_items(self, tool, counts):
         """Record how many items a tool that runs has."""
@@ -3897,16 +3926,33 @@ def forget_slip(path, is_told=False):
 # for all the tools that are in it, and kept as little as is asked of it, until forget_modules():
 # a syntax tree takes 2 KB for each line.
 
+class Available(NamedTuple):
+    """What there is for the functions of tools: `arguments` by name, beside a tool's own and those
+    of the engine, and results of `tools`, of which sees(tool, other) tells whether a tool waits
+    for another and may see what that returned.
+    """
+    arguments: Mapping[str, Any]
+    tools: Mapping[str, Tool]
+    sees: Callable[[str, str], bool]
+
+
 class Parameters(NamedTuple):
-    """What a function takes. `takes_all`: it has a **kwargs."""
+    """What a function takes. `takes_all`: it has a **kwargs. `results` are those of the names that
+    stand for what other tools have returned, as far as that is known: see find_results().
+    """
     names: Sequence[str] = ()
     required: Sequence[str] = ()
     positional_only: Sequence[str] = ()
     takes_all: bool = False
+    results: Sequence[str] = ()
 
     def takes(self, name):
         """Return whether the function gets an argument."""
         return self.takes_all or name in self.names
+
+    def without(self, arguments):
+        """Return what the function takes but for some arguments."""
+        return self._replace(names=[name for name in self.names if name not in arguments])
 
 
 ANYTHING = Parameters(takes_all=True)  # what is taken where that can not be told
@@ -4040,7 +4086,7 @@ def parse(path):
 
 def forget_modules():
     """Forget what is known of modules: a command or a run begins, and they may have changed."""
-    for function in (find_module, read_module, hash_module, find_executable):
+    for function in (find_module, read_module, hash_module, lacks_function, find_executable):
         function.cache_clear()
 
 
@@ -4298,7 +4344,7 @@ def describe_source(tool, source):
     is so without it is left out, so that one which a later engine knows changes nothing.
     """
     options = {"commits": tool.commits, "reads": sorted(tool.reads or ()),
-               "writes": sorted(tool.writes or ())}
+               "writes": sorted(tool.writes or ()), "arguments": tool.arguments}
     calls = "$ " + format_words(tool.command) if tool.command else f"{tool.module}:{tool.function}"
     return {"calls": calls, "source": source,
             "options": {name: given for name, given in options.items() if given}}
@@ -4321,6 +4367,8 @@ def hash_item_source(tool, base):
     from hashlib import sha256
     calls = tool.command or (tool.module, tool.function, tool.commits)
     what = *calls, hash_source(tool, base, hash_imported)
+    if tool.arguments:
+        what += format_arguments(tool.arguments),
     return sha256(repr(what).encode()).hexdigest()[:16]
 
 
@@ -4366,8 +4414,8 @@ def take_path():
 
 
 def check_modules(pipeline, tools):
-    """Raise UserError for the tools whose module or program is not there, or whose items are to be
-    those of one that has none. Imports nothing.
+    """Raise UserError for the tools whose module or program is not there, or whose module has not
+    their function, or whose items are to be those of one that has none. Imports nothing.
     """
     missing, base = [], find_base(pipeline.get_connection)
     for tool in tools:
@@ -4375,12 +4423,42 @@ def check_modules(pipeline, tools):
             missing += find_missing_file(tool, base)
         elif find_module(tool.module) is None:
             missing.append(missing_module(tool))
-    check_mistakes(missing or find_wrong_each(pipeline, tools))
+    scripts = [missing_function(tool, read_module(tool.module).path) for tool in tools
+               if not missing and tool.module and lacks_function(tool.module, tool.function)]
+    check_mistakes(missing or scripts + find_wrong_each(pipeline, tools))
+
+
+@functools.lru_cache(maxsize=None)
+def lacks_function(name, function):
+    """Return whether a module surely has no such function, as it reads. It may be a script, which
+    its import would run. One that is imported already is asked itself.
+    """
+    is_there = f"\ndef {function}(".encode() in b"\n" + read_source(name)  # to parse takes longer
+    if name in sys.modules or is_there:
+        return False
+    found = read_module(name).definitions
+    return found is not None and found.keys().isdisjoint((function, "*"))
+
+
+def missing_function(tool, path):
+    """Return the sentence for a module that has not the function of its tool."""
+    script = tool.module.replace(".", "/") + ".py"
+    is_script = tool.function == "run" and path.replace(os.sep, "/").endswith("/" + script)
+    fix = f'Write "command": "python {script}", or ' if is_script else "Write "
+    return UserError(f"TOOL_MAP[{tool.name!r}]: {format_path(path)} has no function "
+                     f"{tool.function}().", f"{fix}`def {tool.function}(conn, **kwargs):` in it.")
 
 
 def missing_module(tool):
     """Return the sentence for a module that is not there, with the nearest that is beside it."""
     import pkgutil
+    first = tool.module.partition(".")[0]
+    spec = find_module(first)
+    if first != tool.module and spec and spec.has_location and not spec.submodule_search_locations \
+            and os.path.isdir(os.path.join(sys.path[0], first)):
+        return UserError(f"TOOL_MAP[{tool.name!r}]: there is no module {tool.module!r}: the file "
+                         f"{format_path(spec.origin)} hides the folder {first} from Python.",
+                         "Rename one of them, or put an empty file __init__.py into the folder.")
     package, dot, _ = tool.module.rpartition(".")
     places = getattr(find_module(package), "submodule_search_locations", None) or () if package \
         else sys.path[:1]
@@ -4433,7 +4511,7 @@ def check_callable(tools, available):
             mistakes.append(make_import_error(tool, cause))
         elif module.definitions is not None:
             mistakes += [error for _, error in find_mistakes(
-                tool, module.path, read_functions(tool), {*available, "conn", "context"})][:1]
+                tool, module.path, read_functions(tool), available)][:1]
     check_mistakes(mistakes)
 
 
@@ -4441,17 +4519,16 @@ def find_mistakes(tool, path, functions, available):
     """Yield what is wrong with the functions of a tool, be its module read or imported: a line and
     a UserError.
 
-    `path` is that of the module, `functions` are Definitions by name, and `available` the names
-    of the arguments that there will be.
+    `path` is that of the module, `functions` are Definitions by name.
     """
     where = f"TOOL_MAP[{tool.name!r}]"
     run = functions.get(tool.function)
-    if run is None or run.kind:
-        file, line = format_path(path or tool.module), run.line if run else 1
-        problem = f"{tool.function} of {file} is {run.kind}, not a function." if run \
-            else f"{file} has no function {tool.function}()."
-        yield line, UserError(f"{where}: {problem}",
-                              f"Write `def {tool.function}(conn, **kwargs):` in it.")
+    if run is None:
+        yield 1, missing_function(tool, path or tool.module)
+    elif run.kind:
+        yield run.line, UserError(f"{where}: {tool.function} of {format_path(path or tool.module)} "
+                                  f"is {run.kind}, not a function.",
+                                  f"Write `def {tool.function}(conn, **kwargs):` in it.")
     items = functions.get("items")
     has_own_items = tool.function != "items" and items is not None and not items.kind
     for name, found in functions.items():
@@ -4462,6 +4539,20 @@ def find_mistakes(tool, path, functions, available):
                 tool, name, found.takes, has_own_items, available):
             yield found.line, UserError(f"{where}: {problem}", fix)
             break  # what follows may come of it
+    takes = [found.takes for found in functions.values() if not found.kind]
+    for name in tool.arguments if run else ():
+        if not any(each.takes(name) for each in takes):
+            yield run.line, UserError(
+                f"{where}: 'arguments' has {name!r}, which " + (
+                    f"no function of {tool.module} takes." if tool.module
+                    else "its command does not name in braces."),
+                format_nearest(name, find_names(takes)))
+
+
+def find_names(takes):
+    """Return the arguments that are named by functions, but for the engine's own."""
+    return dict.fromkeys(name for each in takes for name in each.names
+                         if name not in RESERVED_ARGUMENTS)
 
 
 def find_misfits(tool, name, takes, has_own_items, available):
@@ -4480,8 +4571,10 @@ def find_misfits(tool, name, takes, has_own_items, available):
     comes_before = {"items": "what tells which there are", "setup": "called before there is any"}
     before = comes_before.get(name) if name != tool.function else None
     has_items = not before and (has_own_items or tool.given_items is not None)
-    known = {*available, "item"} if has_items else available
-    missing = [each for each in takes.required if each not in known]
+    known = {*available.arguments, *tool.arguments, "conn", "context", *["item"] * has_items}
+    results = find_results(tool, takes, available)
+    missing = [each for each in takes.required if each not in known
+               and not (each in results and available.sees(tool.name, each))]
     if not missing:
         return
     if "item" in missing and before:
@@ -4493,6 +4586,10 @@ def find_misfits(tool, name, takes, has_own_items, available):
     if missing[0] in PERIOD_ARGUMENTS:
         yield (f"{where} asks for {missing[0]!r}, which only --backfill gives.",
                f"Run it so, or give it a default: {missing[0]}=None.")
+    if missing[0] in results:
+        yield (f"{where} asks for {missing[0]!r}, but there will be no result of that tool for "
+               f"{tool.name}.", f'Let it need that, "needs": ["{missing[0]}"], and run it before; '
+               f"or give it a default: {missing[0]}=None.")
     yield (f"{where} asks for {', '.join(map(repr, missing))}, which nothing gives.",
            f"There are {', '.join(sorted(known))}. Give it a default ({missing[0]}=None), or "
            f"declare --{missing[0].replace('_', '-')} in add_arguments().")
@@ -4500,8 +4597,11 @@ def find_misfits(tool, name, takes, has_own_items, available):
 
 def find_command_misfits(tool, takes, available):
     """Yield which names in the braces of a command nothing gives, and what to do."""
-    known = {*available, *(name for name, source in _BRACES_OF_ENGINE.items()
-                           if source == "context" or has_items(tool))} - {"conn", "context"}
+    known = {*available.arguments, *tool.arguments, *(
+        name for name, source in _BRACES_OF_ENGINE.items()
+        if source == "context" or has_items(tool))}
+    results = find_results(tool, takes, available)
+    known.update(name for name in results if available.sees(tool.name, name))
     for name in takes.required:
         problem = f"its command names {{{name}}}, which nothing gives."
         if name in known:
@@ -4513,6 +4613,15 @@ def find_command_misfits(tool, takes, available):
         else:
             yield problem, (f"{format_nearest(name, sorted(known))}\nOr declare "
                             f"--{name.replace('_', '-')} in add_arguments().")
+
+
+def find_results(tool, takes, available):
+    """Return the parameters of a function that are named like other tools, and like nothing else
+    that its own tool gets.
+    """
+    others = {*available.arguments, *tool.arguments, *RESERVED_ARGUMENTS, *PERIOD_ARGUMENTS,
+              tool.name}
+    return [name for name in takes.names if name in available.tools and name not in others]
 
 
 def find_item_misfits(tool, has_own_items, run_takes):
@@ -4540,20 +4649,22 @@ def find_item_misfits(tool, has_own_items, run_takes):
 def load_callees(tools, available, interrupts):
     """Return the tools imported and ready to be called, by name.
 
-    `available` are the names of the arguments that there will be. Raise UserError with all that
-    is wrong: a module that can not be imported, no run(), a run() that asks for more than there is.
+    Raise UserError with all that is wrong: a module that can not be imported, no run(), a run()
+    that asks for more than is `available`.
     """
     errors = []
-    known = {*available, "conn", "context"}
     loaded = {}  # tools may share a function
 
     def load(_, tool):
         # and what it must be like depends on these options
         key = (tool.module, tool.function, tool.command, tool.given_items is None, tool.outputs,
-               tool.batch, tool.cache_s)
-        if key not in loaded:
-            loaded[key] = load_callee(tool, known, interrupts)
-        return loaded[key]._replace(tool=tool)
+               tool.batch, tool.cache_s, *tool.arguments)
+        if key in loaded:
+            return loaded[key]._replace(tool=tool)
+        callee = load_callee(tool, available, interrupts)
+        if not any(each.results for each in callee.all_takes):  # else who waits for whom counts too
+            loaded[key] = callee
+        return callee
 
     callees = make_all(errors, load, {tool.name: tool for tool in tools})
     check_mistakes(errors)
@@ -4574,8 +4685,11 @@ def load_callee(tool, available, interrupts):
                  else Definition(kind=format_type(value)) for name, value in given.items()}
     for _, error in find_mistakes(tool, getattr(module, "__file__", None), found, available):
         raise error
-    functions = {name: (value, found[name].takes) for name, value in given.items()
-                 if callable(value)}
+    functions = {}
+    for name, value in given.items():
+        takes = found[name].takes
+        if callable(value):
+            functions[name] = value, takes._replace(results=find_results(tool, takes, available))
     run, takes = functions.pop(tool.function)
     nothing = None, Parameters()
     return Callee(tool, run, takes, *itertools.chain(*(functions.get(name, nothing)
@@ -4621,13 +4735,13 @@ def has_items(tool):
 
 
 def read_takes(tool):
-    """Return what the functions of a tool take, as its module reads; of what can not be read so,
-    that it takes all.
+    """Return what the functions of a tool take that it does not have of its own, as its module
+    reads; of what can not be read so, that it takes all.
     """
     found = read_tool(tool).definitions
     if found is None or "*" in found:
         return [ANYTHING]
-    return [each.takes for each in read_functions(tool).values()]
+    return [each.takes.without(tool.arguments) for each in read_functions(tool).values()]
 
 
 def takes_any(tool, names):
@@ -4635,25 +4749,27 @@ def takes_any(tool, names):
     return any(each.takes(name) for each in read_takes(tool) for name in names)
 
 
-def check_are_taken(arguments, callees, tools, find_said):
-    """Raise UserError for arguments that somebody gave and that no tool would ever get.
+def check_are_taken(arguments, callees, pipeline, find_said):
+    """Raise UserError for arguments that somebody gave and that no tool would ever get, nor
+    get_connection().
 
     `callees` are those of a plan; the other tools are read, not imported, and only if no callee
     takes an argument: it may be one of theirs. `find_said` gives those that somebody gave, each
     with where that was, and is asked last: it takes time, and there are defaults that none takes.
     """
-    takes = [each for callee in callees.values() for each in callee.all_takes]
+    takes = [find_asked(pipeline.get_connection)]
+    for callee in callees.values():
+        own = callee.tool.arguments
+        takes += [each.without(own) for each in callee.all_takes] if own else callee.all_takes
     said = find_said() if find_untaken(arguments, takes) else {}
     left = find_untaken(said, takes)
-    for tool in tools.values():
+    for tool in pipeline.tools.values():
         if left and tool.name not in callees:
             read = read_takes(tool)
             left = find_untaken(left, read)
             takes += read
-    known = dict.fromkeys(name for each in takes for name in each.names
-                          if name not in RESERVED_ARGUMENTS)
     check_mistakes([UserError(f"{said[name]}: no tool takes {name!r}.",
-                              format_nearest(name, known)) for name in left])
+                              format_nearest(name, find_names(takes))) for name in left])
 
 
 def find_untaken(arguments, takes):
@@ -4665,15 +4781,35 @@ def find_untaken(arguments, takes):
     return [] if takes_all else [name for name in arguments if name not in names]
 
 
-def check_get_connection(get_connection):
-    """Raise UserError if get_connection() asks for something, which nothing gives it."""
+def find_asked(get_connection):
+    """Return what get_connection() takes by name; nothing of what is no function: to look into
+    another callable takes `inspect`, whose import is slow.
+    """
     if getattr(get_connection, "__code__", None) is None:
-        return  # to look into other callables takes `inspect`, whose import is slow
-    asks = find_parameters(get_connection).required
-    if asks:
-        raise UserError(f"get_connection() asks for {', '.join(map(repr, asks))}, which nothing "
-                        "gives.", "It is called without arguments: give them defaults, or read "
-                        "them from the environment.")
+        return Parameters()
+    takes = find_parameters(get_connection)
+    return Parameters(takes.names[len(takes.positional_only):], takes.required)
+
+
+def find_connection_mistakes(get_connection, arguments):
+    """Return an error if get_connection() asks for something that no argument of the run is."""
+    takes = find_asked(get_connection)
+    there = {*takes.names}.intersection(arguments)
+    missing = [name for name in takes.required if name not in there]
+    if not missing:
+        return []
+    nearest = format_nearest(missing[0], arguments)
+    fix = nearest if nearest.startswith("Did") else (
+        f"Give it a default ({missing[0]}=None), or declare --{missing[0].replace('_', '-')} in "
+        "add_arguments().")
+    return [UserError(f"get_connection() asks for {', '.join(map(repr, missing))}, which nothing "
+                      "gives.", fix)]
+
+
+def bind_connection(get_connection, arguments):
+    """Return get_connection() with those arguments of the run that it names."""
+    names = {*find_asked(get_connection).names}.intersection(arguments)
+    return functools.partial(get_connection, **{name: arguments[name] for name in names})
 
 
 def describe_tool(tool, has_database):
@@ -5141,9 +5277,9 @@ def call_run(callee, arguments):
     return None
 
 
-def call_check(callee, available):
+def call_check(callee, arguments):
     """Call check(). Raise SaysFailed if it says no, or what may be yes or no."""
-    result = call_function("check", callee.check, choose_arguments(callee.check_takes, available))
+    result = call_function("check", callee.check, arguments)
     if result is not None and result is not True:
         from numbers import Number
         if isinstance(result, Number):  # how SQLite says yes and no, or a count of what is wrong
@@ -5231,16 +5367,19 @@ class Kept:
                  pack=lambda result: result):
         self.setting, self.interrupts, self.ask, self.pack = setting, interrupts, ask, pack
         self.run_command, self.show = run_command, show
-        self.database = Database(setting.pipeline.get_connection,
-                                 lambda: interrupts.signal is not None)
+        self.database = Database(
+            bind_connection(setting.pipeline.get_connection, setting.arguments),
+            lambda: interrupts.signal is not None)
         import threading
         self.callees, self.threads = {}, {*threading.enumerate()}
 
     def load(self, tool):
         """Return a tool, imported. Raise UserError if that can not be done."""
         if tool.name not in self.callees:
+            available = Available(self.setting.arguments, self.setting.pipeline.tools,
+                                  lambda *_: True)  # the run has looked at that
             self.callees[tool.name] = self.interrupts.call(
-                load_callee, tool, {*self.setting.arguments, "conn", "context"}, self.interrupts)
+                load_callee, tool, available, self.interrupts)
         return self.callees[tool.name]
 
     def note(self, job, item):
@@ -5313,7 +5452,8 @@ class Doer:
     first and again over each new connection. A tool that `commits` begins and ends its own.
 
     State: `ledger`; `is_sqlite`, what that is in; `is_watched`, whether an item may not end the
-    transaction; `given`, the arguments that there are; `step`, what the engine itself is doing, ""
+    transaction; `given`, the arguments that there are, and `results`, what other tools returned, as
+    far as a function has asked for it; `step`, what the engine itself is doing, ""
     while it is the tool; `at_work`, the item that is being done, or of which it is not recorded yet
     that it lost the connection (is_death); of the transaction that was undone last, `had_ended`,
     whether it had ended before, and `was_closed`, whether the tool had closed the connection;
@@ -5326,7 +5466,7 @@ class Doer:
     def __init__(self, job, setting, send, kept):
         self.job, self.setting, self.send, self.kept = job, setting, send, kept
         self.tool, self.database = setting.pipeline.tools[job.tool], kept.database
-        self.interrupts, self.given = kept.interrupts, {}
+        self.interrupts, self.given, self.results = kept.interrupts, {}, {}
         self.has_items = job.is_listing or job.items[:1] != (None,)
 
     def do(self):
@@ -5355,10 +5495,32 @@ class Doer:
             raise
 
     def give(self):
-        """Make the arguments that there are, over the connection that is open."""
-        self.given = {**self.setting.arguments, "conn": self.database.conn,
+        """Make the arguments that there are, over the connection that is open. Those of the tool's
+        own are copies: what it does to them is not to be there in its next try.
+        """
+        own = self.tool.arguments
+        if own:
+            from copy import deepcopy
+            own = deepcopy(own)
+        self.given = {**self.setting.arguments, **own, "conn": self.database.conn,
                       "context": Context(self.job, self.kept.ask,
                                          functools.partial(self.tell, "event"))}
+
+    def choose(self, takes):
+        """Return the arguments of a function, with the results that it names of tools for which
+        this one waits; one that is not there is left to its default. Raise what context.results
+        raises if there is none, or if the result could not travel.
+        """
+        chosen = choose_arguments(takes, self.given)
+        for name in takes.results:
+            try:
+                if name not in self.results:
+                    self.results[name] = self.given["context"].results[name]
+                chosen[name] = self.results[name]
+            except KeyError:
+                if name in takes.required:
+                    raise
+        return chosen
 
     def _leave(self):
         """Note that nothing is at work any more."""
@@ -5402,7 +5564,7 @@ class Doer:
         self.interrupts.own_argv(self.tool)
         with until_exit(self.interrupts):
             self.interrupts.call(call_function, "setup", callee.setup,
-                                 choose_arguments(callee.setup_takes, self.given))
+                                 self.choose(callee.setup_takes))
         if has_conn:
             self.database.commit()
         self.given, self.step = {}, ""
@@ -5548,7 +5710,7 @@ class Trier(Doer):
             self.begin(number > 1 or self.has_items and group[0].is_seen is None)
         if not self.given or self.given["conn"] is not self.database.conn:
             self.give()
-            self.chosen = choose_arguments(self.callee.run_takes, self.given)
+            self.chosen = self.choose(self.callee.run_takes)
         if not (self.is_watched and self.ledger.has_savepoints):
             group = group[:1]
         ahead = self.database.ahead if len(group) == 1 else None
@@ -5617,7 +5779,7 @@ class Trier(Doer):
             raise SaysFailed(f"it has not written {missing}")
         if callee.check is not None and not self.interrupts.is_forked:
             self.interrupts.own_argv(self.tool)
-            call_check(callee, self.given)
+            call_check(callee, self.choose(callee.check_takes))
         return result
 
     # --- an item may not end the transaction ---
@@ -5865,7 +6027,7 @@ class Lister(Doer):
         self.interrupts.own_argv(self.tool)
         if callee.items is not None:
             with until_exit(self.interrupts):
-                found = callee.items(**choose_arguments(callee.items_takes, self.given))
+                found = callee.items(**self.choose(callee.items_takes))
                 found = wait_for(found) if hasattr(found, "__await__") else found
             if isinstance(found, Mapping):
                 raise TypeError("items() returned a dict; for names and versions, return its "
@@ -6985,7 +7147,7 @@ def run_plan(session):
     """
     pipeline, plan, history = session.pipeline, session.plan, session.history
     tools = [pipeline.tools[step.tool] for step in plan.steps if step.may_run()]
-    check_get_connection(pipeline.get_connection)
+    check_mistakes(find_connection_mistakes(pipeline.get_connection, session.arguments))
     check_modules(pipeline, tools)
     wants_workers, workers = any(needs_worker(tool, plan.jobs) for tool in tools), None
     with contextlib.ExitStack() as stack:
@@ -7003,11 +7165,13 @@ def run_plan(session):
             stack.push(lambda kind, *_: workers.close(
                 session.grace_s if kind in (None, Unlisted) else 0.0))
         interrupts = stack.enter_context(Interrupts())
-        callees = load_all(tools, setting.arguments, interrupts)
-        check_are_taken(setting.arguments, callees, pipeline.tools, session.find_said)
-        run = Run(session, setting, interrupts, callees, workers)
+        returned = Returned(session)
+        callees = load_all(tools, Available(setting.arguments, pipeline.tools, returned.may_see),
+                           interrupts)
+        check_are_taken(setting.arguments, callees, pipeline, session.find_said)
+        run = Run(session, setting, interrupts, callees, workers, returned)
         with Capture(bool(history.folder)) as capture:
-            kept = Kept(setting, interrupts, run.returned.find, run_command, show_output)
+            kept = Kept(setting, interrupts, returned.find, run_command, show_output)
             kept.callees = callees
             with contextlib.closing(kept):
                 run.loop(Here(setting, kept, capture, run.hear))
@@ -7022,21 +7186,21 @@ def check_plan(session):
     """
     pipeline, plan, arguments = session.pipeline, session.plan, session.arguments
     tools = [pipeline.tools[step.tool] for step in plan.steps if step.may_run()]
-    check_get_connection(pipeline.get_connection)
+    check_mistakes(find_connection_mistakes(pipeline.get_connection, arguments))
     check_modules(pipeline, tools)
     if any(needs_worker(tool, plan.jobs) for tool in tools):
         check_can_travel(Setting(pipeline, dict(arguments)))
-    check_callable(tools, arguments)
-    check_are_taken(arguments, {}, pipeline.tools, session.find_said)
+    check_callable(tools, Available(arguments, pipeline.tools, Returned(session).may_see))
+    check_are_taken(arguments, {}, pipeline, session.find_said)
     find_retries(session, [tool.name for tool in tools if has_items(tool)])
 
 
-def load_all(tools, arguments, interrupts):
+def load_all(tools, available, interrupts):
     """Return the tools, imported, by name. Notes what the modules are of which that is recorded."""
     for tool in tools:
         if tool.cache_s is not None and tool.module:
             hash_module(tool.module)
-    callees = interrupts.call(load_callees, tools, arguments, interrupts)
+    callees = interrupts.call(load_callees, tools, available, interrupts)
     for callee in callees.values():
         tool = callee.tool
         if tool.module and (callee.has_items or tool.cache_s is not None):
@@ -7094,25 +7258,32 @@ class Returned:
             self.sees[tool] = tuple(self.steps)[:self.position[tool]]
         self.users = Counter(each for seen in self.sees.values() for each in seen)
 
+    def may_see(self, tool, name):
+        """Return whether there may be a result for a tool of another: of one that it waits for,
+        and that is in the plan or has succeeded before.
+        """
+        needs = self.steps[tool].needs
+        if needs == ALL_BEFORE:
+            return self.position.get(name, len(self.steps)) < self.position[tool]
+        return name in needs and (name in self.steps or self.history.find_success(name) is not None)
+
     def look(self, tool, name):
-        """Return in a tuple the result of a tool that another may see: of one that it waits for;
-        of one that is not in the plan, the last. It is empty if there is none. For None, return
-        the names of all; for Outcome, how all ended that have, without their results.
+        """Return in a tuple the result of a tool that another may see; of one that is not in the
+        plan, the last. It is empty if there is none. For None, return the names of all; for
+        Outcome, how all ended that have, without their results.
         """
         if name is Outcome:
             return ({each: outcome._replace(result=None, kept=None)
                      for each, outcome in self.outcomes.items() if not MOVES[outcome.status]},)
-        needs = self.steps[tool].needs
         if name is None:
+            needs = self.steps[tool].needs
             names = self.results if needs == ALL_BEFORE else needs
             return ([each for each in names if self.look(tool, each)],)
-        if name not in needs if needs != ALL_BEFORE \
-                else self.position.get(name, len(self.steps)) >= self.position[tool]:
+        if not self.may_see(tool, name):
             return ()
-        if name in self.results:
-            return (self.results[name],)
-        success = name not in self.steps and self.history.find_success(name)
-        return (load_result(success),) if success else ()
+        if name in self.steps:
+            return (self.results[name],) if name in self.results else ()
+        return (load_result(self.history.find_success(name)),)
 
     def find(self, job, name):
         """Return what look() finds for the tool of a job. Raise KeyError if there is nothing."""
@@ -7552,7 +7723,8 @@ class Starter:
         if self.is_interrupted:
             self.interrupts.limit(self.session.grace_s)
         work = self.open[tool] = Work(self, self.callees[tool], former)
-        self.history.begin_attempt(tool, work.number, self.clock.wall(), work.performer.reserve())
+        self.history.begin_attempt(tool, work.number, self.clock.wall(), work.performer.reserve(),
+                                   work.tool.arguments)
         self.tell("tool_started", tool, output=work.output)
         self.publish()
         self.start_job(work, () if work.tally else (None,))
@@ -7581,13 +7753,13 @@ class Run(Starter):
     hears at the next publish(); `refused`, what makes that a run that never was.
     """
 
-    def __init__(self, session, setting, interrupts, callees, workers):
+    def __init__(self, session, setting, interrupts, callees, workers, returned):
         self.session, self.plan, self.history = session, session.plan, session.history
         self.clock, self.pipeline, self.callees = session.clock, session.pipeline, callees
         self.interrupts, self.workers, self.setting = interrupts, workers, setting
         self.retries = find_retries(
             session, [tool for tool, callee in callees.items() if callee.has_items])
-        self.returned, self.policy = Returned(session), Policy(session)
+        self.returned, self.policy = returned, Policy(session)
         self.steps, self.outcomes = self.returned.steps, self.returned.outcomes
         self.schedule = Schedule(self.plan.steps, session.pipeline, self.plan.jobs)
         self.open, self.waiting, self.jobs, self.again = {}, {}, {}, []
@@ -7955,7 +8127,7 @@ def make_retries(keyword, given):
 
 def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any],
                  stages: Optional[Mapping[str, Any]] = None,
-                 get_connection: Optional[Callable[[], Any]] = None, *,
+                 get_connection: Optional[Callable[..., Any]] = None, *,
                  arguments: Optional[Mapping[str, Any]] = None, exclude: Sequence[str] = (),
                  start_from: Optional[str] = None, jobs: int = 1,
                  limits: Optional[Mapping[str, int]] = None, fail_fast: bool = False,
@@ -7968,7 +8140,8 @@ def run_pipeline(targets: Union[str, Sequence[str]], tool_map: Mapping[str, Any]
     """Run targets from Python, as the command line would, and return how that ended.
 
     targets: names of stages and tools; none means the stage `full`, or else every tool.
-    arguments: what tools get by name. on_event: called with each Event; nothing is printed.
+    arguments: what tools, and get_connection(), get by name. on_event: called with each Event;
+    nothing is printed.
     grace_s: seconds between asking a process to end and killing it. home: a folder for the
     history, without which none is kept, and no lock held. resume: True, or the id of a run, whose
     targets are taken, and also its arguments, exclusions, start_from and item unless others are
@@ -8140,7 +8313,7 @@ def make_plan_view(plan):
     def make_step(step):
         needs = step.needs if step.needs == ALL_BEFORE else list(step.needs)
         return make_row({**step._asdict(), "needs": needs},
-                        "tool wave action reason needs expected_s")
+                        "tool wave action reason needs expected_s arguments")
 
     return {"steps": [make_step(step) for step in plan.steps],
             "critical_path": list(plan.critical_path), "expected_s": plan.expected_s}
@@ -8479,12 +8652,13 @@ def make_run_view(run, attempts, is_detailed=False):
     of_tools = "tool status reason attempts started_at duration_s rows error "
     of_run = "run_id status targets arguments started_at ended_at duration_s planned "
     if is_detailed:
-        of_tools += "traceback log pid result items"
+        of_tools += "traceback log pid result items arguments"
         of_run += "exclude start_from resumes pid version git_commit"
     tools = {}
     for row in attempts:
         tools.pop(row["tool"], None)
-        tools[row["tool"]] = make_row({**row, "attempts": row["attempt"]}, of_tools)
+        tools[row["tool"]] = make_row({**row, "attempts": row["attempt"],
+                                       "arguments": row["given"] or {}}, of_tools)
     ended_at = None if run["duration_s"] is None else run["started_at"] + run["duration_s"]
     return {**make_row({**run, "ended_at": ended_at}, of_run), "tools": list(tools.values())}
 
@@ -8505,18 +8679,21 @@ def format_runs(shown, style):
 def format_run(shown, style):
     """Return --history RUN as text: all that is known of one run."""
     import json
+    to_text = functools.partial(json.dumps, ensure_ascii=False)
     run, = shown["runs"]
     resumed = f", which resumed run {run['resumes']}" if run["resumes"] else ""
     commit = f", commit {run['git_commit'][:12]}" if run["git_commit"] else ""
     facts = {**run, "run": run["run_id"] + resumed, "without": run["exclude"],
              "from": run["start_from"], "version": f"{run['version']}{commit}",
-             "arguments": json.dumps(run["arguments"], ensure_ascii=False)}
+             "arguments": to_text(run["arguments"])}
     names = "run status targets without from arguments started_at duration_s version".split()
     cells = [{"name": format_head(name), "value": format_cell(name, facts[name])}
              for name in names]
     lines = format_table("name value", [cell for cell in cells if cell["value"]], has_head=False)
-    lines += ["", *format_table("tool status >attempts started >duration_s >rows note", [
+    columns = "tool status >attempts started >duration_s >rows ?arguments note"
+    lines += ["", *format_table(columns, [
         {**tool, "attempts": tool["attempts"] or None,
+         "arguments": to_text(tool["arguments"]) * bool(tool["arguments"]),
          "started": format_local(tool["started_at"])[11:], "note": tool["error"] or tool["reason"]}
         for tool in run["tools"]], style)]
     for tool in run["tools"]:
@@ -8894,7 +9071,7 @@ def read_python(draft, text):
 # and the one place where an error becomes a sentence and an exit code. No other logic.
 
 def main(tool_map: Mapping[str, Any], stages: Optional[Mapping[str, Any]] = None,
-         get_connection: Optional[Callable[[], Any]] = None, *,
+         get_connection: Optional[Callable[..., Any]] = None, *,
          argv: Optional[Sequence[str]] = None, name: Optional[str] = None,
          add_arguments: Optional[Callable[[Any], None]] = None,
          limits: Optional[Mapping[str, int]] = None, home: Optional[str] = None,
@@ -8991,7 +9168,7 @@ def check_edited(tools, base):
     paths = [path for pattern in ("*.py", os.path.join("*", "*.py"))
              for path in sorted(glob(os.path.join(escape(base), pattern)))]
     names = [os.path.relpath(path, base)[:-3].replace(os.sep, ".") for path in paths]
-    names = [name for name in names if not re.search(r"(^|\.)test|[^\w.]", name) and (
+    names = [name for name in names if not re.search(r"(^|\.)test|[^\w.-]", name) and (
         (read_module(name).definitions or {}).get("run", Definition()).takes is not ANYTHING)]
     shown = names or ["hello"]
     last = [name.rpartition(".")[2] for name in shown]
@@ -9443,10 +9620,14 @@ def command_check(call):
     if not pipeline.mistakes:
         for target in call.options.targets:
             expand_target(pipeline, target)
-    known = {*call.arguments, *PERIOD_ARGUMENTS, "conn", "context"}
+    def may_see(tool, name):
+        return pipeline.needs[tool] == ALL_BEFORE or name in pipeline.needs[tool]
+
+    available = Available({*call.arguments, *PERIOD_ARGUMENTS}, pipeline.tools, may_see)
     mistakes = dict.fromkeys(map(str, [  # tools may share a module
         *pipeline.mistakes, *find_table_doubles(), *find_wrong_each(pipeline, tools),
-        *(mistake for tool in tools for mistake in read_mistakes(tool, known, call.base))]))
+        *find_connection_mistakes(pipeline.get_connection, available.arguments),
+        *(mistake for tool in tools for mistake in read_mistakes(tool, available, call.base))]))
     for mistake in mistakes:
         show(mistake)
     show(f"{format_plural(len(tools), 'tool')} read, "
@@ -9486,7 +9667,8 @@ def count_items_of(call, lasts):
 @contextlib.contextmanager
 def open_connection(call):
     """Hold the pipeline's connection to look at what is there. Raise UserError if that fails."""
-    with contextlib.closing(Database(call.pipeline.get_connection)) as database:
+    connect = bind_connection(call.pipeline.get_connection, call.arguments)
+    with contextlib.closing(Database(connect)) as database:
         try:
             database.begin(commits=True)
         except Exception as error:
@@ -9820,12 +10002,16 @@ def format_changed(was, now):
 
 
 def find_valid(pipeline, done, arguments):
-    """Return those of the tools that are done which got no other arguments than they would now."""
+    """Return those of the tools that are done which got no other arguments than they would now,
+    nor another connection, which may be one to another database.
+    """
     now = format_arguments(arguments)
     changed = {was: find_changed(was, now) for was in {each.arguments for each in done.values()}}
+    of_connection = find_asked(pipeline.get_connection).names
     return {tool: success for tool, success in done.items() if tool not in pipeline.tools
             or not changed[success.arguments]
-            or not takes_any(pipeline.tools[tool], changed[success.arguments])}
+            or not (takes_any(pipeline.tools[tool], changed[success.arguments])
+                    or {*of_connection}.intersection(changed[success.arguments]))}
 
 
 def tell_changes(pipeline, run, plan, changed):

@@ -276,6 +276,7 @@ def modules(tmp_path, monkeypatch):
     def write(**sources):
         for name, source in sources.items():
             (tmp_path / f"{name}.py").write_text(textwrap.dedent(source), encoding="utf-8")
+        orchestrator.forget_modules()  # as each command and run_pipeline() does
         return tmp_path
 
     yield write

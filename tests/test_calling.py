@@ -297,7 +297,7 @@ def test_verbose_keeps_the_frames_of_the_engine(modules):
 @pytest.mark.parametrize("source, says", [
     ("import no_such_thing\ndef run(): pass", "m.py:1:\n  ModuleNotFoundError: No module named"),
     ("def run():\n    pass\n  x", "m.py:3:\n  IndentationError"),
-    ("x = 1\nimport sys\nsys.exit(4)", r"called sys.exit\(4\), \S*m.py:3"),
+    ("def run(): pass\nimport sys\nsys.exit(4)", r"called sys.exit\(4\), \S*m.py:3"),
     ("def run(): pass\nraise ValueError('at import')", "m.py:2:\n  ValueError: at import"),
     ("def other(): pass", r"has no function run\(\)"),
     ("run = 3", r"run of \S*m.py is an int, not a function.\n  Write `def run"),
@@ -325,7 +325,8 @@ def test_an_import_that_fails_in_a_helper_is_told_with_the_tools_line_and_the_he
 
 
 def test_every_broken_module_of_the_plan_is_told_at_once(modules):
-    modules(a="import nope_a", b="def run(): pass", c="import nope_c")
+    run = "def run(): pass"
+    modules(a=f"import nope_a\n{run}", b=run, c=f"import nope_c\n{run}")
     with pytest.raises(UserError) as caught:
         run_pipeline([], {"a": "a", "b": "b", "c": "c"})
     assert "nope_a" in str(caught.value) and "nope_c" in str(caught.value)

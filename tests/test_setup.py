@@ -5,6 +5,7 @@ import math
 import random
 import re
 from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 from conftest import count_steps
@@ -189,13 +190,20 @@ def test_a_tool_that_is_neither_a_path_nor_options_is_refused(value, kind):
 
 
 @pytest.mark.parametrize("path", ["tools/fetch", "tools/fetch.py", "tools\\fetch", "tools..fetch",
-                                  ".fetch", "tools.", "", "tools fetch", "tools-fetch",
+                                  ".fetch", "tools.", "", "tools fetch", "python a.py",
                                   "tools.fetch:", "tools.fetch:a:b", "tools.fetch:a.b", ":run",
-                                  "2tools"])
+                                  "tools.fetch:2a", "a.b\n", "a\0.b", "C:\\a"])
 @pytest.mark.parametrize("make", [lambda path: path, lambda path: {"module": path}])
 def test_a_module_path_without_dots_between_names_is_refused(make, path):
     assert has_one_sentence(refusal({"fetch": make(path)}), "TOOL_MAP['fetch']",
                             "a module path with dots", repr(path), '"folder.module"')
+
+
+@pytest.mark.parametrize("path", ["pipeline.02_build", "my-scripts.go", "2024.load", "a.é",
+                                  "a.class", "2024.my-scripts:go"])
+def test_any_name_that_python_can_import_is_a_module(path):
+    tool = load_pipeline({"a": path}).tools["a"]
+    assert (tool.module, tool.function) == (path.partition(":")[0], path.partition(":")[2] or "run")
 
 
 @pytest.mark.parametrize("option, value", [("module", 5), ("module", None), ("commits", "yes"),
@@ -317,6 +325,10 @@ def test_an_option_that_is_not_given_has_its_default(row, field, value):
     assert getattr(load_pipeline({"fetch": row}).tools["fetch"], field) == value
 
 
+PLAIN = {"text": "a b", "café": 1, "x": 0.5, "on": True, "off": False, "none": None,
+         "list": [1, [2, {"deep": None}]], "table": {"any key": {}}, "_": -1}
+
+
 @pytest.mark.parametrize("key, given, field, value", [
     ("needs", [], "needs", ()),
     ("needs", ["a", "b"], "needs", ("a", "b")),
@@ -358,6 +370,8 @@ def test_an_option_that_is_not_given_has_its_default(row, field, value):
     ("cache", "24h", "cache_s", 86_400),
     ("fresh_for", "2d", "fresh_for_s", 172_800),
     ("items", "raw/**/*.[ct]sv", "items", "raw/**/*.[ct]sv"),
+    ("arguments", {}, "arguments", {}),
+    ("arguments", PLAIN, "arguments", PLAIN),
 ])
 def test_an_option_is_read_as_what_it_says(key, given, field, value):
     assert getattr(read(**{key: given}), field) == value
@@ -397,6 +411,11 @@ WRONG = {
     "each": ("the name of a tool with items", ["", None, True, 1, ["fetch"], {"fetch"}]),
     "items": ("a pattern of files, without braces", [
         "", None, True, 1, ["*.csv"], "raw/{item}.csv", "{", "}"]),
+    "arguments": ("a dict of plain data", [
+        None, [], "year=1", 5, [("year", 1)], {"year": (1, 2)}, {"year": {1: 2}}, {"year": b"1"},
+        {"year": {1}}, {"year": math.nan}, {"year": math.inf}, {"year": object()}, {"year": len},
+        {"year": [Path("a")]}, {1: 1}, {"": 1}, {"a b": 1}, {"a-b": 1}, {"2a": 1}, {"a.b": 1},
+        {"conn": 1}, {"context": 1}, {"item": 1}]),
     "batch": ("a whole number from 1 on", [0, -1, 1.0, "500", None, True, math.inf]),
 }
 
@@ -410,6 +429,13 @@ def test_a_wrong_value_of_an_option_is_refused_with_what_it_must_be_and_an_examp
     assert has_one_sentence(error, f"TOOL_MAP['fetch']: {key!r} must be {WRONG[key][0]}",
                             f'Write "{key}": ')
     assert str(value)[:50] in error.problem
+
+
+def test_arguments_of_a_tool_are_a_copy_that_nobody_changes():
+    row = {"module": "m", "arguments": {"years": [1]}}
+    pipeline = load_pipeline({"a": row})
+    row["arguments"]["years"].append(2)
+    assert pipeline.tools["a"].arguments == {"years": [1]}
 
 
 def test_every_option_has_values_that_are_refused():

@@ -460,7 +460,8 @@ def test_the_table_of_the_readme_is_a_pipeline(sandbox, web, words):
     assert ended.code == 0, ended
     assert (sandbox.folder / "raw" / "sales.csv").read_bytes() == CONTENT
     assert sandbox.query("SELECT price FROM report") == [(7,)]
-    assert sandbox.query("SELECT name, value FROM figures") == [("count(*)", 2), ("avg(price)", 7.5)]
+    assert sandbox.query("SELECT name, value FROM figures") == [
+        ("count(*)", 2), ("avg(price)", 7.5)]
     assert [path for path, _, _ in web.got] == ["/sales.csv"]
 
 

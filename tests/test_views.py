@@ -160,11 +160,11 @@ def test_plan_as_json_has_the_documented_shape(look):
     assert json.loads(look("-n", "--json", "ingest", "render")) == {
         "steps": [
             {"tool": "fetch", "wave": 1, "action": "run", "reason": "in stage ingest",
-             "needs": "*", "expected_s": None},
+             "needs": "*", "expected_s": None, "arguments": {}},
             {"tool": "parse", "wave": 2, "action": "run", "reason": "in stage ingest",
-             "needs": "*", "expected_s": None},
+             "needs": "*", "expected_s": None, "arguments": {}},
             {"tool": "render", "wave": 3, "action": "run", "reason": "named",
-             "needs": "*", "expected_s": None},
+             "needs": "*", "expected_s": None, "arguments": {}},
         ],
         "critical_path": ["fetch", "parse", "render"],
         "expected_s": None,
