@@ -451,7 +451,7 @@ def test_a_tool_without_arguments_has_the_fingerprints_that_it_had_before_there_
     tool = Tool("t", "json")
     assert describe_source(tool, "f")["options"] == {}
     other = tool._replace(arguments={"x": 1})
-    assert hash_item_source(tool) != hash_item_source(other)
+    assert hash_item_source(tool, "") != hash_item_source(other, "")
     what = "json", "run", False, hash_imported("json")
     assert hash_item_source(tool) == sha256(repr(what).encode()).hexdigest()[:16]
 
