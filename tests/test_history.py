@@ -179,7 +179,7 @@ def test_run_pipeline_keeps_no_history_without_a_home(modules):
 def test_the_file_is_plain_sqlite_that_says_whose_it_is(line):
     line.run()
     with open_history(line.folder) as conn:
-        assert conn.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION == 5
+        assert conn.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION == 6
         assert conn.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
         assert conn.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
         assert conn.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
@@ -504,7 +504,7 @@ def test_what_a_history_of_version_3_tells_of_items_and_backfills_is_read_on(lin
     history.close()
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4])
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
 def test_a_history_of_each_version_is_brought_to_the_same_schema(line, version):
     path = put_fixture(line, 1)
     with contextlib.closing(sqlite3.connect(path)) as conn:
@@ -523,7 +523,7 @@ def test_a_history_of_each_version_is_brought_to_the_same_schema(line, version):
             schemas[-1] += conn.execute("SELECT name, sql FROM sqlite_master WHERE type IN "
                                         "('view', 'index') ORDER BY name").fetchall()
             assert conn.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION
-    assert schemas[0] == schemas[1] and len(schemas[0]) == 7
+    assert schemas[0] == schemas[1] and len(schemas[0]) == 8
 
 
 # --- what is recorded ---
@@ -1070,7 +1070,7 @@ def test_a_clock_set_back_makes_no_negative_ages_and_nothing_fresh(past):
         == ("run", "in TOOL_MAP; succeeded in the future, if the clock is right")
     from orchestrator import format_status, make_status
     with hold_history(line.folder, line.base) as history:
-        shown = make_status(["t"], history.load_last_attempts().get, None, [], line.now, {})
+        shown = make_status(["t"], history.load_last_attempts().get, None, [], line.now, {}, {})
         assert shown["tools"][0]["age_s"] == 0.0 and "-" not in format_status(
             shown, orchestrator.Style())
 
