@@ -67,8 +67,9 @@ def add_arguments(parser):
 #   9 WORKERS      the ways to execute an attempt: in this process, in worker processes
 #  10 RUNNING      one loop that carries out a Plan -> RunResult
 #  11 VIEWS        text and JSON for people and programs
-#  12 SCRIPTS      a new project, or the tables for a runner that somebody has; a leaf
-#  13 DOOR         the command line
+#  12 REPORT       a run of the past as a page, a story, or data; a leaf
+#  13 SCRIPTS      a new project, or the tables for a runner that somebody has; a leaf
+#  14 DOOR         the command line
 
 # ruff: noqa: E402
 _YOURS = dict(globals())  # your names, before the engine adds its own: see the last lines
@@ -254,9 +255,12 @@ class Tool(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A row of STAGES, checked: the tools that its members come to."""
+    """A row of STAGES, checked: the tools that its members come to. `report` is the file that takes
+    the report of each run of it, seen from the pipeline's folder; "" where none is wanted.
+    """
     name: str
     tools: Names
+    report: str = ""
 
 
 class Pipeline(NamedTuple):
@@ -584,6 +588,42 @@ def format_moment(at):
     return f"{whole}.{int(at * 1000) % 1000:03d}Z"
 
 
+_USUAL_FROM = 5  # former values that tell what is usual; fewer tell nothing
+_USUAL = {  # figure of an attempt -> the share of what is usual, and the least, that it may be off
+    "duration_s": (0.5, 1.0), "rows": (0.1, 10)}
+
+
+def find_middle(values):
+    """Return the median of some values, of two in the middle the higher; None of none."""
+    return sorted(values)[len(values) // 2] if values else None
+
+
+def find_unusual(row, former):
+    """Return in words what of a success is outside what its last successes make likely.
+
+    That is a duration, or a number of rows, which is farther from their median than five times the
+    median of their own distances from it; than half of it (of rows, a tenth); than a second (ten
+    rows); and than nine in ten of them. Fewer than five of them make nothing likely.
+
+    >>> find_unusual({"duration_s": 9.0, "rows": 0}, [{"duration_s": 2.5, "rows": 700}] * 5)
+    ['9.00 s, usually 2.50 s', '0 rows, usually 700']
+    >>> find_unusual({"duration_s": 0.02, "rows": None}, [{"duration_s": 0.01, "rows": 7}] * 20)
+    []
+    """
+    found = []
+    for name, (share, least) in _USUAL.items():
+        value, values = row[name], [each[name] for each in former if each[name] is not None]
+        if value is None or len(values) < _USUAL_FROM:
+            continue
+        usual = find_middle(values)
+        off, spread = abs(value - usual), [abs(each - usual) for each in values]
+        if off > max(5 * find_middle(spread), share * usual, least) \
+                and sum(each >= off for each in spread) <= len(values) / 10:
+            found.append(f"{value:,} rows, usually {usual:,}" if name == "rows" else
+                         f"{format_duration(value)}, usually {format_duration(usual)}")
+    return found
+
+
 def check_mistakes(errors):
     """Raise one UserError that says all of some mistakes, so that nobody mends a table line by
     line; none if there are none.
@@ -620,9 +660,11 @@ def read_pipeline(tool_map, stages=None, get_connection=None, *, name=None, limi
     tools = make_all(errors, make_tool, tool_map)
     errors += find_unknown_needs(tools, tool_map)
     needs = find_needs(errors, tools)
-    members = make_all(errors, make_members, stages)
+    rows = make_all(errors, make_stage, stages)
+    members = {name: stage.tools for name, stage in rows.items()}
     errors += find_unknown_members(members, {**tool_map, **stages})
-    expanded = expand_stages(errors, tool_map, members)
+    expanded = {name: rows[name]._replace(tools=found)
+                for name, found in expand_stages(errors, tool_map, members).items()}
     known = make_all(errors, make_limit, limits)
     errors += find_wrong_uses(tools, limits, known)
     return Pipeline(name or "pipeline", tools, expanded, needs, known,
@@ -933,20 +975,24 @@ OPTIONS = {
 }
 
 
-def make_members(name, value):
-    """Return the members of a row of STAGES. Raise UserError if it has none."""
+def make_stage(name, value):
+    """Return a row of STAGES, with its members as they stand there. Raise UserError if it has none.
+    """
     check_name("STAGES", name)
-    where = f"STAGES[{name!r}]"
+    where, report = f"STAGES[{name!r}]", ""
     if isinstance(value, Mapping):
         for key in value:
-            if key != "tools":
+            if key not in ("tools", "report"):
                 raise UserError(f"{where}: there is no option {key!r}.",
-                                format_nearest(str(key), ["tools"]))
-        value = value.get("tools", ())
+                                format_nearest(str(key), ["tools", "report"]))
+        value, report = value.get("tools", ()), value.get("report", "")
+    if not isinstance(report, str) or not report.isprintable():
+        raise UserError(f"{where}: 'report' must be the name of a file, not {report!r}.",
+                        'Write "report": "output/report.html".')
     if not isinstance(value, (list, tuple)) or not all(isinstance(each, str) for each in value):
         raise UserError(f"{where} is {value!r}, not a list of names.",
                         f'Write "{name}": ["first_tool", "second_tool"].')
-    return tuple(value)
+    return Stage(name, tuple(value), report)
 
 
 def find_unknown_members(members, known):
@@ -1111,7 +1157,7 @@ def walk(needs):
 
 
 def expand_stages(errors, tools, members):
-    """Return every stage with the tools it comes to, but those that contain themselves, and add
+    """Return by stage the tools it comes to, but for those that contain themselves, and add
     to errors what is wrong with them.
 
     A name that is both is the stage, but the tool inside the stage of that name.
@@ -1130,7 +1176,7 @@ def expand_stages(errors, tools, members):
             errors.append(UserError(
                 f"STAGES[{stage!r}]: a tool has this name too and is not in the stage, so that "
                 "nothing could name it.", "Rename the one or the other."))
-    return {stage: Stage(stage, found[stage]) for stage in members if stage in found}
+    return {stage: found[stage] for stage in members if stage in found}
 
 
 def check_arguments(arguments):
@@ -1757,7 +1803,9 @@ CREATE TABLE runs (
     version       TEXT NOT NULL,     -- of orchestrator.py
     git_commit    TEXT,              -- of the repository around it; NULL where there is none
     tables        TEXT NOT NULL,     -- fingerprint of TOOL_MAP, STAGES and LIMITS
-    sources       TEXT NOT NULL      -- JSON object: module -> fingerprint of its file
+    sources       TEXT NOT NULL,     -- JSON object: module -> fingerprint of its file
+    edges         TEXT               -- JSON object: tool of the plan, in its order -> list of those
+                                     -- before it that it waits for; NULL before version 6
 );
 -- An attempt is one try of one tool in a run; or, with attempt 0, why there was none.
 CREATE TABLE attempts (
@@ -1785,10 +1833,13 @@ CREATE TABLE attempts (
     needed        TEXT,              -- cached tools: JSON object, needed tool -> its work then
     items         TEXT,              -- JSON object, counts of its items: see Outcome; NULL for a
                                      -- tool without items
-    given         TEXT               -- JSON object, the arguments of the tool's own; NULL if it
+    given         TEXT,              -- JSON object, the arguments of the tool's own; NULL if it
                                      -- has none
+    failures      TEXT               -- JSON object: item -> error, the first that failed; NULL
+                                     -- where none did, and before version 6
 );
 CREATE INDEX attempts_of_tool ON attempts (tool);
+CREATE INDEX notable_attempts ON attempts (tool) WHERE duration_s > 1 OR rows > 10;
 """ + VIEWS
 UPGRADES = {  # schema version -> the statements that lead to the next one
     1: "ALTER TABLE attempts ADD COLUMN items TEXT;",
@@ -1799,7 +1850,12 @@ UPDATE runs SET item = '' WHERE words LIKE '%"-' || '-item"%' OR words LIKE '%"-
     3: "",
     4: "".join(f"DROP VIEW IF EXISTS {name};" for name in re.findall(r"VIEW (\w+) AS", VIEWS))
        + VIEWS,
-    5: "ALTER TABLE attempts ADD COLUMN given TEXT;",
+    5: """
+ALTER TABLE attempts ADD COLUMN given TEXT;
+ALTER TABLE runs ADD COLUMN edges TEXT;
+ALTER TABLE attempts ADD COLUMN failures TEXT;
+CREATE INDEX notable_attempts ON attempts (tool) WHERE duration_s > 1 OR rows > 10;
+""",
 }
 
 _TYPES = {"INTEGER": int, "REAL": float, "TEXT": str}
@@ -1807,7 +1863,8 @@ _TYPES = {"INTEGER": int, "REAL": float, "TEXT": str}
 # the one of its name, which has to be there, or else like that named "".
 _LIKE = {"targets": [""], "exclude": [""], "words": [""], "arguments": {}, "said": {}, "given": {},
          "sources": {}, "called": {"": 0}, "source": {"calls": "", "source": "", "options": {}},
-         "inputs": {"reads": {"": []}, "": [""]}, "needed": {"": 0}}
+         "inputs": {"reads": {"": []}, "": [""]}, "needed": {"": 0}, "edges": {"": [""]},
+         "items": {"": 0}, "failures": {"": ""}}
 _FAR_S = 2.5e11  # later moments have no date
 
 RESULT_CAP_BYTES = 2**20  # a longer result is not kept
@@ -2072,6 +2129,20 @@ _STARTED = """
 """
 
 
+_UNUSUAL = """
+    -- The successes among some attempts that could be unusual, see find_unusual(): with the last of
+    -- their tool they differ by over a second or ten rows. It is quick where no attempt of a tool
+    -- ever was long or large.
+    SELECT tool, attempt_id, duration_s, rows FROM {} a
+    WHERE status = 'success' AND attempt > 0 AND EXISTS (
+        SELECT 1 FROM attempts f WHERE f.tool = a.tool AND (f.duration_s > 1 OR f.rows > 10))
+    AND (SELECT max(max(duration_s), a.duration_s) - min(min(duration_s), a.duration_s) > 1
+             OR max(max(rows), a.rows) - min(min(rows), a.rows) > 10
+         FROM (SELECT duration_s, rows FROM attempts WHERE tool = a.tool AND status = 'success'
+               AND attempt > 0 AND attempt_id < a.attempt_id ORDER BY attempt_id DESC LIMIT 20))
+"""
+
+
 @functools.lru_cache(maxsize=None)
 def find_types():
     """Return the types that the values of each column of SCHEMA may have, by its name."""
@@ -2241,10 +2312,40 @@ class Store:
             "AND exclude = ? AND start_from IS ? AND item IS ? GROUP BY arguments",
             row["targets"], row["exclude"], row["start_from"], row["item"])}
 
-    def load_attempts(self, run_id):
-        """Return the rows of `attempts` of a run, in the order in which they began."""
+    def load_attempts(self, run_id, json=""):
+        """Return the rows of `attempts` of a run, in the order in which they began, those of their
+        columns read that hold `json`.
+        """
         return self.load("SELECT * FROM attempts_of_runs WHERE of_run = ? ORDER BY attempt_id",
-                         run_id, json="given")
+                         run_id, json=f"given {json}")
+
+    def load_edges(self, run_id):
+        """Return by tool, in the order of a run's plan, which of those before it each waited for;
+        None where an older engine did not record that.
+        """
+        row, = self.load("SELECT edges FROM runs WHERE run_id = ?", run_id, json="edges")
+        edges = row["edges"]
+        if edges:
+            place = {tool: i for i, tool in enumerate(edges)}
+            edges = {tool: [each for each in before if place.get(each, len(place)) < place[tool]]
+                     for tool, before in edges.items()}
+        return edges
+
+    def load_former(self, tool, attempt_id):
+        """Return figures of the last 20 successes of a tool before an attempt, the newest first."""
+        return self.load("SELECT run_id, duration_s, rows FROM attempts WHERE tool = ? "
+                         "AND attempt_id < ? AND status = 'success' AND attempt > 0 "
+                         "ORDER BY attempt_id DESC LIMIT 20", tool, attempt_id)
+
+    def find_unusual(self, run_id=None):
+        """Return in words what is unusual of the tools that succeeded in a run; without one, in
+        their last attempt.
+        """
+        rows = self.load(_UNUSUAL.format("last_attempts")) if run_id is None else self.load(
+            _UNUSUAL.format("attempts_of_runs") + "AND of_run = ?", run_id)
+        found = {row["tool"]: find_unusual(row, self.load_former(row["tool"], row["attempt_id"]))
+                 for row in rows}
+        return {tool: words for tool, words in found.items() if words}
 
     def load_last_attempts(self):
         """Return the rows of the view `last_attempts` by tool; after a period of a backfill that
@@ -2426,6 +2527,7 @@ class History(Store):
         row = make_columns({
             **request._asdict(), **versions, "status": "running", "arguments": text,
             "planned": len(plan.steps), "started_at": at, "pid": os.getpid(),
+            "edges": {step.tool: step.edges for step in plan.steps},
             "first_attempt": 1 + (self.ask("SELECT max(attempt_id) FROM attempts") or 0),
             "version": VERSION, "git_commit": find_git_commit(self.base)})
         self.run_id = self.change(f"INSERT INTO runs ({', '.join(row)}) "  # noqa: S608 - columns
@@ -7376,14 +7478,14 @@ _TOLD_ITEMS = 20  # so many failures of a tool's items are told, the others are 
 
 class Tally:
     """What came of the items of a tool in this run, in all its attempts: `ended`, how many did; the
-    rows of those that passed; the first error, and the first names that failed; how many failures
+    rows of those that passed; the first names that `failed`, with their errors; how many failures
     were `told`; how many were `unfit` to be kept. `retry` are those that were given up and are to
     be tried again, `redo` those to be done again: see Job.
     """
 
     def __init__(self, retry, redo):
         self.ended = {"passed": 0, "failed": 0, "elsewhere": 0}
-        self.rows, self.error, self.failed_names, self.told, self.unfit = None, "", [], 0, 0
+        self.rows, self.failed, self.told, self.unfit = None, {}, 0, 0
         self.retry, self.redo = retry, redo
 
     def count(self):
@@ -7393,14 +7495,15 @@ class Tally:
     def note_failed(self, name, error):
         """Add an item that failed."""
         self.ended["failed"] += 1
-        self.error = self.error or error
-        self.failed_names += [name] * (self.ended["failed"] <= 3)
+        if len(self.failed) < _TOLD_ITEMS:
+            self.failed[name] = error
 
     def sum_up(self, listed):
         """Return how the items ended of which that was said, as one Try of their tool."""
         passed, failed, elsewhere = self.ended.values()
-        tried, count, error = passed + failed, listed["counts"]["listed"], self.error
-        names = ": " + format_names(self.failed_names, failed) if failed > 1 else ""
+        tried, count, first = passed + failed, listed["counts"]["listed"], [*self.failed][:3]
+        error = "".join(f"{format_name(name)}: {self.failed[name]}" for name in first[:1])
+        names = ": " + format_names(first, failed) if failed > 1 else ""
         is_idle = not self.count()
         idle = f"none of {count_items(count)} is pending" if count else "no items"
         reason = join_reasons(
@@ -7512,7 +7615,7 @@ class Work:
                                        0 if item.is_death else tries)
         else:
             then = "quarantined" if ended.status == "quarantined" else ""
-            self.tally.note_failed(item.name, error)
+            self.tally.note_failed(item.name, ended.error)
         self.tell_failed_item(ended, join_reasons(error, count, then))
 
     def tell_failed_item(self, ended, text):
@@ -8010,14 +8113,16 @@ def find_facts(session, tool):
 
 
 def format_facts(work, outcome, base):
-    """Return what a success was built on, as JSON, with the files that it wrote; of what failed,
-    nothing.
+    """Return more columns of an attempt, as JSON: the first items that failed; of a success, what
+    it was built on, with the files that it wrote.
     """
-    if not work.facts or outcome.status != "success":
-        return {}
-    import json
-    work.facts["inputs"]["writes"] = find_writes(work.tool, base)
-    return {column: json.dumps(fact) for column, fact in work.facts.items()}
+    facts = {}
+    if work.tally and work.tally.failed:
+        facts["failures"] = work.tally.failed
+    if work.facts and outcome.status == "success":
+        work.facts["inputs"]["writes"] = find_writes(work.tool, base)
+        facts.update(work.facts)
+    return make_columns(facts) if facts else facts
 
 
 def load_result(success):
@@ -8508,11 +8613,13 @@ def format_progress(event, width, elapsed_s):
     return format_start(event, width) + ", ".join(parts)
 
 
-def format_summary(result, next_command, style):
-    """Return the closing table of a run: every tool, then the verdict and what to type next."""
+def format_summary(result, next_command, style, unusual):
+    """Return the closing table of a run: every tool, with what is unusual of it, then the verdict
+    and what to type next.
+    """
     lines = format_table("tool status >rows >duration_s note", [
         {**o._asdict(), "tool": tool, "duration_s": o.duration_s if o.attempts else None,
-         "note": format_note(o)}
+         "note": ", ".join(filter(None, [format_note(o), format_unusual(unusual.get(tool))]))}
         for tool, o in result.outcomes.items()], style)
     lines += ["", style.paint(result.status, result.status)
               + f": {len(result.succeeded) + len(result.cached)} of "
@@ -8521,6 +8628,11 @@ def format_summary(result, next_command, style):
     if next_command:
         lines.append("Next: " + style.bold(next_command))
     return "\n".join(["", *lines])
+
+
+def format_unusual(words):
+    """Return what find_unusual() said, as a warning in one line."""
+    return f"warning: unusual, {'; '.join(words)}" if words else ""
 
 
 def format_failure(facts, changed, commits, style):
@@ -8541,20 +8653,20 @@ def format_local(moment):
     return f"{datetime.fromisoformat(moment.replace('Z', '+00:00')).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
-def make_status(tools, find_last, running, attempts, now, items):
+def make_status(tools, find_last, running, attempts, now, items, unusual):
     """Return what --status shows, as data: the run that goes on, if any, and each tool, with how
-    many of its `items` have each status.
+    many of its `items` have each status, and what is `unusual` of it.
     """
     def make_tool(tool):
         row = {"status": "pending", **(find_last(tool) or {}), "tool": tool,
-               "items": items.get(tool)}
+               "items": items.get(tool), "unusual": unusual.get(tool, [])}
         if "started_at" in row:
             row["age_s"] = max(0.0, now - row["started_at"])  # clocks are set back
         if row["status"] == "running":
             row["duration_s"] = row["age_s"]
         row.update((name, row.get(name) or "") for name in ("reason", "error"))
         return make_row(row, "tool status run_id started_at rows age_s duration_s reason error "
-                             "items")
+                             "items unusual")
 
     return {"running": running and {**make_row(running, "run_id pid started_at"),
                                     "tools": [each["tool"] for each in attempts]},
@@ -8566,7 +8678,8 @@ def format_status(shown, style):
     lines = format_table(
         "tool status >run_id >age_s >duration_s >rows ?items note",
         [{**tool, "items": format_counts(tool["items"]),
-          "note": ", ".join(filter(None, [tool["error"], tool["reason"]]))}
+          "note": ", ".join(filter(None, [
+              tool["error"], tool["reason"], format_unusual(tool["unusual"])]))}
          for tool in shown["tools"]], style)
     run = shown["running"]
     what = "Nothing runs now." if run is None else (
@@ -8704,7 +8817,698 @@ def format_run(shown, style):
     return "\n".join(lines)
 
 
-# === 12 SCRIPTS =================================================================================
+# === 12 REPORT ==================================================================================
+# A run of the past as a page of HTML, as a story in Markdown, and as data, made of rows that were
+# read from the history. All text from outside goes through fill(), or through quote(), so that it
+# can be no markup. No input or output, and no other room but DOOR, for --report, knows of it.
+
+_BROKEN = ("failed", "partial", "interrupted")
+_GRAPH_TOOLS = 80  # a graph of more tools is not read
+_TIMELINE_TOOLS = 100  # with more, the timeline has a line for each process, not for each tool
+_SLACK_S = 0.05  # by which the end of a try, by one clock, may be after the next one's start
+_SHOWN_FAILURES = 20  # tools that failed which are told with traceback and log
+
+
+def make_report(name, run, attempts, edges, formers, tails):
+    """Return all that is told of a run, as data.
+
+    `edges` are those of its plan, None where they are not known; `formers` gives the former
+    successes of each tool, `tails` the last lines of the logs of those that failed.
+    """
+    of_tool = {tool: [] for tool in edges or ()}
+    for row in attempts:
+        of_tool.setdefault(row["tool"], []).append(row)
+    tools = [make_tool_report(tool, rows, run["started_at"], formers.get(tool, []))
+             for tool, rows in of_tool.items()]
+    for tool in tools:
+        tool["needs"] = edges and edges.get(tool["tool"], [])
+        tool["log"] = tails.get(tool["tool"], [])
+    shown, known = make_run_view(run, [], is_detailed=True), {each["tool"]: each for each in tools}
+    tried = [tool for tool in tools if tool["tries"]]
+    path = find_path(known) if edges else []
+    alone_s = sum(each["duration_s"] or 0.0 for tool in tools for each in tool["tries"])
+    return {
+        "pipeline": name, **shown, "tools": tools, "critical_path": path,
+        "path_s": sum(known[each]["tries"][-1]["end_s"] - known[each]["tries"][0]["start_s"]
+                      for each in path),
+        "alone_s": alone_s, "saved_s": max(0.0, alone_s - (run["duration_s"] or alone_s)),
+        "rows": sum(tool["rows"] or 0 for tool in tried),
+        "done": sum(tool["status"] in DONE for tool in tools),
+        "broken": [tool["tool"] for tool in sorted(tried, key=lambda tool: (
+            tool["status"] != "failed", tool["tries"][-1]["end_s"]))
+            if tool["status"] in _BROKEN]}
+
+
+def make_tool_report(tool, rows, began_at, former):
+    """Return how a tool fared in a run that began at that moment, as data; `rows` are its attempts.
+
+    What is of a moment in the run is in seconds from its beginning.
+    """
+    last, tries = rows[-1] if rows else {"status": "pending"}, []
+    for row in rows:
+        start_s = max(0.0, row["started_at"] - began_at)  # marked by hand; or a clock was set
+        if row["attempt"]:
+            tries.append({**make_row(row, "attempt status pid duration_s error"),
+                          "start_s": start_s, "end_s": start_s + (row["duration_s"] or 0.0)})
+    shown = make_row(last, "tool status reason error traceback started_at duration_s rows items "
+                           "failures")
+    return {**shown, "tool": tool, "tries": tries,
+            "unusual": find_unusual(last, former) if tries and last["status"] == "success" else [],
+            "expected_s": find_middle([each["duration_s"] for each in former
+                                       if each["duration_s"] is not None]),
+            "former": [make_row(each, "run_id duration_s rows") for each in reversed(former)]}
+
+
+def find_path(tools):
+    """Return the critical path as it was: back from the tool that ended last, each time the one
+    that ended last of those that it waited for.
+    """
+    def find_last(names):
+        return max((name for name in names if tools[name]["tries"]), default=None,
+                   key=lambda name: tools[name]["tries"][-1]["end_s"])
+
+    path, name = [], find_last(tools)
+    while name:
+        path.append(name)
+        name = find_last(tools[name]["needs"])
+    return path[::-1]
+
+
+def tell_outcome(shown, mark=str):
+    """Return in words how a run ended, and more of it in a sentence; `mark` is done to names."""
+    words = {"success": "succeeded", "failed": "failed", "running": "goes on",
+             "interrupted": "was interrupted"}.get(shown["status"]) or mark(shown["status"])
+    words += "".join(f" at {mark(name)}" for name in shown["broken"][:1])
+    more = f"{shown['done']:,} of {shown['planned']:,} tools done"
+    if shown["duration_s"] is not None:
+        more += f" in {format_duration(shown['duration_s'])}"
+    for status in (*_BROKEN, "skipped"):
+        there = sum(tool["status"] == status for tool in shown["tools"])
+        more += f", {there:,} {status}" * bool(there)
+    unusual = format_some([mark(tool["tool"]) for tool in shown["tools"] if tool["unusual"]])
+    return words, f"{more}." + f" Unusual: {unusual}." * bool(unusual)
+
+
+def tell_path(shown, mark=str):
+    """Return in sentences what the time of a run was spent on, and what running side by side has
+    saved; nothing where that is not known. `mark` is done to names.
+    """
+    path, whole_s = shown["critical_path"], shown["duration_s"]
+    if not path or whole_s is None:
+        return []
+    text = [f"Each waited for the one before it: {format_some(list(map(mark, path)), ' -> ')}.",
+            f"They took {format_duration(shown['path_s'])} of the {format_duration(whole_s)}."]
+    if shown["saved_s"] > 0.01 * whole_s:
+        text.append(f"All tools took {format_duration(shown['alone_s'])} together: running side by "
+                    f"side saved {format_duration(shown['saved_s'])}.")
+    return text
+
+
+def tell_facts(shown):
+    """Return what was asked for in a run, and what ran, by name, as text."""
+    import json
+    facts = {"targets": format_some(shown["targets"]) or "the default",
+             "without": format_some(shown["exclude"]), "from": shown["start_from"],
+             "resumes run": shown["resumes"],
+             "arguments": json.dumps(shown["arguments"], ensure_ascii=False),
+             "orchestrator.py": shown["version"], "git commit": shown["git_commit"]}
+    return {name: value for name, value in facts.items() if value not in (None, "", "{}")}
+
+
+def tell_note(tool):
+    """Return why a tool ended as it did, in one line."""
+    return ", ".join(filter(None, [tool["error"], tool["reason"]]))
+
+
+def tell_more_failures(tool):
+    """Return how many items of a tool failed beside those that are named; "" if none did."""
+    more = (tool["items"] or {}).get("failed", 0) - len(tool["failures"] or ())
+    return f"and {more:,} more" if more > 0 else ""
+
+
+# --- HTML ---
+
+class Html(str):
+    """Text that is markup, and is not to be escaped."""
+
+
+def fill(template, **values):
+    """Return markup: a template with values in it, which are escaped but for markup and numbers; of
+    a list, all that is in it; of None, nothing.
+    """
+    def put(value):
+        if isinstance(value, list):
+            return "".join(map(put, value))
+        if isinstance(value, (Html, int, float)):
+            return value
+        return re.sub("[&<>\"']", lambda found: f"&#{ord(found[0])};", clean(str(value or "")))
+
+    return Html(template.format(**{name: put(value) for name, value in values.items()}))
+
+
+def make_facts(facts):
+    """Return values under their names; what is empty is left out."""
+    return [fill(_FACT, name=name, value=value) for name, value in facts.items() if value]
+
+
+def make_section(title, note, *parts):
+    """Return a section of the page; nothing if nothing is in it."""
+    return fill(_SECTION, title=title, note=note, body=list(parts)) if any(parts) else ""
+
+
+def make_table(label, columns, rows):
+    """Return rows, mappings by column, as a table; of the columns as in format_table()."""
+    names = [(name.lstrip(">"), "number" if name[0] == ">" else "text")
+             for name in columns.split()]
+    return fill(
+        _TABLE, label=label,
+        head=[fill(_TH, name=format_head(name).replace("_", " "), kind=kind)
+              for name, kind in names],
+        rows=[fill(_ROW, cells=[fill(_CELL, kind=kind, value=format_cell(name, row[name]))
+                                for name, kind in names]) for row in rows])
+
+
+def make_mark(status):
+    """Return a status with its colour."""
+    return fill(_MARK, status=status)
+
+
+def format_page(shown):
+    """Return a run as a page of HTML."""
+    words, more = tell_outcome(shown)
+    tools = {tool["tool"]: tool for tool in shown["tools"]}
+    broken = [make_failure(tools[name]) for name in shown["broken"][:_SHOWN_FAILURES]]
+    others = format_some(shown["broken"][_SHOWN_FAILURES:])
+    return fill(
+        _WHOLE, style=Html(_STYLE), words=words, more=more,
+        local=format_local(shown["started_at"]),
+        figures=make_facts({
+            "duration": format_duration(shown["duration_s"]),
+            "tools done": f"{shown['done']:,} of {shown['planned']:,}",
+            "rows": f"{shown['rows']:,}",
+            "saved by running side by side": format_duration(shown["saved_s"] or None)}),
+        facts=make_facts(tell_facts(shown)),
+        sections=[
+            make_section("What went wrong first", "", *broken[:1]),
+            make_section("What else went wrong", others and f"Also in {others}.", *broken[1:]),
+            make_graph_section(shown, tools), make_timeline_section(shown),
+            make_section("Tools", "The lines are durations and rows of up to 20 successes before, "
+                         "and at their end of this run.", make_tools_table(shown)),
+            make_items_section(shown),
+            make_section("Critical path", "", *(fill(_TEXT, text=text)
+                                                for text in tell_path(shown)))],
+        **{name: shown[name] for name in ("pipeline", "run_id", "status", "started_at")})
+
+
+def make_failure(tool):
+    """Return what is known of a tool that did not succeed."""
+    pieces = [("Traceback", tool["traceback"]), ("Last lines of its log", "\n".join(tool["log"]))]
+    return fill(
+        _FAILURE, tool=tool["tool"], status=make_mark(tool["status"]), reason=tool["reason"],
+        error=tool["error"], more=[
+            make_fold(title, " open", fill(_LINES, text=text)) for title, text in pieces if text])
+
+
+def make_fold(title, is_open, *parts):
+    """Return what a reader may fold away, or unfold."""
+    return fill(_FOLD, title=title, is_open=is_open, body=list(parts))
+
+
+def make_tools_table(shown):
+    """Return the table of tools."""
+    def make_figure(tool, name, format_figure):
+        value, former = tool[name], [each[name] for each in tool["former"]]
+        values = [each for each in (*former, value) if each is not None]
+        has_line = value is not None and len(values) > 2
+        return fill(_TREND, value="" if value is None else format_figure(value),
+                    line=draw_line(values, format_figure) if has_line else "")
+
+    return make_table("Tools", "tool status >duration >usually_s >rows >attempts note", [
+        {"tool": tool["tool"], "status": make_mark(tool["status"]),
+         "duration": make_figure(tool, "duration_s", format_duration),
+         "usually_s": tool["expected_s"], "rows": make_figure(tool, "rows", "{:,}".format),
+         "attempts": len(tool["tries"]) or None, "note": fill(
+             _NOTE, note=tell_note(tool), warning=format_unusual(tool["unusual"]))}
+        for tool in shown["tools"]])
+
+
+def draw_line(values, format_figure):
+    """Return values as a small line, the last of them as a dot."""
+    most, last = max(values) or 1, len(values) - 1
+    points = [f"{2 + 76 * i / last:.1f},{17 - 14 * value / most:.1f}"
+              for i, value in enumerate(values)]
+    x, y = points[-1].split(",")
+    return fill(_SPARK, points=" ".join(points), x=x, y=y,
+                label="Before and now: " + ", ".join(map(format_figure, values)))
+
+
+def make_items_section(shown):
+    """Return the counts of items, and the first that failed."""
+    counts = "listed passed failed elsewhere given_up"
+    rows = [{**dict.fromkeys(counts.split()), **tool["items"], "tool": tool["tool"]}
+            for tool in shown["tools"] if tool["items"]]
+    table = make_table("Items", "tool >" + counts.replace(" ", " >"), rows) if rows else ""
+    return make_section("Items", "", table, *(
+        make_fold(f"Items of {tool['tool']} that failed", " open", make_table(
+            "Items that failed", "item error", [
+                {"item": item, "error": error} for item, error in tool["failures"].items()]),
+            fill(_TEXT, text=tell_more_failures(tool)))
+        for tool in shown["tools"] if tool["failures"]))
+
+
+# --- the graph ---
+
+def make_graph_section(shown, tools):
+    """Return the section with the graph; of very many tools, what of it is worth a look."""
+    if None in (tool["needs"] for tool in shown["tools"]):
+        return make_section("Graph", "", fill(
+            _TEXT, text="The graph of this run is not recorded: an older engine made it."))
+    names, note = list(tools), "The strong line is the critical path."
+    if len(names) > _GRAPH_TOOLS:
+        names = choose_tools(shown, tools)
+        note = f"{len(names)} of {len(tools):,} tools: " + (
+            "those that did not succeed, and their neighbours. " if shown["broken"] else
+            "the critical path. ") + note
+    needs = {name: [each for each in tools[name]["needs"] if each in names] for name in names}
+    table = make_table("Graph", "tool status needs", [
+        {"tool": name, "status": make_mark(tools[name]["status"]), "needs": tools[name]["needs"]}
+        for name in names])
+    return make_section("Graph", note, draw_graph(tools, needs, shown["critical_path"]),
+                        make_fold("The graph as a table", "", table)) if names else ""
+
+
+def choose_tools(shown, tools):
+    """Return the tools of a large graph that are worth a look, in their order."""
+    core, near = {*(shown["broken"] or shown["critical_path"])}, set()
+    if shown["broken"]:
+        near.update(*(tools[name]["needs"] for name in core))
+        near.update(name for name in tools if not core.isdisjoint(tools[name]["needs"]))
+    chosen = {*sorted(core | near, key=lambda name: name not in core)[:_GRAPH_TOOLS]}
+    return [name for name in tools if name in chosen]
+
+
+def lay_out(needs):
+    """Return the layer of each tool, and of each bend of a line that passes a layer, which is named
+    by where the line begins and the layer; by node, those that lines come from; and its place in
+    its layer, whose middle is 0. What a tool waits for by way of another has no line of its own.
+    """
+    order, layers, lines, rows, places = Order(needs), {}, {}, {}, {}
+    for tool, needed in needs.items():
+        near = [need for need in needed if not any(
+            order.before[other] & order.bits[need] for other in needed if other != need)]
+        layers[tool], lines[tool] = max((layers[need] + 1 for need in near), default=0), []
+        for need in near:
+            last = need
+            for layer in range(layers[need] + 1, layers[tool]):
+                bend = need, layer
+                lines.setdefault(bend, [last])
+                layers[bend], last = layer, bend
+            lines[tool].append(last)
+    for node, layer in layers.items():
+        rows.setdefault(layer, []).append(node)
+    for layer in sorted(rows):
+        row = sorted(rows[layer], key=lambda node: sum(
+            places[each] for each in lines[node]) / (len(lines[node]) or 1))
+        sizes = [1.0 if node in needs else 0.4 for node in row]
+        at = -sum(sizes) / 2
+        for node, size in zip(row, sizes):
+            places[node] = at + size / 2
+            at += size
+    return layers, lines, places
+
+
+def draw_graph(tools, needs, path):
+    """Return a graph as SVG, its layers from left to right, or from top to bottom if they are many.
+    """
+    layers, lines, places = lay_out(needs)
+    depth, low = max(layers.values()) + 1, min(map(places.get, needs)) - 0.5
+    breadth = max(map(places.get, needs)) + 0.5 - low
+    is_tall = depth > 5 and depth > breadth
+    along, across, size = (66, 172, 44) if is_tall else (212, 54, 150)
+    strong = set()
+    for one, other in zip(path, path[1:]):
+        if one in layers and other in layers:
+            nodes = [one, *((one, i) for i in range(layers[one] + 1, layers[other])), other]
+            strong.update(zip(nodes, nodes[1:]))
+
+    def point(a, b):
+        return f"{b:.0f} {a:.0f}" if is_tall else f"{a:.0f} {b:.0f}"
+
+    def locate(node, side):  # -1: where lines come in, 1: where they go out
+        return (layers[node] * along + size * (1 + side) / 2 + 1, (places[node] - low) * across)
+
+    edges, nodes = [], []
+    for node, sources in lines.items():
+        for source in sources:
+            (a, b), (c, d) = locate(source, 1), locate(node, -1)
+            middle = (a + c) / 2
+            edges.append(fill(
+                _EDGE, kind="strong edge" if (source, node) in strong else "edge",
+                path=f"M{point(a, b)}C{point(middle, b)} {point(middle, d)} {point(c, d)}"
+                     f"L{point(*locate(node, 1))}"))
+    for name in needs:
+        tool = tools[name]
+        took = format_duration(tool["duration_s"]) if tool["tries"] else ""
+        nodes.append(fill(_NODE, at=point(*locate(name, 0)), status=tool["status"], tool=name,
+                          details=", ".join(filter(None, [tool["status"], took])),
+                          note=tell_note(tool)))
+    box = point((depth - 1) * along + size + 2, breadth * across)
+    width = float(box.split()[0])
+    return fill(_GRAPH, box=box, width=width, least=0.75 * width, edges=edges, nodes=nodes)
+
+
+# --- the timeline ---
+
+def make_timeline_section(shown):
+    """Return the section with the timeline: what each process did when."""
+    tries = sorted(({**each, "tool": tool["tool"]} for tool in shown["tools"]
+                    for each in tool["tries"]), key=lambda each: each["start_s"])
+    if not tries:
+        return ""
+    table = make_table("Timeline", "tool >attempt process >start_s >duration_s status", [
+        {**each, "process": str(each["pid"]), "status": make_mark(each["status"])}
+        for each in tries])
+    return make_section("Timeline", "What each process did, from the beginning of the run. A thin "
+                        "line is waiting for another attempt.", draw_timeline(shown, tries),
+                        make_fold("The timeline as a table", "", table))
+
+
+def make_lanes(tries):
+    """Return the lanes of a timeline, as lists of tries, by process and name: a lane for each tool
+    in a process; or if there are very many, as few as keep its tries apart.
+    """
+    lanes = {each["pid"]: {} for each in tries}
+    by_tool = len({each["tool"] for each in tries}) <= _TIMELINE_TOOLS
+    for each in tries:
+        own = lanes[each["pid"]]
+        name = each["tool"] if by_tool else next(
+            (name for name, lane in own.items() if lane[-1]["end_s"] < each["start_s"] + _SLACK_S),
+            " " * len(own))
+        own.setdefault(name, []).append(each)
+    return lanes
+
+
+def draw_timeline(shown, tries):
+    """Return tries as a Gantt chart. What lies along the time is in percent of the width, so that
+    a narrow window squeezes bars and no letters.
+    """
+    whole_s = max([shown["duration_s"] or 0.0, 0.001, *(each["end_s"] for each in tries)])
+    step_s = next((step for step in map(float, _STEPS_S.split()) if whole_s < 5.5 * step), whole_s)
+    ends = {(each["tool"], each["attempt"]): each["end_s"] for each in tries}
+    y, parts = 0, []
+
+    def draw_bar(kind, start_s, end_s, label):
+        return fill(_BAR, kind=kind, x=100 * start_s / whole_s, label=label,
+                    width=max(0.3, 100 * (end_s - start_s) / whole_s))
+
+    for pid, lanes in make_lanes(tries).items():
+        parts.append(fill(_PROCESS, y=y + 16, name=f"process {pid}"))
+        y += 22
+        for name, lane in lanes.items():
+            bars = []
+            for each in lane:
+                what = f"{each['tool']}, attempt {each['attempt']}"
+                end_s = ends.get((each["tool"], each["attempt"] - 1), each["start_s"])
+                if end_s < each["start_s"]:
+                    bars.append(draw_bar("wait", end_s, each["start_s"], "waiting for " + what))
+                bars.append(draw_bar(
+                    each["status"], each["start_s"], each["end_s"],
+                    f"{what}: {each['status']}, {format_duration(each['duration_s'])}"))
+            parts.append(fill(_LANE, y=y, name=name, bars=bars))
+            y += 20
+    ticks = [fill(_TICK, x=100 * i * step_s / whole_s, y=y, label=format_duration(i * step_s))
+             for i in range(int(whole_s / step_s) + 1)]
+    return fill(_TIMELINE, height=y + 20, ticks=ticks, lanes=parts)
+
+
+_STEPS_S = ("0.01 0.02 0.05 0.1 0.2 0.5 1 2 5 10 20 30 60 120 300 600 1200 1800 "
+            "3600 7200 14400 28800 86400 172800 604800 2592000")
+
+
+# --- Markdown ---
+
+def quote(text):
+    """Return outside text in one line of Markdown, as code, in which nothing is markup.
+
+    >>> print(quote("a *b*"), quote("`c`"))
+    `a *b*` `` `c` ``
+    """
+    text = " ".join(clean(str(text)).split()) or "-"
+    if "`" not in text:
+        return f"`{text}`"
+    fence = make_fence(text, 1)
+    return f"{fence} {text} {fence}"
+
+
+def quote_lines(text):
+    """Return outside text for Markdown as lines of code."""
+    text = clean(text).strip("\n")
+    fence = make_fence(text, 3)
+    return ["", fence, *text.split("\n"), fence]
+
+
+def make_fence(text, least):
+    """Return more backticks than there are side by side in a text."""
+    return "`" * max(least, *(len(run) + 1 for run in re.findall("`+|$", text)))
+
+
+def format_story(shown):
+    """Return a run as a story in Markdown."""
+    words, more = tell_outcome(shown, quote)
+    tools = {tool["tool"]: tool for tool in shown["tools"]}
+    lines = [f"# Run {quote(shown['run_id'])} of {quote(shown['pipeline'])} {words}", "", more, ""]
+    facts = {"status": shown["status"],
+             "started": f"{format_local(shown['started_at'])} ({shown['started_at']})",
+             "total duration": format_duration(shown["duration_s"]) or "not known",
+             "total rows": f"{shown['rows']:,}", **tell_facts(shown)}
+    lines += [f"- {name}: {quote(value)}" for name, value in facts.items()]
+    for i, name in enumerate(shown["broken"][:_SHOWN_FAILURES]):
+        head = ["", "## What else went wrong" if i else "## What went wrong first"] * (i < 2)
+        lines += [*head, "", f"### {quote(name)}", "", quote(tell_note(tools[name]))]
+        log = "\n".join(tools[name]["log"])
+        for title, text in (("Traceback:", tools[name]["traceback"]), ("Log, its end:", log)):
+            lines += ["", title, *quote_lines(text)] if text else []
+    tries = [(each["start_s"], tool["tool"], each) for tool in tools.values()
+             for each in tool["tries"]]
+    lines += ["", "## Execution timeline", ""]
+    lines += [f"- +{format_duration(start_s)} {quote(name)}, attempt {each['attempt']}: "
+              f"{quote(each['status'])}, {format_duration(each['duration_s'])}"
+              for start_s, name, each in sorted(tries, key=lambda each: each[0])]
+    lines += ["", "## Step details", ""]
+    for name, tool in tools.items():
+        details = [quote(tool["status"]), format_duration(tool["duration_s"]),
+                   f"usually {format_duration(tool['expected_s'])}" * bool(tool["expected_s"]),
+                   "" if tool["rows"] is None else f"{tool['rows']:,} rows",
+                   format_plural(len(tool["tries"]), "attempt"),
+                   tell_note(tool) and quote(tell_note(tool)), format_unusual(tool["unusual"])]
+        lines.append(f"- {quote(name)}: {', '.join(filter(None, details))}")
+        lines += [f"    - item {quote(item)}: {quote(error)}"
+                  for item, error in (tool["failures"] or {}).items()]
+        lines += [f"    - {tell_more_failures(tool)}"] * bool(tell_more_failures(tool))
+    return "\n".join([*lines, "", "## Critical path", "",
+                      *(f"- {text}" for text in tell_path(shown, quote)), ""])
+
+
+# --- the templates: {name} is a value, which fill() escapes ---
+
+_WHOLE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
+base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer">
+<title>{pipeline}: run {run_id} {words}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+<header>
+<p class="eyebrow">{pipeline}, {local} <span class="utc">({started_at})</span></p>
+<h1>Run {run_id} <em class="{status}">{words}</em>.</h1>
+<p class="answer">{more}</p>
+<dl class="figures">{figures}</dl>
+<dl class="facts">{facts}</dl>
+</header>
+{sections}
+<footer><p>Written by orchestrator.py from the history of the pipeline.</p></footer>
+</main>
+</body>
+</html>
+"""
+_SECTION = "<section>\n<h2>{title}</h2>\n<p class=\"note\">{note}</p>\n{body}\n</section>\n"
+_TEXT = "<p>{text}</p>"
+_LINES = "<pre tabindex=\"0\">{text}</pre>"
+_FOLD = "<details{is_open}><summary>{title}</summary>{body}</details>"
+_FACT = "<div><dt>{name}</dt><dd>{value}</dd></div>"
+_FAILURE = """
+<article>
+<h3>{tool} {status}</h3>
+<p class="error">{error}</p>
+<p class="note">{reason}</p>
+{more}
+</article>
+"""
+_TABLE = """
+<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{rows}</tbody>
+</table></div>
+"""
+_TH = "<th scope=\"col\" class=\"{kind}\">{name}</th>"
+_ROW = "<tr>{cells}</tr>\n"
+_CELL = "<td class=\"{kind}\">{value}</td>"
+_MARK = "<span class=\"mark {status}\">{status}</span>"
+_NOTE = "{note} <span class=\"warning\">{warning}</span>"
+_TREND = "{line} <span class=\"value\">{value}</span>"
+_SPARK = """<svg class="spark" role="img" width="80" height="19"><title>{label}</title>\
+<polyline points="{points}"/><circle cx="{x}" cy="{y}" r="2"/></svg>"""
+_GRAPH = """
+<div class="scroll" tabindex="0" role="region" aria-label="Graph"><svg class="graph" role="img"
+ aria-label="Graph of the tools and what they wait for" viewBox="0 0 {box}"
+ style="min-width: {least:.0f}px; max-width: {width:.0f}px">
+{edges}{nodes}</svg></div>
+"""
+_EDGE = "<path class=\"{kind}\" d=\"{path}\"/>\n"
+_NODE = """<g transform="translate({at})"><svg class="node {status}" x="-75" y="-22" width="150" \
+height="44"><title>{tool}: {details}. {note}</title>\
+<rect x="1" y="1" width="148" height="42" rx="5"/><rect class="flag" x="1" y="1" width="6" \
+height="42"/><text x="15" y="19">{tool}</text><text class="small" x="15" y="35">{details}</text>\
+</svg></g>
+"""
+_TIMELINE = """
+<svg class="timeline" role="img" aria-label="Timeline of the run" width="100%" height="{height}">
+<svg x="28%" width="69%" overflow="visible">{ticks}</svg>
+{lanes}</svg>
+"""
+_TICK = """<line x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="{y}"/>\
+<text class="small" x="{x:.2f}%" y="{y}" dy="14" text-anchor="middle">{label}</text>"""
+_PROCESS = "<text class=\"small\" x=\"0\" y=\"{y}\">{name}</text>\n"
+_LANE = """<svg y="{y}" width="27%" height="20"><title>{name}</title>\
+<text x="0" y="14">{name}</text></svg><svg x="28%" y="{y}" width="69%" height="20">{bars}</svg>
+"""
+_BAR = """<rect class="bar {kind}" x="{x:.2f}%" y="3" width="{width:.2f}%" height="13" rx="2">\
+<title>{label}</title></rect>"""
+_STYLE = """
+:root {
+  --paper: #fcfbf8; --ink: #1e2124; --faint: #6b6f73; --rule: #e3e0d8; --track: #f0ede6;
+  --good: #14756b; --cached: #a9c5c0; --bad: #b4431f; --warn: #e2a15c; --none: #c9c6be;
+  --soft: #f6dfc2;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #15181b; --ink: #e9e6df; --faint: #969a9d; --rule: #2c3135; --track: #22272b;
+    --good: #4fc0b1; --cached: #3f6762; --bad: #ee6b3f; --warn: #c98a4b; --none: #4b5156;
+    --soft: #5e4026;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
+}
+main { max-width: 1080px; margin: 0 auto; padding: clamp(28px, 6vw, 72px) clamp(20px, 4vw, 40px); }
+h1, h2, .figures dd {
+  font-family: Georgia, "Iowan Old Style", "Times New Roman", serif; font-weight: 400;
+}
+h1 {
+  font-size: clamp(2rem, 6vw, 3.6rem); line-height: 1.08; letter-spacing: -.02em; margin: 0;
+  text-wrap: balance; overflow-wrap: anywhere;
+}
+h1 em { font-style: normal; }
+h2 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .2rem; }
+h3 { font-size: 1.05rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }
+.eyebrow { margin: 0 0 1rem; color: var(--faint); overflow-wrap: anywhere; }
+.utc { white-space: nowrap; }
+.answer { font-size: 1.15rem; max-width: 36em; margin: 1.4rem 0 0; }
+.note { margin: 0 0 1.1rem; color: var(--faint); font-size: .92rem; max-width: 46em; }
+.note:empty, p:empty { display: none; }
+section { margin-top: 3.2rem; }
+.figures {
+  display: flex; flex-wrap: wrap; gap: 1.2rem 3rem; margin: 2.2rem 0 0; padding: 1.3rem 0;
+  border: solid var(--rule); border-width: 1px 0;
+}
+.figures div { display: flex; flex-direction: column-reverse; justify-content: flex-end; }
+dt { color: var(--faint); font-size: .88rem; line-height: 1.35; }
+dd { margin: 0; overflow-wrap: anywhere; }
+.figures dd { font-size: 1.9rem; line-height: 1.2; font-variant-numeric: lining-nums; }
+.facts {
+  display: flex; flex-wrap: wrap; gap: .2rem 1.8rem; margin: 1.1rem 0 0; font-size: .88rem;
+}
+.facts div { display: flex; gap: .5rem; }
+article { margin: 1.2rem 0 2rem; padding-left: 1.1rem; border-left: 3px solid var(--bad); }
+.error { margin: 0 0 .4rem; font-size: 1.05rem; overflow-wrap: anywhere; }
+details { margin: .7rem 0 0; }
+summary { cursor: pointer; color: var(--faint); font-size: .92rem; width: fit-content; }
+pre {
+  margin: .4rem 0 0; padding: .8rem 1rem; background: var(--track); border-radius: 4px;
+  font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-x: auto;
+  max-height: 30rem;
+}
+.scroll { overflow-x: auto; }
+:focus-visible { outline: 2px solid var(--good); outline-offset: 3px; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+th { text-align: left; font-weight: 400; color: var(--faint); font-size: .85rem; }
+th, td { padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
+th.number, td.number {
+  text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums;
+}
+td.text { min-width: 6.5em; max-width: 26em; overflow-wrap: anywhere; }
+td:first-child { min-width: 9em; } td.text:last-child { min-width: 13em; }
+.mark { white-space: nowrap; }
+.mark::before {
+  content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .45em;
+  border-radius: 2px; background: var(--colour);
+}
+h3 .mark { font-weight: 400; font-size: .92rem; color: var(--faint); margin-left: .5em; }
+.mark, .node, .bar { --colour: var(--none); }
+.success { --colour: var(--good) !important; } .cached { --colour: var(--cached) !important; }
+.failed { --colour: var(--bad) !important; }
+.partial, .interrupted, .running { --colour: var(--warn) !important; }
+h1 .success { color: var(--good); } h1 .failed, h1 .interrupted { color: var(--bad); }
+.warning {
+  padding: .1em .35em; border-radius: 3px; background: var(--soft);
+  -webkit-box-decoration-break: clone; box-decoration-break: clone;
+}
+.warning:empty { display: none; }
+svg { fill: var(--ink); font-size: 13px; font-variant-numeric: tabular-nums; }
+.small { font-size: 11px; fill: var(--faint); }
+.spark { vertical-align: -5px; fill: none; overflow: visible; }
+.spark polyline { stroke: var(--cached); stroke-width: 1.5; } .spark circle { fill: var(--good); }
+.value { display: inline-block; min-width: 4.6em; }
+.graph { display: block; width: 100%; height: auto; }
+.node rect { fill: var(--paper); stroke: var(--colour); stroke-width: 1.2; }
+.node .flag { fill: var(--colour); stroke: none; }
+.node.failed rect:first-of-type { stroke-width: 2; }
+.edge { fill: none; stroke: var(--none); stroke-width: 1.3; }
+.edge.strong { stroke: var(--ink); stroke-width: 1.8; }
+.timeline { display: block; }
+.timeline line { stroke: var(--rule); }
+.bar { fill: var(--colour); }
+.bar.wait { fill: var(--none); height: 3px; transform: translateY(5px); }
+footer {
+  margin-top: 3.5rem; padding-top: 1.2rem; border-top: 1px solid var(--rule); color: var(--faint);
+  font-size: .88rem;
+}
+@media (max-width: 600px) {
+  .timeline, .timeline svg { font-size: 11px; } .timeline .small { font-size: 10px; }
+}
+@media print {
+  .graph { min-width: 0 !important; }
+  body { font-size: 11px; } main { padding: 0; max-width: none; } section { margin-top: 1.6rem; }
+  :root { --paper: #ffffff; }
+  article, tr, .graph { break-inside: avoid; } h2, .note { break-after: avoid; }
+  pre { max-height: none; white-space: pre-wrap; } .scroll { overflow: visible; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+}
+"""
+
+
+# === 13 SCRIPTS =================================================================================
 # What somebody begins with: a new project, or a TOOL_MAP of the commands that a runner of theirs
 # starts, be it a shell script, a Makefile or a Python program. That is read and never run; what
 # can not be told by reading it is named in a comment and not guessed. A leaf: who deletes this
@@ -9066,7 +9870,7 @@ def read_python(draft, text):
     read(ast.parse(text, draft.path), {"sys.executable": "python"})
 
 
-# === 13 DOOR ====================================================================================
+# === 14 DOOR ====================================================================================
 # The command line: the parser, one command_ function per command, the one listener that prints,
 # and the one place where an error becomes a sentence and an exit code. No other logic.
 
@@ -9291,7 +10095,7 @@ def find_arguments(own, parser):
 
 _GOES_WITH = {  # a flag: those it says something of
     "json": "list plan graph why status history logs items", "failed": "items", "last": "history",
-    "run": "logs", "tail": "logs", "follow": "logs", "step": "backfill", "reverse": "backfill",
+    "run": "logs report", "tail": "logs", "follow": "logs", "step": "backfill", "reverse": "backfill",
     "reprocess": "backfill"}
 
 
@@ -9391,6 +10195,8 @@ def add_commands(group):
             help="show what the tools of the last run printed, or one tool")
     command("--items", nargs="+", metavar=("TOOL", "ITEM"),
             help="show how the items of a tool ended, or some of them")
+    command("--report", nargs="?", const="", metavar="FILE",
+            help="write a report of the last run, as a page; of a .md as a story, a .json as data")
     command("--completion", choices=("bash", "zsh", "fish", "words", "runs"),
             metavar="bash|zsh|fish", help="print what lets a shell complete words of this program")
     command("--mark-done", nargs="+", metavar="TOOL",
@@ -9402,7 +10208,7 @@ def add_commands(group):
             "what a shell script, Makefile or Python program starts, which would run in DIR (.)")
     flag = group.add_argument
     flag("--last", type=read_whole, default=10, metavar="N", help="with --history: so many runs")
-    flag("--run", metavar="RUN", help="with --logs: of that run")
+    flag("--run", metavar="RUN", help="with --logs and --report: of that run")
     flag("--tail", type=read_whole, metavar="N", help="with --logs: the last N lines")
     flag("--follow", action="store_true", help="with --logs: go on while the run goes on")
     flag("--failed", action="store_true", help="with --items: those that failed, with their errors")
@@ -9642,7 +10448,8 @@ def command_status(call):
     running, attempts = (None, []) if history.killed else find_running(history)
     lasts = history.load_last_attempts()
     shown = make_status(tools, lasts.get, running, attempts, Clock().wall(),
-                        count_items_of(call, [lasts[tool] for tool in tools if tool in lasts]))
+                        count_items_of(call, [lasts[tool] for tool in tools if tool in lasts]),
+                        history.find_unusual())
     answer(call, shown, format_status)
 
 
@@ -9808,6 +10615,57 @@ def read_pieces(path, at, is_whole):
             yield lines, at
 
 
+def command_report(call):
+    """Write the report of a run, and show where it is."""
+    history, options = look_at(need_history(call), call), call.options
+    runs = [history.find_run(options.run)] if options.run else history.load_last_runs(1)
+    for run in runs:
+        show(format_path(write_report(call, history, run, options.report or os.path.join(
+            call.folder, "reports", f"{run['run_id']}.html"))))
+
+
+def write_report(call, history, run, file):
+    """Write the report of a run and return its file. Raise UserError if that fails."""
+    attempts = history.load_attempts(run["run_id"], "items failures")
+    logs = find_logs(call.folder, str(run["run_id"]))
+    shown = make_report(
+        call.pipeline.name, run, attempts, history.load_edges(run["run_id"]),
+        {row["tool"]: history.load_former(row["tool"], row["attempt_id"])
+         for row in reversed(attempts)},  # those before its first attempt
+        {row["tool"]: read_tail(find_log(logs, row["tool"], row["attempt"]), 20)
+         for row in attempts if row["status"] in ("failed", "partial", "interrupted")})
+    kind = os.path.splitext(file)[1].lower()
+    text = {".md": format_story, ".json": to_json}.get(kind, format_page)(shown)
+    beside = f"{file}.{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
+        with open(beside, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as out:
+            out.write(text)
+        os.replace(beside, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise UserError(f"The report can not be written, {file}: {error.strerror}.",
+                        "Choose another file.") from error
+    return file
+
+
+def report_stages(call, history, request, run_id):
+    """Write the reports that stages of a run ask for, and say where they are."""
+    for target in request.targets or (DEFAULT_STAGE,):
+        stage = call.pipeline.stages.get(target)
+        if stage and stage.report:
+            try:
+                if not history.folder:
+                    raise UserError("There is no report of a run without history.")
+                file = os.path.join(call.base, stage.report)
+                write_report(call, history, history.find_run(run_id), file)
+                if not call.options.quiet:
+                    say(f"Report: {format_path(file)}")
+            except UserError as error:
+                say(f"warning: {error}")
+
+
 @contextlib.contextmanager
 def change_history(call):
     """Hold the history to write to it, in which a run that was killed is closed, and say so."""
@@ -9870,7 +10728,8 @@ def command_run(call):
 _COMMANDS = {  # what main() calls for a flag, and takes the exit code of, if that is no success
     "list": command_list, "plan": command_plan, "check": command_check, "status": command_status,
     "history": command_history, "logs": command_logs, "items": command_items,
-    "graph": command_graph, "why": command_why, "completion": command_completion,
+    "report": command_report, "graph": command_graph, "why": command_why,
+    "completion": command_completion,
     "mark_done": command_mark_done, "prune": command_prune, "init": command_init,
 }
 
@@ -10050,16 +10909,18 @@ def carry_out(call, history, resumes=None):
     screen = Screen(sys.stderr, options.quiet, options.verbose,
                     "; --logs shows all of it" * bool(history.folder))
     gc.freeze()  # what is here will stay: no collection during the run need walk it
-    result = run_plan(session._replace(on_event=screen.on_event))
+    result, unusual = run_plan(session._replace(on_event=screen.on_event)), {}
     if not options.quiet or result.status != "success":
         tell_tails(result, screen)
-        if result.failed + result.partial and not options.quiet:
-            try:
+        try:
+            if not options.quiet and history.folder:
                 tell_failure(call, history, result, screen.style)
-            except UserError as error:  # of what stands of former runs: this one ended as it did
-                say(str(error))
+                unusual = history.find_unusual(result.run_id)
+        except UserError as error:  # of what stands of former runs: this one ended as it did
+            say(str(error))
         next_command = "" if options.backfill else make_next_command(result, call)
-        say(format_summary(result, next_command, screen.style))
+        say(format_summary(result, next_command, screen.style, unusual))
+    report_stages(call, history, session.request, result.run_id)
     if history.folder and not has_bytes(history.path):
         say(f"warning: {format_path(history.path)} was removed during the run, which is therefore "
             "not recorded.")

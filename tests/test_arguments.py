@@ -453,7 +453,7 @@ def test_a_tool_without_arguments_has_the_fingerprints_that_it_had_before_there_
     other = tool._replace(arguments={"x": 1})
     assert hash_item_source(tool, "") != hash_item_source(other, "")
     what = "json", "run", False, hash_imported("json")
-    assert hash_item_source(tool) == sha256(repr(what).encode()).hexdigest()[:16]
+    assert hash_item_source(tool, "") == sha256(repr(what).encode()).hexdigest()[:16]
 
 
 def test_items_that_were_given_up_come_back_when_the_arguments_change(quick):

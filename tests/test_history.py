@@ -523,7 +523,7 @@ def test_a_history_of_each_version_is_brought_to_the_same_schema(line, version):
             schemas[-1] += conn.execute("SELECT name, sql FROM sqlite_master WHERE type IN "
                                         "('view', 'index') ORDER BY name").fetchall()
             assert conn.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION
-    assert schemas[0] == schemas[1] and len(schemas[0]) == 7
+    assert schemas[0] == schemas[1] and len(schemas[0]) == 8
 
 
 # --- what is recorded ---
@@ -1070,7 +1070,7 @@ def test_a_clock_set_back_makes_no_negative_ages_and_nothing_fresh(past):
         == ("run", "in TOOL_MAP; succeeded in the future, if the clock is right")
     from orchestrator import format_status, make_status
     with hold_history(line.folder, line.base) as history:
-        shown = make_status(["t"], history.load_last_attempts().get, None, [], line.now, {})
+        shown = make_status(["t"], history.load_last_attempts().get, None, [], line.now, {}, {})
         assert shown["tools"][0]["age_s"] == 0.0 and "-" not in format_status(
             shown, orchestrator.Style())
 

@@ -407,7 +407,7 @@ def test_the_closing_table_has_every_tool_with_status_rows_and_duration():
         parse=Outcome("failed", error="ValueError: x", attempts=1, duration_s=0.25),
         render=Outcome("skipped", "needs parse, which failed"))
 
-    assert format_summary(result, "python orchestrator.py --from parse", PLAIN) == """
+    assert format_summary(result, "python orchestrator.py --from parse", PLAIN, {}) == """
 tool    status     rows  duration
 fetch   success  12,345    1m 05s
 parse   failed             0.25 s  ValueError: x
@@ -420,7 +420,7 @@ Next: python orchestrator.py --from parse"""
 def test_the_verdict_on_one_tool_is_in_the_singular_and_a_success_has_no_next_command():
     result = make_result(fetch=Outcome("success", attempts=1))
 
-    assert format_summary(result, "", PLAIN).splitlines()[-1] \
+    assert format_summary(result, "", PLAIN, {}).splitlines()[-1] \
         == "success: 1 of 1 tool done in 1m 01s (run RUN1)"
 
 
@@ -428,7 +428,7 @@ def test_a_result_of_no_rows_is_told_from_a_result_without_rows():
     result = make_result(none=Outcome("success", attempts=1),
                          zero=Outcome("success", rows=0, attempts=1))
 
-    none, zero = format_summary(result, "", PLAIN).splitlines()[2:4]
+    none, zero = format_summary(result, "", PLAIN, {}).splitlines()[2:4]
     assert none.split() == ["none", "success", "0.00", "s"]
     assert zero.split() == ["zero", "success", "0", "0.00", "s"]
 
@@ -436,9 +436,9 @@ def test_a_result_of_no_rows_is_told_from_a_result_without_rows():
 def test_colours_change_no_letter_of_the_closing_table():
     result = make_result(a=Outcome("success", attempts=1), bb=Outcome("failed", error="E: x"))
 
-    coloured = format_summary(result, "next", COLOURED)
+    coloured = format_summary(result, "next", COLOURED, {})
 
-    assert ESCAPE.sub("", coloured) == format_summary(result, "next", PLAIN)
+    assert ESCAPE.sub("", coloured) == format_summary(result, "next", PLAIN, {})
     assert coloured.count("\x1b[31m") == 2  # the tool, and the verdict
 
 
