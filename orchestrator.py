@@ -812,7 +812,7 @@ def read_positive_s(value):
     return accept(seconds, seconds > 0)
 
 
-def read_arguments(value):
+def read_plain(value):
     """Read arguments by name, plain data; they come as a copy that nobody changes."""
     for name in value:
         read_text(_IDENTIFIER)(accept(name, name not in RESERVED_ARGUMENTS))
@@ -968,7 +968,7 @@ OPTIONS = {
               '"raw/*.csv"'),
     "batch": ("batch", read_positive, "a whole number from 1 on", "500"),
     # what its functions get by name, rather than from a flag of that name
-    "arguments": ("arguments", read_arguments, "a dict of plain data, as JSON has it, by the names "
+    "arguments": ("arguments", read_plain, "a dict of plain data, as JSON has it, by the names "
                   "of arguments, none of which is conn, context or item", '{"year": 2013}'),
     # how old its last success may be for those that need it and do not run it
     "fresh_for": ("fresh_for_s", read_positive_s, _DURATION + ", above 0", '"24h"'),
@@ -9026,7 +9026,7 @@ def make_failure(tool):
     return fill(
         _FAILURE, tool=tool["tool"], status=make_mark(tool["status"]), reason=tool["reason"],
         error=tool["error"], more=[
-            make_fold(title, " open", fill(_LINES, text=text)) for title, text in pieces if text])
+            make_fold(title, " open", fill(_PRE, text=text)) for title, text in pieces if text])
 
 
 def make_fold(title, is_open, *parts):
@@ -9341,7 +9341,7 @@ base-uri 'none'; form-action 'none'">
 """
 _SECTION = "<section>\n<h2>{title}</h2>\n<p class=\"note\">{note}</p>\n{body}\n</section>\n"
 _TEXT = "<p>{text}</p>"
-_LINES = "<pre tabindex=\"0\">{text}</pre>"
+_PRE = "<pre tabindex=\"0\">{text}</pre>"
 _FOLD = "<details{is_open}><summary>{title}</summary>{body}</details>"
 _FACT = "<div><dt>{name}</dt><dd>{value}</dd></div>"
 _FAILURE = """
@@ -9626,7 +9626,7 @@ class Draft:
         name = next(each for each in itertools.chain(
             [base], (f"{base}_{number}" for number in itertools.count(2))) if each not in self.rows)
         is_plain = all(re.fullmatch(r"[\w@%+=:,./{}-]+", word) for word in words)
-        self.rows[name] = quote({"command": text if is_plain else words, **options}) + ","
+        self.rows[name] = spell({"command": text if is_plain else words, **options}) + ","
         for word in words:
             if re.fullmatch(r"[\w./-]+\.(py|sh)", word) \
                     and not os.path.exists(os.path.join(self.folder, word)):
@@ -9637,11 +9637,11 @@ class Draft:
 
     def format(self):
         """Return the tables as text."""
-        lines = [f"    {quote(name)}: {row}" if isinstance(name, str) else f"    # not read: {row}"
+        lines = [f"    {spell(name)}: {row}" if isinstance(name, str) else f"    # not read: {row}"
                  for name, row in self.rows.items()] + ["}", "", "STAGES = {"]
-        lines += [f"    {quote(name)}: {quote(tools)}," for name, tools in self.stages.items()]
+        lines += [f"    {spell(name)}: {spell(tools)}," for name, tools in self.stages.items()]
         lines += ["}", *["\n\ndef add_arguments(parser):"] * bool(self.flags)]
-        lines += [f"    parser.add_argument({quote('--' + name)}, {how})"
+        lines += [f"    parser.add_argument({spell('--' + name)}, {how})"
                   for name, how in self.flags.items()]
         return _PREFACE % self.path + "\n".join(lines)
 
@@ -9652,7 +9652,7 @@ def make_name(text):
     return re.sub(r"^[\d_-]+(?=[^\W\d])", "", found[found.lastindex]).replace("-", "_") or "tool"
 
 
-def quote(value):
+def spell(value):
     """Return data as a literal of Python, in double quotes where those will do."""
     import json
     text = json.dumps(value, ensure_ascii=False)
@@ -9713,7 +9713,7 @@ def read_shell(draft, text):
         if name not in known and (not name or count_sets(name, text)):
             raise ValueError
         if name.isdecimal():
-            draft.flags["arg" + name] = f"default={quote(found[3] or '')}"
+            draft.flags["arg" + name] = f"default={spell(found[3] or '')}"
             return f"{{arg{name}}}"
         return known.get(name, found[0])
 
@@ -10094,9 +10094,9 @@ def find_arguments(own, parser):
 
 
 _GOES_WITH = {  # a flag: those it says something of
-    "json": "list plan graph why status history logs items", "failed": "items", "last": "history",
-    "run": "logs report", "tail": "logs", "follow": "logs", "step": "backfill", "reverse": "backfill",
-    "reprocess": "backfill"}
+    "json": "list plan graph why status history logs items", "failed": "items",
+    "last": "history", "run": "logs report", "tail": "logs", "follow": "logs",
+    "step": "backfill", "reverse": "backfill", "reprocess": "backfill"}
 
 
 def check_companions(options, given):
@@ -10318,11 +10318,11 @@ def command_graph(call):
                       exclude=options.exclude, start_from=options.start_from).steps
     shown = make_graph(steps, load_lasts(call).get)
     if options.json or options.graph == "text":
-        return answer(call, shown, draw_graph)
+        return answer(call, shown, draw_lines)
     show(format_drawing(shown, options.graph))
 
 
-def draw_graph(shown, style):
+def draw_lines(shown, style):
     """Return a graph as text, of letters that stdout has."""
     text = format_graph(shown, style)
     try:

@@ -402,6 +402,12 @@ def test_no_class_is_longer_than_two_hundred_and_fifty_lines():
 
 # --- its size ---
 
+def test_no_global_name_is_given_twice():
+    names = [name for _, node in read_rooms(SOURCE) for name in bound_names(node)
+             if isinstance(node, (*DEFINITIONS, ast.Assign, ast.AnnAssign))]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 # of each room, and of what is at the mark: lowered with each landing, and never raised
 TOKENS = {
     "MARK": 340, "WORDS": 1973, "SETUP": 3500, "PLANNING": 3341, "HISTORY": 6255,
