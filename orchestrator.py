@@ -4535,8 +4535,8 @@ def lacks_function(name, function):
     """Return whether a module surely has no such function, as it reads. It may be a script, which
     its import would run. One that is imported already is asked itself.
     """
-    is_there = f"\ndef {function}(".encode() in b"\n" + read_source(name)  # to parse takes longer
-    if name in sys.modules or is_there:
+    line = f"\ndef {function}(".encode()
+    if name in sys.modules or line in b"\n" + read_source(name):  # to parse it takes longer
         return False
     found = read_module(name).definitions
     return found is not None and found.keys().isdisjoint((function, "*"))
