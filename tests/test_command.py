@@ -661,3 +661,31 @@ def test_a_resume_tells_that_the_script_of_a_command_changed(quick):
     (quick.folder / "a.sh").write_text("echo two")
     ended = quick.run("--resume")
     assert "Changed since run 1: a.sh. Done before, and not run again: a." in ended.err, ended
+
+
+LOST = """
+import os, sqlite3
+class Connection(sqlite3.Connection):
+    closed = False
+    def execute(self, *statement):
+        if os.path.exists(HERE / "lost"):
+            os.unlink(HERE / "lost")
+            self.closed = True
+            raise sqlite3.OperationalError("the server closed the connection")
+        return super().execute(*statement)
+HERE = Path(__file__).parent
+def get_connection():
+    return sqlite3.connect(HERE / "data.db", factory=Connection)
+"""
+
+
+@pytest.mark.parametrize("words", ["", "-j 2"])
+def test_a_connection_that_is_lost_while_a_command_works_has_it_not_run_again(sandbox, words):
+    write_tables(sandbox, LOST, list={"module": "list"}, use={
+        "command": sh("echo {item} >> used; touch lost"), "each": "list"})
+    sandbox.tool("list", "def items(): return ['x']\ndef run(item): pass")
+    ended = sandbox.run(*words.split())
+    assert ended.code == 0 and sandbox.read("used") == "x\n", ended
+    assert not (sandbox.folder / "lost").exists()
+    assert sandbox.query("SELECT status, deaths FROM orchestrator_items WHERE tool = 'use'") \
+        == [("success", 0)]
