@@ -6031,7 +6031,6 @@ class Lister(Doer):
                            f"listed of {job.tool}.",
                            format_nearest(job.only, sorted(ledger.names)[:10_000]))
         is_hopeless = bool(given_up) and not ledger.has_passed()
-        ledger.reopen()
         self.database.commit()
         if self.gone:
             self.tell("event", {"kind": "log", "level": 20, "text": (
@@ -6089,6 +6088,7 @@ class Lister(Doer):
             raise Unlisted(f"--retry-items: {format_names(missing, len(missing))} can not be tried "
                            f"again: not given up by {self.tool.name}.",
                            format_nearest(missing[0], sorted([*back, *found[1]])[:10_000]))
+        self.ledger.reopen()
         return found
 
     def _sort_items(self):

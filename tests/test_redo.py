@@ -156,6 +156,24 @@ def test_a_run_killed_between_reopening_and_doing_leaves_items_pending(line, wor
     assert line.run("t", *words)[0] == ["a", "c"]
 
 
+def test_a_row_that_another_holds_is_waited_for(line):
+    line.set(TOOLS, SQLITE.replace('"data.db")', '"data.db"), timeout=0'))
+    line.run("t")
+    line.sandbox.tool("t", ITEMS.replace("    def items():\n", """
+    import sqlite3
+    others = []
+    def items():
+        if others:
+            others.pop().rollback()
+        elif not pathlib.Path("was-held").exists():
+            pathlib.Path("was-held").touch()
+            others.append(sqlite3.connect("data.db"))
+            others[0].execute("BEGIN IMMEDIATE")
+"""))
+    assert line.run("t", "--redo", "t", "a")[0] == ["a"]
+    assert (line.folder / "was-held").exists()
+
+
 def start_killing(line, words):
     """Start a run that redoes `a` and `c` and whose first item kills the orchestrator."""
     (line.folder / "pid").unlink(missing_ok=True)
