@@ -4622,11 +4622,11 @@ class Interrupts:
         self.look()
         return self
 
-    def look(self):
-        """Note what of this process is put back from now on."""
+    def look(self, outputs=()):
+        """Note what of this process is put back from now on; `outputs` are those of a Capture."""
         if self.is_on_main_thread:
             self.folder, self.handler = find_working_folder(), _signal.getsignal(SIGINT)
-            self.put_back = make_put_back()
+            self.put_back = make_put_back(outputs)
 
     def __exit__(self, *_):
         self.lasting.discard(self)
@@ -5579,6 +5579,7 @@ class Capture:
     runs. Streams and descriptors stay what they are: what C code and child processes print is
     seen, and not kept; that of a tool with a process of its own is.
 
+    Constant: `outputs`, of the descriptors 1 and 2 the number, a duplicate, and what file that is.
     State: `log`, the file of the attempt that runs, set by who begins it and made at the first
     byte; `log_fd`; `error`, what could not be written, if anything.
     """
@@ -5590,6 +5591,7 @@ class Capture:
     def __enter__(self):
         import threading
         self.lock = threading.RLock()  # threads of a tool print, too
+        self.outputs = [(fd, os.dup(fd), os.fstat(fd)) for fd in (1, 2) if is_inherited(fd)]
         for name, stream in self.streams.items():
             if stream is not None:
                 setattr(sys, name, Copier(stream, self, name))
@@ -5597,6 +5599,9 @@ class Capture:
 
     def __exit__(self, *_):
         self.end()
+        for _, copy, _ in self.outputs:
+            with contextlib.suppress(OSError):  # the tool closed all descriptors
+                os.close(copy)
         for name, stream in self.streams.items():
             setattr(sys, name, stream)
 
@@ -5674,11 +5679,12 @@ class Copier:
 _STREAMS = {"stdin": "rb", "stdout": "wb", "stderr": "wb"}  # and how the file below is opened
 
 
-def make_put_back():
+def make_put_back(outputs=()):
     """Return a function that puts back what tools change of this process: its working folder, its
-    streams, also those that were closed, the mask of new files, how deep calls may go, which
-    logging is off, and all of make_put_back_signals(). On another thread than the main one, neither
-    it nor tools can do that.
+    streams, also those that were closed, the `outputs` of a Capture, so that what the engine says
+    is not written into a file of a tool's that got their number, the mask of new files, how deep
+    calls may go, which logging is off, and all of make_put_back_signals(). On another thread than
+    the main one, neither it nor tools can do that.
     """
     def look():
         logging = sys.modules.get("logging")
@@ -5693,6 +5699,11 @@ def make_put_back():
     def put_back():
         """Put it back."""
         os.umask(umask)
+        for fd, copy, file in outputs:
+            if not is_inherited(fd):
+                with contextlib.suppress(OSError):  # the tool closed all descriptors
+                    if os.path.samestat(os.fstat(copy), file):
+                        os.dup2(copy, fd)
         if look() != before:
             streams, folder, limit, disabled = before
             vars(sys).update(zip(_STREAMS, streams))
@@ -5759,6 +5770,16 @@ def make_reopen(stream, mode):
     return reopen
 
 
+def is_inherited(fd):
+    """Return whether a descriptor is open and not of a file that Python has opened, as which it
+    would not be one for child processes. To ask which file it is takes four times as long.
+    """
+    try:
+        return os.get_inheritable(fd)
+    except OSError:
+        return False
+
+
 def find_working_folder():
     """Return the working folder, or "" if it is gone."""
     try:
@@ -5796,7 +5817,7 @@ class Here:
     def __init__(self, setting, kept, capture, hear):
         self.setting, self.kept, self.capture, self.hear = setting, kept, capture, hear
         self.job = None
-        kept.interrupts.look()
+        kept.interrupts.look(capture.outputs)
 
     def reserve(self):
         """Return the id of the process that will do what is started next."""
