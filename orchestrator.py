@@ -2260,13 +2260,19 @@ class History(Store):
 
     def find_work(self, tool, items, attempt_id):
         """Return the work of an attempt that ended well: its own, unless it did nothing to items,
-        and the one before tells of all that was done to them before.
+        and the one before tells of all that was done to them before. Where more or fewer of those
+        listed are done than then, another history has done some; of a tool that lists only what is
+        pending, none ever are.
         """
-        if items and not items["passed"] + items["elsewhere"]:
-            former = self.find_success(tool)
-            last = self.ask("SELECT max(attempt_id) FROM attempts WHERE tool = ? AND attempt > 0 "
-                            "AND attempt_id < ?", tool, attempt_id)
-            if former and former.success_id == last:
+        has_none = items and not items["passed"] + items["elsewhere"]
+        former = self.find_success(tool) if has_none else None
+        if former:
+            [last] = self.load(
+                "SELECT attempt_id, items AS called FROM attempts WHERE attempt_id = (SELECT "
+                "max(attempt_id) FROM attempts WHERE tool = ? AND attempt > 0 AND attempt_id < ?)",
+                tool, attempt_id, json="called")
+            if former.success_id == last["attempt_id"] \
+                    and count_done(items) in (0, count_done(last["called"] or {})):
                 return former.work
         return attempt_id
 
@@ -2300,6 +2306,13 @@ class History(Store):
         for run_id in gone:
             rmtree(find_logs(self.folder, run_id), ignore_errors=True)
         return gone
+
+
+def count_done(items):
+    """Return how many of the items that were listed are done, by the counts of an Outcome."""
+    counts = [items.get(name, 0) for name in
+              ("listed", "passed", "elsewhere", "pending", "given_up")]
+    return sum(counts[:3]) - sum(counts[3:])
 
 
 def make_columns(row):
