@@ -3823,18 +3823,30 @@ def read_module(name):
                   [*find_doubles(path, tree)] if name == "__main__" else ())
 
 
-def parse(path):
-    """Return the syntax tree of a file, down to an ENGINE mark, below which nothing is the user's.
-    Raise UserError if it can not be read, or is not Python.
+def parse(path, make=None):
+    """Return the syntax tree of a file, down to an ENGINE mark, below which nothing is the user's;
+    or what else there is to make of it. Raise UserError if it can not be read, or is not Python.
     """
     import ast
     try:
         with open(path, "rb") as file:
-            return ast.parse(re.split(rb"\n#\s===\sENGINE ", file.read())[0], path)
+            return (make or ast.parse)(re.split(rb"\n#\s===\sENGINE ", file.read())[0], path)
     except (SyntaxError, ValueError, OSError) as error:
         line = getattr(error, "lineno", None) or 1
         raise UserError(f"{format_path(path)}:{line}: {format_one_line(error)}",
                         "Mend that line.") from error
+
+
+def find_uncompiled(tools):
+    """Yield an error for each module of some tools that has a syntax tree, and makes no code: with
+    a `return` outside a function, say.
+    """
+    modules = map(read_module, dict.fromkeys(tool.module for tool in tools))
+    for path in [module.path for module in modules if module.definitions]:
+        try:
+            parse(path, functools.partial(compile, mode="exec"))
+        except UserError as error:
+            yield error
 
 
 def forget_modules():
@@ -3845,7 +3857,8 @@ def forget_modules():
 
 def read_definitions(tree):
     """Return the Definition of each global name of a module: the last one, in `if`, `try` and
-    `with` too. That of "*" is a star import, which may define anything.
+    `with` too, but for data where there is one that can be called: nobody knows then which it will
+    be. That of "*" is a star import, which may define anything.
     """
     import ast
     found, left = {}, [(tree, "")]
@@ -3857,7 +3870,8 @@ def read_definitions(tree):
             found.update(((each.asname or each.name).split(".")[0], Definition(node.lineno))
                          for each in node.names)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found[node.id] = Definition(node.lineno, kind=kind)
+            if not kind or node.id not in found:
+                found[node.id] = Definition(node.lineno, kind=kind)
         elif not isinstance(node, ast.Lambda):
             is_given = isinstance(node, (ast.Assign, ast.AnnAssign))
             kind = find_kind(node.value) if is_given else ""  # of the names right below
@@ -4421,7 +4435,7 @@ def format_place(error, tool):
     """Return where an import failed: the tool's own line, and the one that it led to elsewhere."""
     import importlib
     import traceback
-    own = find_module(tool.module).origin
+    own = getattr(find_module(tool.module), "origin", None)
     places = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)
               if not is_engine_frame(f.filename, f.lineno) and f.filename != importlib.__file__]
     if isinstance(error, SyntaxError) and error.filename:
@@ -8260,6 +8274,7 @@ def command_check(call):
     known = {*call.arguments, *PERIOD_ARGUMENTS, "conn", "context"}
     mistakes = dict.fromkeys(map(str, [  # tools may share a module
         *pipeline.mistakes, *find_table_doubles(), *find_wrong_each(pipeline, tools),
+        *find_uncompiled(tools),
         *(mistake for tool in tools for mistake in read_mistakes(tool, known))]))
     for mistake in mistakes:
         show(mistake)

@@ -774,7 +774,8 @@ def test_a_tool_that_lists_only_what_is_pending_does_nothing_new_where_there_is_
         import sqlite3
         def items(conn):
             conn.execute("CREATE TABLE IF NOT EXISTS done (name)")
-            yield from sorted({"u", "v"} - {name for name, in conn.execute("SELECT name FROM done")})
+            done = {name for name, in conn.execute("SELECT name FROM done")}
+            yield from sorted({"u", "v"} - done)
         def run(conn, item):
             conn.execute("INSERT INTO done VALUES (?)", (item,))
     """)
