@@ -4087,6 +4087,12 @@ def missing_module(tool):
     """Return the sentence for a module that is not there, with the nearest that is beside it."""
     import pkgutil
     package, dot, _ = tool.module.rpartition(".")
+    file = getattr(find_module(package), "origin", None) or "" if package else ""
+    folder = os.path.splitext(file)[0]
+    if os.path.isdir(folder):
+        return UserError(f"TOOL_MAP[{tool.name!r}]: {format_path(file)} hides the folder "
+                         f"{format_path(folder)}, so that there is no module {tool.module!r}.",
+                         "Rename the one or the other.")
     places = getattr(find_module(package), "submodule_search_locations", None) or () if package \
         else sys.path[:1]
     there = [package + dot + each.name for each in pkgutil.iter_modules(list(places))]

@@ -329,7 +329,8 @@ def test_a_module_that_is_gone_when_its_worker_imports_it_is_told_as_such(quick)
     quick.pipeline('TOOL_MAP = {"a": "a", "b": {"module": "b", "isolate": True}}')
     quick.tool("a", "import os\ndef run(): os.unlink('b.py')").tool("b", "def run(): pass")
     ended = quick.run()
-    assert ended.code == 1 and "ModuleNotFoundError: No module named 'b'" in ended.err
+    assert ended.code == 1 and "importing b failed, in no line of its own:" in ended.err
+    assert "ModuleNotFoundError: No module named 'b'" in ended.err
 
 
 def test_every_broken_module_of_the_plan_is_told_at_once(modules):

@@ -105,6 +105,17 @@ def test_a_module_is_missing_wherever_its_path_breaks_off(sandbox, check, path):
     assert lines[1].startswith("  ")
 
 
+def test_a_pipeline_that_hides_the_folder_of_its_tools_is_told_as_such(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"load": "sales.load"}', "sales.py").tool("sales.load", "")
+
+    for words in ([], ["--check"]):
+        ended = sandbox.run(*words, file="sales.py")
+
+        assert ended.code == 2 and (ended.out or ended.err).startswith(
+            "TOOL_MAP['load']: sales.py hides the folder sales, so that there is no module "
+            "'sales.load'.\n  Rename the one or the other.\n")
+
+
 def test_a_package_is_not_imported_to_find_a_module_in_it(sandbox, check):
     sandbox.tool("ck_pkg.__init__", RAISES).tool("ck_pkg.sub.__init__", RAISES)
     sandbox.tool("ck_pkg.sub.mod", "def run(conn): pass")
