@@ -588,6 +588,8 @@ def read_pipeline(tool_map, stages=None, get_connection=None, *, name=None, limi
     tool_map = read_table("TOOL_MAP", tool_map)
     stages = read_table("STAGES", stages)
     limits = read_table("LIMITS", limits)
+    if not isinstance(name or "", str):
+        raise UserError(f"NAME is {name!r}, not text.", 'Write NAME = "sales".')
     if not tool_map:
         raise UserError("TOOL_MAP is empty.", 'Add a tool to it: "fetch": "my_folder.fetch".')
     if get_connection is not None and not callable(get_connection):
@@ -636,7 +638,9 @@ def check_name(where, name):
     if not isinstance(name, str):
         raise UserError(f"{where}: the name {name!r} is {format_type(name)}, not text.",
                         "Put it in quotes.")
-    if not name.isprintable() or not re.fullmatch("[^-+ ](.*[^+ ])?", name):
+    if not name.isprintable():
+        raise UserError(f"{where}: {name!r} has letters that can not be shown.", "Take them out.")
+    if not re.fullmatch("[^-+ ](.*[^+ ])?", name):
         raise UserError(f"{where}: {name!r} can not be told from a flag on the command line.",
                         "Choose a name that does not begin with - or +, does not end with +, "
                         "and has no blanks around it.")
@@ -7991,6 +7995,16 @@ class Parser(argparse.ArgumentParser):
         self.given[action.dest] = action
         return super()._get_values(action, [word.lstrip("\0") for word in words])
 
+    def _get_value(self, action, word):
+        try:
+            return super()._get_value(action, word)
+        except (argparse.ArgumentError, UserError):
+            raise
+        except Exception as error:  # argparse knows of ValueError and TypeError alone
+            raise UserError(f"{action.option_strings[0]} {word}: {format_one_line(error)}",
+                            "That comes from its type= in add_arguments(); -v shows where."
+                            ) from error
+
     def _print_message(self, message, file=None):
         show(message, end="")
 
@@ -8049,8 +8063,9 @@ def find_arguments(own, parser):
     engines = {*RESERVED_ARGUMENTS, *(action.dest for action in parser._actions[len(own):])}
     for name, flag in flags.items():
         if not flag:
-            raise UserError(f"add_arguments(): {name!r} is not a flag, and words on the command "
-                            "line are stages and tools.", f"Declare it as '--{name}'.")
+            what = "add_subparsers()" if name == argparse.SUPPRESS else repr(name)
+            raise UserError(f"add_arguments(): {what} is not a flag, and words on the command "
+                            "line are stages and tools.", "Declare flags, as '--name'.")
         if name in engines:
             raise UserError(f"add_arguments(): {flag} would reach tools as {name!r}, which is the "
                             "engine's own name.", "Choose another flag, or another dest=.")

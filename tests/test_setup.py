@@ -158,13 +158,19 @@ def test_a_connection_in_the_place_of_get_connection_is_refused():
 
 
 @pytest.mark.parametrize("name", ["-fetch", "--list", "+fetch", "fetch+", "-", "+", "",
-                                  " fetch", "fetch ", "fe\ntch", "\x1b[31m"])
+                                  " fetch", "fetch "])
 @pytest.mark.parametrize("table", ["TOOL_MAP", "STAGES"])
 def test_a_name_that_the_command_line_could_not_tell_from_a_flag_is_refused(table, name):
     tools = {**TOOLS, name: "tools.x"} if table == "TOOL_MAP" else TOOLS
     stages = {name: ["fetch"]} if table == "STAGES" else {}
 
     assert has_one_sentence(refusal(tools, stages), table, repr(name), "command line")
+
+
+@pytest.mark.parametrize("name", ["fe\ntch", "\x1b[31m", "\u202etef", "nul\0", "\ud800"])
+def test_a_name_that_can_not_be_shown_is_refused_as_such(name):
+    assert has_one_sentence(refusal({**TOOLS, name: "tools.x"}), "TOOL_MAP", repr(name),
+                            "has letters that can not be shown")
 
 
 @pytest.mark.parametrize("name", ["fetch-all", "a+b", "fetch all", "été", "2013", "a.b", "x"])
