@@ -8089,10 +8089,11 @@ def check_companions(options, given):
         raise UserError("--resume takes targets and exclusions from the run that it goes on with; "
                         f"it does not go with {' '.join(said)}.",
                         "Leave that out, or leave out --resume.")
-    if "backfill" in given and ("resume" in given or options.no_history):
-        raise UserError("--backfill looks into the history for what is done, and goes on there; it "
-                        f"does not go with --{'no-history' if options.no_history else 'resume'}.",
-                        "Leave that out.")
+    looks = given.intersection(("backfill", "status", "history", "logs", "prune"))
+    beside = "no-history" if options.no_history else "resume" * ({"backfill", "resume"} <= given)
+    if looks and beside:
+        raise UserError(f"--{min(looks)} looks into the history for what was done; it does not go "
+                        f"with --{beside}.", "Leave that out.")
 
 
 def read_duration_s(text):
@@ -8226,9 +8227,19 @@ def need_history(call):
     if not history.folder:
         raise UserError(f"There is no history in {format_path(call.folder)}.",
                         "It is lost: only the logs of former runs are there."
-                        if find_last_log(call.folder) and not call.options.no_history else
-                        "Nothing has been run yet, or it was run with --no-history.")
+                        if find_last_log(call.folder) else find_beside(call)
+                        or "Nothing has been run yet, or it was run with --no-history.")
     return history
+
+
+def find_beside(call):
+    """Return a sentence on the histories in the folder for them, "" if there are none: a pipeline
+    without a NAME has another one after its folder was renamed.
+    """
+    home = os.path.dirname(call.folder)
+    names = [name for name in sorted(os.listdir(home)) if has_bytes(
+        os.path.join(home, name, "history.db"))] if os.path.isdir(home) else ()
+    return names and f"There is one of {', '.join(map(repr, names[:3]))}: NAME says which it is."
 
 
 def look_at(history, call):
@@ -8480,6 +8491,8 @@ def read_pieces(path, at, is_whole):
 def change_history(call):
     """Hold the history to write to it, in which a run that was killed is closed, and say so."""
     is_lost = find_last_log(call.folder) and not has_bytes(History(call.folder).path)
+    if call.options.resume is not None and not is_lost and find_beside(call):
+        need_history(call)
     with hold_history(call.folder, call.base, call.options.wait) as history:
         if is_lost:
             say(f"warning: the history is lost, {format_path(history.path)} is empty or gone, and "

@@ -128,6 +128,29 @@ def test_no_history_writes_nothing(line):
     assert not (line.folder / ".orchestrator").exists()
 
 
+@pytest.mark.parametrize("words", [["--status"], ["--history", "1"], ["--logs"], ["--prune", "1d"]])
+def test_who_looks_into_the_history_is_not_told_what_is_so_without_it(line, words):
+    assert line.run().code == 0
+    ended = line.run("--no-history", *words)
+    assert ended.code == 2 and ended.err.startswith(
+        f"{words[0]} looks into the history for what was done; it does not go with --no-history.")
+
+
+@pytest.mark.parametrize("words", [["--status"], ["--history"], ["--logs"], ["--resume"],
+                                   ["--mark-done", "b"]])
+def test_a_pipeline_of_another_name_is_told_of_the_history_beside(line, words):
+    (line.folder / "broken").touch()
+    assert line.run().code == 1
+    [was] = [path.name for path in (line.folder / ".orchestrator").iterdir() if path.is_dir()]
+    source = line.read("orchestrator.py")
+    (line.folder / "orchestrator.py").write_text("NAME = 'renamed'\n" + source)
+    ended = line.run(*words)
+    assert (ended.code, ended.err) == (2, "There is no history in .orchestrator/renamed.\n"
+                                          f"  There is one of {was!r}: NAME says which it is.\n")
+    assert line.run("a").code == 0
+    assert "There is one of" not in line.run(*words).err
+
+
 @pytest.mark.parametrize("command", ["--status", "--history", "--logs"])
 def test_who_looks_before_the_first_run_is_told_and_makes_nothing(line, command):
     ended = line.run(command)
