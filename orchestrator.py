@@ -462,7 +462,8 @@ def format_nearest(word, known):
     """Return the way out of a mistyped word: the nearest known words, or else all of them."""
     from difflib import get_close_matches
     known = list(map(str, known))
-    near = get_close_matches(word, known)  # three at most
+    near = get_close_matches(word, known) or [  # three at most
+        each for each in known if each.lower() == word.lower()]
     if near:
         return "Did you mean " + " or ".join(map(repr, near)) + "?"
     return "Known: " + (", ".join(known[:20]) + (", ..." if len(known) > 20 else "") or "none")
@@ -847,7 +848,7 @@ def find_needs(errors, tools):
     if shared and not errors:  # a wrong row may order them
         readers = invert({tool.name: tool.reads for tool in tools.values()})
         errors += order_writers(needs, readers, shared)
-    errors += [UserError(f"TOOL_MAP: tools need each other in a circle: {path}.",
+    errors += [UserError(f"TOOL_MAP: needs go in a circle: {path}.",
                          "Take one of these needs out, or one of the reads or writes behind it.")
                for path in walk(needs)[1]]
     return {tool.name: ALL_BEFORE if tool.needs is None else tuple(needs[tool.name])
@@ -968,7 +969,7 @@ def expand_stages(errors, tools, members):
              for stage, names in members.items()}
     order, circles = walk(inner)
     errors += [UserError(f"STAGES: a stage contains itself: {path}.",
-                         "Take one of them out of the other.") for path in circles]
+                         "Take one of these members out.") for path in circles]
     found = {}
     for stage in order:
         found[stage] = tuple(dict.fromkeys(
@@ -2496,7 +2497,8 @@ def read_tail(path, lines, line_bytes=1000):
 
 
 # What --json escapes although JSON need not: it is not seen, but moves, turns or hides what is.
-HIDDEN = r"[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
+HIDDEN = (r"[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff"
+          r"\U000e0000-\U000e007f]")
 _ESCAPES = (r"\x1b(\[[0-?]*[ -/]*[@-~]|[\]P^_X][^\x07\x1b\n]*(\x07|\x1b\\)?|[ -/]*[0-~]?)"
             r"|[\x00-\x08\x0b-\x1f]|" + HIDDEN)  # those of terminals: ECMA-48, 5.3 and 5.6
 
@@ -4388,9 +4390,14 @@ def find_parameters_by_signature(function):
                       any(p.kind is p.VAR_KEYWORD for p in parameters))
 
 
-def join_reasons(*reasons):
-    """Return in one line those of some reasons that there are."""
-    return "; ".join(filter(None, reasons))
+def join_reasons(*reasons, joint="; "):
+    """Return in one line those of some reasons that there are, with a full stop at its end alone.
+
+    >>> join_reasons("No room.", "", "wait...", "try 2.")
+    'No room; wait...; try 2.'
+    """
+    *before, last = [*filter(None, reasons)] or [""]
+    return joint.join([*(re.sub(r"(?<!\.)\.$", "", each) for each in before), last])
 
 
 _PARSERS = ("argparse", "optparse", "click", "typer", "fire", "docopt", "absl")
@@ -7633,8 +7640,7 @@ def format_details(outcome):
 
 def format_note(outcome):
     """Return why a tool ended as it did, in one line."""
-    error = outcome.error.rstrip(".") if outcome.reason else outcome.error
-    return ", ".join(filter(None, [error, outcome.reason]))
+    return join_reasons(outcome.error, outcome.reason, joint=", ")
 
 
 def format_progress(event, width, elapsed_s):
@@ -7669,7 +7675,8 @@ def format_failure(facts, changed, commits, style):
     """
     head = "{tool} failed in run {run_id}, and succeeded last in run {good_id} ({good_at}):"
     rows = [("error", facts["error"]), ("at", facts["place"]),
-            ("changed", format_some(changed) or "none of the tables, modules and arguments"),
+            ("changed", format_some(changed)
+             or "none of the tables, the tools' own modules and the arguments"),
             *(("commit", each) for each in commits)]
     return "\n".join(["", style.bold(head.format(**facts)), *format_table("name value", [
         {"name": "  " + name, "value": value} for name, value in rows if value], has_head=False)])
@@ -7706,7 +7713,7 @@ def format_status(shown, style):
     lines = format_table(
         "tool status >run_id >age_s >duration_s >rows ?items note",
         [{**tool, "items": format_counts(tool["items"]),
-          "note": ", ".join(filter(None, [tool["error"], tool["reason"]]))}
+          "note": join_reasons(tool["error"], tool["reason"], joint=", ")}
          for tool in shown["tools"]], style)
     run = shown["running"]
     what = "Nothing runs now." if run is None else (
@@ -8099,9 +8106,10 @@ def check_companions(options, given):
 def read_duration_s(text):
     """Return seconds."""
     try:
-        return parse_duration_s(text)
+        return parse_duration_s(text + "s" * text.isdecimal())
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration") from None
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no duration like "90s", "10m" or "7d"') from None
 
 
 def read_whole(text):
@@ -8975,8 +8983,11 @@ def say(text, stream=None, end="\n"):
 def to_json(data):
     """Return data as JSON for programs, which people look at, too."""
     import json
-    return re.sub(HIDDEN, lambda found: f"\\u{ord(found[0]):04x}",
-                  json.dumps(data, indent=2, ensure_ascii=False))
+
+    def escape(found):
+        return re.sub("(.{4})", r"\\u\1", found[0].encode("utf-16-be").hex())
+
+    return re.sub(HIDDEN, escape, json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def make_next_command(result, call):

@@ -526,8 +526,9 @@ def test_a_terminal_shows_colours_unless_no_color_is_set(sandbox, env, has_colou
 
 # --- what others wrote into what the engine says ---
 
-GRIP = "\x1b[2J\x1b]0;title\x07\x1b(0\x9b31m\x08\x7f\r\u202egpj\u2066\u200b\u2028"
-GRIPS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+GRIP = "\x1b[2J\x1b]0;title\x07\x1b(0\x9b31m\x08\x7f\r\u202egpj\u2066\u200b\u2028\U000e0041"
+GRIPS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069"
+                   "\U000e0000-\U000e007f]")
 SPEAKING = f"""
 TOOL_MAP = {{"good": "good", "bad": "bad", "odd": {{"module": "odd", "needs": []}}}}
 
