@@ -2639,9 +2639,10 @@ _NOT_OVER = ("commit() has left the transaction open, so that its work would be 
              "connection from get_connection() whose commit() commits")
 
 _HINTS = (  # what drivers say of mistakes that the way a tool is called leads to: the way out
+    (r"inside a transaction block",  # of PostgreSQL, before whose statements psycopg begins one
+     'let the tool say conn.autocommit = True first, with "commits": True in TOOL_MAP'),
     (r"(inside|within) a transaction",
-     'a transaction is open already: "commits": True in TOOL_MAP leaves transactions to the tool, '
-     "which has psycopg begin none by conn.autocommit = True"),
+     'a transaction is open already: "commits": True in TOOL_MAP leaves transactions to the tool'),
     (r"a closed (database|connection)|connection (is|already) closed",
      "leave the connection open: the engine closes it"),
     (r"database is locked",
@@ -3346,10 +3347,15 @@ class Ledger:
     # --- the table ---
 
     def is_there(self):
-        """Return whether the ledger's table exists; where not, the transaction may be over."""
+        """Return whether the ledger's table exists; where not, the transaction may be over. Raise
+        what the driver raises if it may not be read.
+        """
         try:
             self.read("SELECT 1 FROM orchestrator_items WHERE 1 = 0")
-        except Exception:
+        except Exception as error:
+            state, number, _ = next(find_database_errors(error), ("", None, ""))
+            if state == "42501" or number == 1142:  # of PostgreSQL; of MySQL and MariaDB
+                raise
             return False
         return True
 
@@ -8373,7 +8379,12 @@ def open_ledger(call, conn, tool):
         yield None
         return
     with contextlib.closing(Ledger(conn, call.folder, call.pipeline.name, tool, "", "")) as ledger:
-        yield ledger if ledger.is_there() else None
+        try:
+            is_there = ledger.is_there()
+        except Exception as error:
+            raise UserError(f"The ledger can not be read: {format_one_line(error)}.",
+                            find_hint(error)) from error
+        yield ledger if is_there else None
 
 
 _END = "\n  ]\n}"  # of the JSON of a list of items
