@@ -394,7 +394,7 @@ class Outcome(NamedTuple):
     `log` the file that holds what it printed, or ""; `kept` what keep_result() made of its
     result, where that is in another process; `items` how many items of a tool that has some
     were `listed`, were `given_up` before or `pending`, and of these `passed`, `failed`, or were
-    done `elsewhere`.
+    done `elsewhere`; and of those that failed, how many are `unfit` to be kept.
     """
     status: str
     reason: str = ""
@@ -3637,7 +3637,7 @@ def read_item(number, found):
         or is_number(value) and (i or isinstance(value, int)) else None
         for i, value in enumerate(pair))
     if name is None or version is None:
-        raise TypeError(f"items() gave as its {number}. item {found!r}; an item is a name, or a "
+        raise TypeError(f"items() gave {found!r} as item {number}; an item is a name, or a "
                         "tuple of name and version, both texts, whole numbers, dates or paths")
     return name, version
 
@@ -3656,15 +3656,15 @@ def find_unfit(name, version):
     """Return why a database could not keep this name or version of an item, "" if it can."""
     if name and not version and len(name) <= NAME_LENGTH and name.isascii() and name.isprintable():
         return ""  # as most are
-    for text, which in ((name, "name"), (version, "version")):
-        if len(text) > NAME_LENGTH or "\0" in text or not name:
-            return (f"it can not be kept by its {which}: a name has 1 to {NAME_LENGTH} letters, a "
-                    "version up to as many, and neither holds NUL")
+    for text, which, least, fix in ((name, "name", 1, "rename the file, or leave it out"),
+                                    (version, "version", 0, "give it another one")):
+        if not least <= len(text) <= NAME_LENGTH or "\0" in text:
+            return (f"its {which} can not be kept: one has {least} to {NAME_LENGTH} letters, none "
+                    "of them NUL")
         try:
             text.encode()
         except UnicodeEncodeError:
-            return (f"its {which} is no text that a database keeps: rename the file, or leave it "
-                    "out")
+            return f"its {which} is no text that a database keeps: {fix}"
     return ""
 
 
@@ -6936,7 +6936,8 @@ class Work:
         if not self.listed:
             return None
         counts = self.listed["counts"]
-        return {**counts, "pending": counts["pending"] + self.ended_before, **self.tally.ended}
+        return {**counts, "pending": counts["pending"] + self.ended_before, **self.tally.ended,
+                "unfit": self.tally.unfit}
 
 
 _RUNNING = Outcome("running")
@@ -9007,7 +9008,7 @@ def make_next_command(result, call):
     options, words = call.options, []
     named = read_retries(options.retry_items)
     for tool, o in left.items():  # of whose items some have no try left
-        if o.items and (o.items["failed"] or o.items["given_up"]):
+        if o.items and (o.items["failed"] > o.items["unfit"] or o.items["given_up"]):
             names = named.get(tool, ())
             # All of the tool, unless the named are for sure those that have failed.
             are_those = o.items["failed"] == o.items["pending"] == len(names)
