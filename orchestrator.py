@@ -6793,8 +6793,10 @@ class Work:
         self.tell_failed_item(ended, join_reasons(error, count, then))
 
     def tell_failed_item(self, ended, text):
-        """Tell of an item that failed, if not of too many; the log has the traceback of each."""
-        traceback = ended.traceback.rstrip()
+        """Tell of an item that failed, if not of too many; the log has the traceback of each. The
+        last line of that says what stands before it.
+        """
+        traceback = ended.traceback.rstrip().removesuffix("\n" + ended.error)
         self.tally.told += 1
         told = self.tally.told
         if told > _TOLD_ITEMS:
@@ -8741,9 +8743,12 @@ def carry_out(call, history, resumes=None):
 
 
 def tell_tails(result, screen):
-    """Say what the tools that failed printed last, but for the last one: that was just shown."""
+    """Say what the tools that failed printed last, but for the last one, of which that was just
+    shown, and those whose items failed.
+    """
     for tool, outcome in result.outcomes.items():
-        is_told = outcome.status != "failed" or tool == screen.last
+        is_told = outcome.status != "failed" or tool == screen.last \
+            or outcome.items and outcome.items["failed"]  # of which each was told
         tail = [] if is_told else read_tail(outcome.log, 10)
         if tail:
             head = screen.style.bold(f"Last lines of {tool} ({format_path(outcome.log)}):")
@@ -8806,7 +8811,7 @@ class Screen:
     def __init__(self, stream, quiet, verbose, way_out=""):
         self.stream, self.out, self.style = stream, sys.stdout, make_style(stream)
         self.is_terminal = is_terminal(stream)  # asked once: a tool may close it
-        self.is_one_screen = self.is_terminal and is_terminal(self.out)
+        self.is_one_screen = is_one_file(stream, self.out)
         self.quiet, self.follows = quiet, verbose  # workers' output, which is shown at once
         self.log_level = 10 if verbose else 40 if quiet else 20  # DEBUG, ERROR, INFO
         self.way_out = way_out  # for who misses what did not reach stdout
@@ -8833,14 +8838,22 @@ class Screen:
             self.show_output(event.tool, is_whole=True)
             if event.outcome.attempts and self.is_one_screen:
                 self.last = event.tool
-            traceback = event.outcome.traceback.rstrip()
-            if traceback and traceback != self.tracebacks.get(event.tool):  # the same is told once
-                self.write(traceback)
-            self.tracebacks[event.tool] = traceback
-            self.show(event)
+            self.show_end(event, event.outcome)
         elif event.kind == "tick" and self.follows:
             for tool in list(self.outputs):
                 self.show_output(tool, is_whole=False)
+
+    def show_end(self, event, outcome):
+        """Write how an attempt ended, without what was just told: the same traceback, its last
+        line, which says the error, or that of an item.
+        """
+        traceback = outcome.traceback.rstrip()
+        if traceback and traceback != self.tracebacks.get(event.tool):
+            self.write(traceback.removesuffix("\n" + outcome.error))
+        self.tracebacks[event.tool] = traceback
+        if outcome.items and outcome.items["failed"] and not traceback:
+            event = event._replace(outcome=outcome._replace(error=""))
+        self.show(event)
 
     def show_output(self, tool, is_whole):
         """Copy to stdout what a tool printed in its worker: whole lines, or all at its end, with
@@ -8912,6 +8925,14 @@ def find_columns(terminal):
         return os.get_terminal_size(terminal.fileno()).columns or 80
     except (OSError, ValueError):
         return 80
+
+
+def is_one_file(stream, other):
+    """Return whether two streams lead to the same place: a terminal, or the log of a cron job."""
+    try:
+        return os.path.sameopenfile(stream.fileno(), other.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def is_terminal(stream):
