@@ -6907,7 +6907,7 @@ class Work:
             self.problem = Try(None, "interrupted")
         elif at_work is None and len(left) == len(doing.job.items):
             self.problem = self.problem or Try(None, "failed", error=how)
-        else:
+        elif self.tally:  # else it has told of its one try, and is done
             self.left.extend(each._replace(is_seen=None) for each in left.values())
             if at_work:
                 self.charge(at_work._replace(tries=item.tries, deaths=item.deaths), how,
