@@ -4099,7 +4099,7 @@ def missing_module(tool):
     """Return the sentence for a module that is not there, with the nearest that is beside it."""
     import pkgutil
     package, dot, _ = tool.module.rpartition(".")
-    file = getattr(find_module(package), "origin", None) or "" if package else ""
+    file = getattr(find_module(package), "origin", None) or ""
     folder = os.path.splitext(file)[0]
     if os.path.isdir(folder):
         return UserError(f"TOOL_MAP[{tool.name!r}]: {format_path(file)} hides the folder "
@@ -8014,7 +8014,7 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action, word):
         try:
             return super()._get_value(action, word)
-        except (argparse.ArgumentError, UserError):
+        except argparse.ArgumentError:
             raise
         except Exception as error:  # argparse knows of ValueError and TypeError alone
             raise UserError(f"{action.option_strings[0]} {word}: {format_one_line(error)}",
