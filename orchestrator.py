@@ -421,7 +421,7 @@ class Outcome(NamedTuple):
     `log` the file that holds what it printed, or ""; `kept` what keep_result() made of its
     result, where that is in another process; `items` how many items of a tool that has some
     were `listed`, were `given_up` before or `pending`, and of these `passed`, `failed`, or were
-    done `elsewhere`.
+    done `elsewhere`; and of those that failed, how many are `unfit` to be kept.
     """
     status: str
     reason: str = ""
@@ -489,7 +489,8 @@ def format_nearest(word, known):
     """Return the way out of a mistyped word: the nearest known words, or else all of them."""
     from difflib import get_close_matches
     known = list(map(str, known))
-    near = get_close_matches(word, known)  # three at most
+    near = get_close_matches(word, known) or [  # three at most
+        each for each in known if each.lower() == word.lower()]
     if near:
         return "Did you mean " + " or ".join(map(repr, near)) + "?"
     return "Known: " + (", ".join(known[:20]) + (", ..." if len(known) > 20 else "") or "none")
@@ -651,6 +652,8 @@ def read_pipeline(tool_map, stages=None, get_connection=None, *, name=None, limi
     tool_map = read_table("TOOL_MAP", tool_map)
     stages = read_table("STAGES", stages)
     limits = read_table("LIMITS", limits)
+    if not isinstance(name or "", str):
+        raise UserError(f"NAME is {name!r}, not text.", 'Write NAME = "sales".')
     if not tool_map:
         raise UserError("TOOL_MAP is empty.", 'Add a tool to it: "fetch": "my_folder.fetch".')
     if get_connection is not None and not callable(get_connection):
@@ -701,7 +704,9 @@ def check_name(where, name):
     if not isinstance(name, str):
         raise UserError(f"{where}: the name {name!r} is {format_type(name)}, not text.",
                         "Put it in quotes.")
-    if not name.isprintable() or not re.fullmatch("[^-+ ](.*[^+ ])?", name):
+    if not name.isprintable():
+        raise UserError(f"{where}: {name!r} has letters that can not be shown.", "Take them out.")
+    if not re.fullmatch("[^-+ ](.*[^+ ])?", name):
         raise UserError(f"{where}: {name!r} can not be told from a flag on the command line.",
                         "Choose a name that does not begin with - or +, does not end with +, "
                         "and has no blanks around it.")
@@ -1046,7 +1051,7 @@ def find_needs(errors, tools):
     if shared and not errors:  # a wrong row may order them
         readers = invert({tool.name: tool.reads for tool in tools.values()})
         errors += order_writers(needs, readers, shared)
-    errors += [UserError(f"TOOL_MAP: tools need each other in a circle: {path}.",
+    errors += [UserError(f"TOOL_MAP: needs go in a circle: {path}.",
                          "Take one of these needs out, or one of the reads or writes behind it.")
                for path in walk(needs)[1]]
     return {tool.name: ALL_BEFORE if tool.needs is None else tuple(needs[tool.name])
@@ -1167,7 +1172,7 @@ def expand_stages(errors, tools, members):
              for stage, names in members.items()}
     order, circles = walk(inner)
     errors += [UserError(f"STAGES: a stage contains itself: {path}.",
-                         "Take one of them out of the other.") for path in circles]
+                         "Take one of these members out.") for path in circles]
     found = {}
     for stage in order:
         found[stage] = tuple(dict.fromkeys(
@@ -2569,13 +2574,19 @@ class History(Store):
 
     def find_work(self, tool, items, attempt_id):
         """Return the work of an attempt that ended well: its own, unless it did nothing to items,
-        and the one before tells of all that was done to them before.
+        and the one before tells of all that was done to them before. Where more or fewer of those
+        listed are done than then, another history has done some; of a tool that lists only what is
+        pending, none ever are.
         """
-        if items and not items["passed"] + items["elsewhere"]:
-            former = self.find_success(tool)
-            last = self.ask("SELECT max(attempt_id) FROM attempts WHERE tool = ? AND attempt > 0 "
-                            "AND attempt_id < ?", tool, attempt_id)
-            if former and former.success_id == last:
+        has_none = items and not items["passed"] + items["elsewhere"]
+        former = self.find_success(tool) if has_none else None
+        if former:
+            [last] = self.load(
+                "SELECT attempt_id, items AS called FROM attempts WHERE attempt_id = (SELECT "
+                "max(attempt_id) FROM attempts WHERE tool = ? AND attempt > 0 AND attempt_id < ?)",
+                tool, attempt_id, json="called")
+            if former.success_id == last["attempt_id"] \
+                    and count_done(items) in (0, count_done(last["called"] or {})):
                 return former.work
         return attempt_id
 
@@ -2609,6 +2620,13 @@ class History(Store):
         for run_id in gone:
             rmtree(find_logs(self.folder, run_id), ignore_errors=True)
         return gone
+
+
+def count_done(items):
+    """Return how many of the items that were listed are done, by the counts of an Outcome."""
+    counts = [items.get(name, 0) for name in
+              ("listed", "passed", "elsewhere", "pending", "given_up")]
+    return sum(counts[:3]) - sum(counts[3:])
 
 
 def make_columns(row):
@@ -2788,7 +2806,8 @@ def read_tail(path, lines, line_bytes=1000):
 
 
 # What --json escapes although JSON need not: it is not seen, but moves, turns or hides what is.
-HIDDEN = r"[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
+HIDDEN = (r"[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff"
+          r"\U000e0000-\U000e007f]")
 _ESCAPES = (r"\x1b(\[[0-?]*[ -/]*[@-~]|[\]P^_X][^\x07\x1b\n]*(\x07|\x1b\\)?|[ -/]*[0-~]?)"
             r"|[\x00-\x08\x0b-\x1f]|" + HIDDEN)  # those of terminals: ECMA-48, 5.3 and 5.6
 
@@ -2936,9 +2955,10 @@ _NOT_OVER = ("commit() has left the transaction open, so that its work would be 
              "connection from get_connection() whose commit() commits")
 
 _HINTS = (  # what drivers say of mistakes that the way a tool is called leads to: the way out
+    (r"inside a transaction block",  # of PostgreSQL, before whose statements psycopg begins one
+     'let the tool say conn.autocommit = True first, with "commits": True in TOOL_MAP'),
     (r"(inside|within) a transaction",
-     'a transaction is open already: "commits": True in TOOL_MAP leaves transactions to the tool, '
-     "which has psycopg begin none by conn.autocommit = True"),
+     'a transaction is open already: "commits": True in TOOL_MAP leaves transactions to the tool'),
     (r"a closed (database|connection)|connection (is|already) closed",
      "leave the connection open: the engine closes it"),
     (r"database is locked",
@@ -3644,10 +3664,15 @@ class Ledger:
     # --- the table ---
 
     def is_there(self):
-        """Return whether the ledger's table exists; where not, the transaction may be over."""
+        """Return whether the ledger's table exists; where not, the transaction may be over. Raise
+        what the driver raises if it may not be read.
+        """
         try:
             self.read("SELECT 1 FROM orchestrator_items WHERE 1 = 0")
-        except Exception:
+        except Exception as error:
+            state, number, _ = next(find_database_errors(error), ("", None, ""))
+            if state == "42501" or number == 1142:  # of PostgreSQL; of MySQL and MariaDB
+                raise
             return False
         return True
 
@@ -3942,7 +3967,7 @@ def read_item(number, found):
         or is_number(value) and (i or isinstance(value, int)) else None
         for i, value in enumerate(pair))
     if name is None or version is None:
-        raise TypeError(f"items() gave as its {number}. item {found!r}; an item is a name, or a "
+        raise TypeError(f"items() gave {found!r} as item {number}; an item is a name, or a "
                         "tuple of name and version, both texts, whole numbers, dates or paths")
     return name, version
 
@@ -3961,15 +3986,15 @@ def find_unfit(name, version):
     """Return why a database could not keep this name or version of an item, "" if it can."""
     if name and not version and len(name) <= NAME_LENGTH and name.isascii() and name.isprintable():
         return ""  # as most are
-    for text, which in ((name, "name"), (version, "version")):
-        if len(text) > NAME_LENGTH or "\0" in text or not name:
-            return (f"it can not be kept by its {which}: a name has 1 to {NAME_LENGTH} letters, a "
-                    "version up to as many, and neither holds NUL")
+    for text, which, least, fix in ((name, "name", 1, "rename the file, or leave it out"),
+                                    (version, "version", 0, "give it another one")):
+        if not least <= len(text) <= NAME_LENGTH or "\0" in text:
+            return (f"its {which} can not be kept: one has {least} to {NAME_LENGTH} letters, none "
+                    "of them NUL")
         try:
             text.encode()
         except UnicodeEncodeError:
-            return (f"its {which} is no text that a database keeps: rename the file, or leave it "
-                    "out")
+            return f"its {which} is no text that a database keeps: {fix}"
     return ""
 
 
@@ -4172,18 +4197,30 @@ def read_tool(tool):
     return Module("", {"run": Definition(1, text, read_braces(tool.command))}, text)
 
 
-def parse(path):
-    """Return the syntax tree of a file, down to an ENGINE mark, below which nothing is the user's.
-    Raise UserError if it can not be read, or is not Python.
+def parse(path, make=None):
+    """Return the syntax tree of a file, down to an ENGINE mark, below which nothing is the user's;
+    or what else there is to make of it. Raise UserError if it can not be read, or is not Python.
     """
     import ast
     try:
         with open(path, "rb") as file:
-            return ast.parse(re.split(rb"\n#\s===\sENGINE ", file.read())[0], path)
+            return (make or ast.parse)(re.split(rb"\n#\s===\sENGINE ", file.read())[0], path)
     except (SyntaxError, ValueError, OSError) as error:
         line = getattr(error, "lineno", None) or 1
         raise UserError(f"{format_path(path)}:{line}: {format_one_line(error)}",
                         "Mend that line.") from error
+
+
+def find_uncompiled(tools):
+    """Yield an error for each module of some tools that has a syntax tree, and makes no code: with
+    a `return` outside a function, say.
+    """
+    modules = map(read_module, dict.fromkeys(tool.module for tool in tools))
+    for path in [module.path for module in modules if module.definitions]:
+        try:
+            parse(path, functools.partial(compile, mode="exec"))
+        except UserError as error:
+            yield error
 
 
 def forget_modules():
@@ -4194,7 +4231,8 @@ def forget_modules():
 
 def read_definitions(tree):
     """Return the Definition of each global name of a module: the last one, in `if`, `try` and
-    `with` too. That of "*" is a star import, which may define anything.
+    `with` too, but for data where there is one that can be called: nobody knows then which it will
+    be. That of "*" is a star import, which may define anything.
     """
     import ast
     found, left = {}, [(tree, "")]
@@ -4206,7 +4244,8 @@ def read_definitions(tree):
             found.update(((each.asname or each.name).split(".")[0], Definition(node.lineno))
                          for each in node.names)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found[node.id] = Definition(node.lineno, kind=kind)
+            if not kind or node.id not in found:
+                found[node.id] = Definition(node.lineno, kind=kind)
         elif not isinstance(node, ast.Lambda):
             is_given = isinstance(node, (ast.Assign, ast.AnnAssign))
             kind = find_kind(node.value) if is_given else ""  # of the names right below
@@ -4562,6 +4601,12 @@ def missing_module(tool):
                          f"{format_path(spec.origin)} hides the folder {first} from Python.",
                          "Rename one of them, or put an empty file __init__.py into the folder.")
     package, dot, _ = tool.module.rpartition(".")
+    file = getattr(find_module(package), "origin", None) or ""
+    folder = os.path.splitext(file)[0]
+    if os.path.isdir(folder):
+        return UserError(f"TOOL_MAP[{tool.name!r}]: {format_path(file)} hides the folder "
+                         f"{format_path(folder)}, so that there is no module {tool.module!r}.",
+                         "Rename the one or the other.")
     places = getattr(find_module(package), "submodule_search_locations", None) or () if package \
         else sys.path[:1]
     there = [package + dot + each.name for each in pkgutil.iter_modules(list(places))]
@@ -4952,9 +4997,14 @@ def find_parameters_by_signature(function):
                       any(p.kind is p.VAR_KEYWORD for p in parameters))
 
 
-def join_reasons(*reasons):
-    """Return in one line those of some reasons that there are."""
-    return "; ".join(filter(None, reasons))
+def join_reasons(*reasons, joint="; "):
+    """Return in one line those of some reasons that there are, with a full stop at its end alone.
+
+    >>> join_reasons("No room.", "", "wait...", "try 2.")
+    'No room; wait...; try 2.'
+    """
+    *before, last = [*filter(None, reasons)] or [""]
+    return joint.join([*(re.sub(r"(?<!\.)\.$", "", each) for each in before), last])
 
 
 _PARSERS = ("argparse", "optparse", "click", "typer", "fire", "docopt", "absl")
@@ -5009,7 +5059,7 @@ def format_place(error, tool):
     """Return where an import failed: the tool's own line, and the one that it led to elsewhere."""
     import importlib
     import traceback
-    own = find_module(tool.module).origin
+    own = getattr(find_module(tool.module), "origin", None)
     places = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)
               if not is_engine_frame(f.filename, f.lineno) and f.filename != importlib.__file__]
     if isinstance(error, SyntaxError) and error.filename:
@@ -5234,11 +5284,11 @@ class Interrupts:
         self.look()
         return self
 
-    def look(self):
-        """Note what of this process is put back from now on."""
+    def look(self, outputs=()):
+        """Note what of this process is put back from now on; `outputs` are those of a Capture."""
         if self.is_on_main_thread:
             self.folder, self.handler = find_working_folder(), _signal.getsignal(SIGINT)
-            self.put_back = make_put_back()
+            self.put_back = make_put_back(outputs)
 
     def __exit__(self, *_):
         self.lasting.discard(self)
@@ -6293,6 +6343,7 @@ class Capture:
     runs. Streams and descriptors stay what they are: what C code and child processes print is
     seen, and not kept; that of a tool with a process of its own is.
 
+    Constant: `outputs`, of the descriptors 1 and 2 the number, a duplicate, and what file that is.
     State: `log`, the file of the attempt that runs, set by who begins it and made at the first
     byte; `log_fd`; `error`, what could not be written, if anything.
     """
@@ -6304,6 +6355,7 @@ class Capture:
     def __enter__(self):
         import threading
         self.lock = threading.RLock()  # threads of a tool print, too
+        self.outputs = [(fd, os.dup(fd), os.fstat(fd)) for fd in (1, 2) if is_inherited(fd)]
         for name, stream in self.streams.items():
             if stream is not None:
                 setattr(sys, name, Copier(stream, self, name))
@@ -6311,6 +6363,9 @@ class Capture:
 
     def __exit__(self, *_):
         self.end()
+        for _, copy, _ in self.outputs:
+            with contextlib.suppress(OSError):  # the tool closed all descriptors
+                os.close(copy)
         for name, stream in self.streams.items():
             setattr(sys, name, stream)
 
@@ -6388,11 +6443,12 @@ class Copier:
 _STREAMS = {"stdin": "rb", "stdout": "wb", "stderr": "wb"}  # and how the file below is opened
 
 
-def make_put_back():
+def make_put_back(outputs=()):
     """Return a function that puts back what tools change of this process: its working folder, its
-    streams, also those that were closed, the mask of new files, how deep calls may go, which
-    logging is off, and all of make_put_back_signals(). On another thread than the main one, neither
-    it nor tools can do that.
+    streams, also those that were closed, the `outputs` of a Capture, so that what the engine says
+    is not written into a file of a tool's that got their number, the mask of new files, how deep
+    calls may go, which logging is off, and all of make_put_back_signals(). On another thread than
+    the main one, neither it nor tools can do that.
     """
     def look():
         logging = sys.modules.get("logging")
@@ -6407,6 +6463,11 @@ def make_put_back():
     def put_back():
         """Put it back."""
         os.umask(umask)
+        for fd, copy, file in outputs:
+            if not is_inherited(fd):
+                with contextlib.suppress(OSError):  # the tool closed all descriptors
+                    if os.path.samestat(os.fstat(copy), file):
+                        os.dup2(copy, fd)
         if look() != before:
             streams, folder, limit, disabled = before
             vars(sys).update(zip(_STREAMS, streams))
@@ -6473,6 +6534,16 @@ def make_reopen(stream, mode):
     return reopen
 
 
+def is_inherited(fd):
+    """Return whether a descriptor is open and not of a file that Python has opened, as which it
+    would not be one for child processes. To ask which file it is takes four times as long.
+    """
+    try:
+        return os.get_inheritable(fd)
+    except OSError:
+        return False
+
+
 def find_working_folder():
     """Return the working folder, or "" if it is gone."""
     try:
@@ -6510,7 +6581,7 @@ class Here:
     def __init__(self, setting, kept, capture, hear):
         self.setting, self.kept, self.capture, self.hear = setting, kept, capture, hear
         self.job = None
-        kept.interrupts.look()
+        kept.interrupts.look(capture.outputs)
 
     def reserve(self):
         """Return the id of the process that will do what is started next."""
@@ -7619,8 +7690,10 @@ class Work:
         self.tell_failed_item(ended, join_reasons(error, count, then))
 
     def tell_failed_item(self, ended, text):
-        """Tell of an item that failed, if not of too many; the log has the traceback of each."""
-        traceback = ended.traceback.rstrip()
+        """Tell of an item that failed, if not of too many; the log has the traceback of each. The
+        last line of that says what stands before it.
+        """
+        traceback = ended.traceback.rstrip().removesuffix("\n" + ended.error)
         self.tally.told += 1
         told = self.tally.told
         if told > _TOLD_ITEMS:
@@ -7732,7 +7805,7 @@ class Work:
             self.problem = Try(None, "interrupted")
         elif at_work is None and len(left) == len(doing.job.items):
             self.problem = self.problem or Try(None, "failed", error=how)
-        else:
+        elif self.tally:  # else it has told of its one try, and is done
             self.left.extend(each._replace(is_seen=None) for each in left.values())
             if at_work:
                 self.charge(at_work._replace(tries=item.tries, deaths=item.deaths), how,
@@ -7763,7 +7836,8 @@ class Work:
         if not self.listed:
             return None
         counts = self.listed["counts"]
-        return {**counts, "pending": counts["pending"] + self.ended_before, **self.tally.ended}
+        return {**counts, "pending": counts["pending"] + self.ended_before, **self.tally.ended,
+                "unfit": self.tally.unfit}
 
 
 _RUNNING = Outcome("running")
@@ -8598,8 +8672,7 @@ def format_details(outcome):
 
 def format_note(outcome):
     """Return why a tool ended as it did, in one line."""
-    error = outcome.error.rstrip(".") if outcome.reason else outcome.error
-    return ", ".join(filter(None, [error, outcome.reason]))
+    return join_reasons(outcome.error, outcome.reason, joint=", ")
 
 
 def format_progress(event, width, elapsed_s):
@@ -8641,7 +8714,8 @@ def format_failure(facts, changed, commits, style):
     """
     head = "{tool} failed in run {run_id}, and succeeded last in run {good_id} ({good_at}):"
     rows = [("error", facts["error"]), ("at", facts["place"]), ("command", facts["command"]),
-            ("changed", format_some(changed) or "none of the tables, modules and arguments"),
+            ("changed", format_some(changed)
+             or "none of the tables, the tools' own modules and the arguments"),
             *(("commit", each) for each in commits)]
     return "\n".join(["", style.bold(head.format(**facts)), *format_table("name value", [
         {"name": "  " + name, "value": value} for name, value in rows if value], has_head=False)])
@@ -8678,8 +8752,8 @@ def format_status(shown, style):
     lines = format_table(
         "tool status >run_id >age_s >duration_s >rows ?items note",
         [{**tool, "items": format_counts(tool["items"]),
-          "note": ", ".join(filter(None, [
-              tool["error"], tool["reason"], format_unusual(tool["unusual"])]))}
+          "note": join_reasons(tool["error"], tool["reason"], format_unusual(tool["unusual"]),
+                               joint=", ")}
          for tool in shown["tools"]], style)
     run = shown["running"]
     what = "Nothing runs now." if run is None else (
@@ -10027,6 +10101,16 @@ class Parser(argparse.ArgumentParser):
         self.given[action.dest] = action
         return super()._get_values(action, [word.lstrip("\0") for word in words])
 
+    def _get_value(self, action, word):
+        try:
+            return super()._get_value(action, word)
+        except argparse.ArgumentError:
+            raise
+        except Exception as error:  # argparse knows of ValueError and TypeError alone
+            raise UserError(f"{action.option_strings[0]} {word}: {format_one_line(error)}",
+                            "That comes from its type= in add_arguments(); -v shows where."
+                            ) from error
+
     def _print_message(self, message, file=None):
         show(message, end="")
 
@@ -10085,8 +10169,9 @@ def find_arguments(own, parser):
     engines = {*RESERVED_ARGUMENTS, *(action.dest for action in parser._actions[len(own):])}
     for name, flag in flags.items():
         if not flag:
-            raise UserError(f"add_arguments(): {name!r} is not a flag, and words on the command "
-                            "line are stages and tools.", f"Declare it as '--{name}'.")
+            what = "add_subparsers()" if name == argparse.SUPPRESS else repr(name)
+            raise UserError(f"add_arguments(): {what} is not a flag, and words on the command "
+                            "line are stages and tools.", "Declare flags, as '--name'.")
         if name in engines:
             raise UserError(f"add_arguments(): {flag} would reach tools as {name!r}, which is the "
                             "engine's own name.", "Choose another flag, or another dest=.")
@@ -10109,19 +10194,21 @@ def check_companions(options, given):
     if said and ("resume" in given or "mark_done" in given):
         raise UserError("--resume takes its targets from the run that it goes on with; it does not "
                         f"go with {' '.join(said)}.", "Leave that out, or leave out --resume.")
-    said = [flag for flag in ("no_history", "resume", "redo") if flag in given]
-    if said and "backfill" in given:
-        raise UserError("--backfill looks into the history for what is done, and goes on there; it "
-                        f"does not go with --{said[0].replace('_', '-')}.",
-                        "Leave that out; --reprocess runs periods again.")
+    looks = given.intersection(("backfill", "status", "history", "logs", "prune", "report"))
+    beside = [flag for flag in ("resume", "redo") if flag in given and "backfill" in given]
+    beside += ["no-history"] * options.no_history
+    if looks and beside:
+        raise UserError(f"--{min(looks)} looks into the history for what was done; it does not go "
+                        f"with --{beside[0]}.", "Leave that out.")
 
 
 def read_duration_s(text):
     """Return seconds."""
     try:
-        return parse_duration_s(text)
+        return parse_duration_s(text + "s" * text.isdecimal())
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration") from None
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no duration like "90s", "10m" or "7d"') from None
 
 
 def read_whole(text):
@@ -10260,9 +10347,19 @@ def need_history(call):
     if not history.folder:
         raise UserError(f"There is no history in {format_path(call.folder)}.",
                         "It is lost: only the logs of former runs are there."
-                        if find_last_log(call.folder) and not call.options.no_history else
-                        "Nothing has been run yet, or it was run with --no-history.")
+                        if find_last_log(call.folder) else find_beside(call)
+                        or "Nothing has been run yet, or it was run with --no-history.")
     return history
+
+
+def find_beside(call):
+    """Return a sentence on the histories in the folder for them, "" if there are none: a pipeline
+    without a NAME has another one after its folder was renamed.
+    """
+    home = os.path.dirname(call.folder)
+    names = [name for name in sorted(os.listdir(home)) if has_bytes(
+        os.path.join(home, name, "history.db"))] if os.path.isdir(home) else ()
+    return names and f"There is one of {', '.join(map(repr, names[:3]))}: NAME says which it is."
 
 
 def look_at(history, call):
@@ -10433,6 +10530,7 @@ def command_check(call):
     mistakes = dict.fromkeys(map(str, [  # tools may share a module
         *pipeline.mistakes, *find_table_doubles(), *find_wrong_each(pipeline, tools),
         *find_connection_mistakes(pipeline.get_connection, available.arguments),
+        *find_uncompiled(tools),
         *(mistake for tool in tools for mistake in read_mistakes(tool, available, call.base))]))
     for mistake in mistakes:
         show(mistake)
@@ -10493,7 +10591,12 @@ def open_ledger(call, conn, tool):
         yield None
         return
     with contextlib.closing(Ledger(conn, call.folder, call.pipeline.name, tool, "", "")) as ledger:
-        yield ledger if ledger.is_there() else None
+        try:
+            is_there = ledger.is_there()
+        except Exception as error:
+            raise UserError(f"The ledger can not be read: {format_one_line(error)}.",
+                            find_hint(error)) from error
+        yield ledger if is_there else None
 
 
 _END = "\n  ]\n}"  # of the JSON of a list of items
@@ -10670,6 +10773,8 @@ def report_stages(call, history, request, run_id):
 def change_history(call):
     """Hold the history to write to it, in which a run that was killed is closed, and say so."""
     is_lost = find_last_log(call.folder) and not has_bytes(History(call.folder).path)
+    if call.options.resume is not None and not is_lost and find_beside(call):
+        need_history(call)
     with hold_history(call.folder, call.base, call.options.wait) as history:
         if is_lost:
             say(f"warning: the history is lost, {format_path(history.path)} is empty or gone, and "
@@ -10930,9 +11035,12 @@ def carry_out(call, history, resumes=None):
 
 
 def tell_tails(result, screen):
-    """Say what the tools that failed printed last, but for the last one: that was just shown."""
+    """Say what the tools that failed printed last, but for the last one, of which that was just
+    shown, and those whose items failed.
+    """
     for tool, outcome in result.outcomes.items():
-        is_told = outcome.status != "failed" or tool == screen.last
+        is_told = outcome.status != "failed" or tool == screen.last \
+            or outcome.items and outcome.items["failed"]  # of which each was told
         tail = [] if is_told else read_tail(outcome.log, 10)
         if tail:
             head = screen.style.bold(f"Last lines of {tool} ({format_path(outcome.log)}):")
@@ -11005,7 +11113,7 @@ class Screen:
     def __init__(self, stream, quiet, verbose, way_out=""):
         self.stream, self.out, self.style = stream, sys.stdout, make_style(stream)
         self.is_terminal = is_terminal(stream)  # asked once: a tool may close it
-        self.is_one_screen = self.is_terminal and is_terminal(self.out)
+        self.is_one_screen = is_one_file(stream, self.out)
         self.quiet, self.follows = quiet, verbose  # workers' output, which is shown at once
         self.log_level = 10 if verbose else 40 if quiet else 20  # DEBUG, ERROR, INFO
         self.way_out = way_out  # for who misses what did not reach stdout
@@ -11032,14 +11140,22 @@ class Screen:
             self.show_output(event.tool, is_whole=True)
             if event.outcome.attempts and self.is_one_screen:
                 self.last = event.tool
-            traceback = event.outcome.traceback.rstrip()
-            if traceback and traceback != self.tracebacks.get(event.tool):  # the same is told once
-                self.write(traceback)
-            self.tracebacks[event.tool] = traceback
-            self.show(event)
+            self.show_end(event, event.outcome)
         elif event.kind == "tick" and self.follows:
             for tool in list(self.outputs):
                 self.show_output(tool, is_whole=False)
+
+    def show_end(self, event, outcome):
+        """Write how an attempt ended, without what was just told: the same traceback, its last
+        line, which says the error, or that of an item.
+        """
+        traceback = outcome.traceback.rstrip()
+        if traceback and traceback != self.tracebacks.get(event.tool):
+            self.write(traceback.removesuffix("\n" + outcome.error))
+        self.tracebacks[event.tool] = traceback
+        if outcome.items and outcome.items["failed"] and not traceback:
+            event = event._replace(outcome=outcome._replace(error=""))
+        self.show(event)
 
     def show_output(self, tool, is_whole):
         """Copy to stdout what a tool printed in its worker: whole lines, or all at its end, with
@@ -11111,6 +11227,14 @@ def find_columns(terminal):
         return os.get_terminal_size(terminal.fileno()).columns or 80
     except (OSError, ValueError):
         return 80
+
+
+def is_one_file(stream, other):
+    """Return whether two streams lead to the same place: a terminal, or the log of a cron job."""
+    try:
+        return os.path.sameopenfile(stream.fileno(), other.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def is_terminal(stream):
@@ -11194,8 +11318,11 @@ def say(text, stream=None, end="\n"):
 def to_json(data):
     """Return data as JSON for programs, which people look at, too."""
     import json
-    return re.sub(HIDDEN, lambda found: f"\\u{ord(found[0]):04x}",
-                  json.dumps(data, indent=2, ensure_ascii=False))
+
+    def escape(found):
+        return re.sub("(.{4})", r"\\u\1", found[0].encode("utf-16-be").hex())
+
+    return re.sub(HIDDEN, escape, json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def make_next_command(result, call):
@@ -11204,7 +11331,7 @@ def make_next_command(result, call):
     options, words = call.options, []
     named, redo = read_retries(options.retry_items), read_retries(options.redo)
     for tool, o in left.items():  # of whose items some have no try left
-        if o.items and (o.items["failed"] or o.items["given_up"]):
+        if o.items and (o.items["failed"] > o.items["unfit"] or o.items["given_up"]):
             names = named.get(tool, ())
             # All of the tool, unless the named are for sure those that have failed.
             are_those = o.items["failed"] == o.items["pending"] == len(names)

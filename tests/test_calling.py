@@ -301,6 +301,7 @@ def test_verbose_keeps_the_frames_of_the_engine(modules):
     ("def run(): pass\nraise ValueError('at import')", "m.py:2:\n  ValueError: at import"),
     ("def other(): pass", r"has no function run\(\)"),
     ("run = 3", r"run of \S*m.py is an int, not a function.\n  Write `def run"),
+    ("def run(): pass\nrun = 3", r"run of \S*m.py is an int, not a function."),
     ("def run(con, **kwargs): pass", "asks for 'con', which nothing gives.\n  There are conn, con"),
     ("def run(weight): pass", r"asks for 'weight', which nothing gives.\n  .* Give it a default"),
 ])
@@ -322,6 +323,14 @@ def test_an_import_that_fails_in_a_helper_is_told_with_the_tools_line_and_the_he
     sandbox.pipeline('TOOL_MAP = {"t": "t"}').tool("helper", helper)
     ended = sandbox.tool("t", "import os\nimport helper\ndef run(): pass").run()
     assert ended.code == 2 and f"importing t failed, {says}" in ended.err
+
+
+def test_a_module_that_is_gone_when_its_worker_imports_it_is_told_as_such(quick):
+    quick.pipeline('TOOL_MAP = {"a": "a", "b": {"module": "b", "isolate": True}}')
+    quick.tool("a", "import os\ndef run(): os.unlink('b.py')").tool("b", "def run(): pass")
+    ended = quick.run()
+    assert ended.code == 1 and "importing b failed, in no line of its own:" in ended.err
+    assert "ModuleNotFoundError: No module named 'b'" in ended.err
 
 
 def test_every_broken_module_of_the_plan_is_told_at_once(modules):

@@ -105,6 +105,17 @@ def test_a_module_is_missing_wherever_its_path_breaks_off(sandbox, check, path):
     assert lines[1].startswith("  ")
 
 
+def test_a_pipeline_that_hides_the_folder_of_its_tools_is_told_as_such(sandbox):
+    sandbox.pipeline('TOOL_MAP = {"load": "sales.load"}', "sales.py").tool("sales.load", "")
+
+    for words in ([], ["--check"]):
+        ended = sandbox.run(*words, file="sales.py")
+
+        assert ended.code == 2 and (ended.out or ended.err).startswith(
+            "TOOL_MAP['load']: sales.py hides the folder sales, so that there is no module "
+            "'sales.load'.\n  Rename the one or the other.\n")
+
+
 def test_a_package_is_not_imported_to_find_a_module_in_it(sandbox, check):
     sandbox.tool("ck_pkg.__init__", RAISES).tool("ck_pkg.sub.__init__", RAISES)
     sandbox.tool("ck_pkg.sub.mod", "def run(conn): pass")
@@ -149,6 +160,11 @@ def test_a_module_without_source_is_not_a_mistake(check):
     ("x = 1\n\ndef run(conn)\n    pass\n", 3, "SyntaxError"),
     ("def run(conn):\n    x = (1 +\n", 2, "SyntaxError"),
     ("def run(conn):\n    pass\n  x = 1\n", 3, "IndentationError"),
+    # what makes a tree, and no code
+    ("def run(conn):\n    pass\nreturn 5\n", 3, "SyntaxError"),
+    ("def run(conn, conn): pass\n", 1, "SyntaxError"),
+    ("def run(conn):\n    return await conn\n", 2, "SyntaxError"),
+    ("from __future__ import braces\ndef run(): pass\n", 1, "SyntaxError"),
 ])
 def test_a_syntax_error_is_a_mistake_with_file_and_line(check_source, source, line, said):
     code, lines = check_source(source)
@@ -196,6 +212,8 @@ def test_a_file_may_declare_another_encoding(sandbox, check):
     "class run:\n    def __init__(self, conn): pass",
     "if True:\n    def run(conn): pass\nelse:\n    def run(conn): pass",
     "try:\n    from fast import run\nexcept ImportError:\n    def run(conn): pass",
+    "if True:\n    def run(conn): pass\nelse:\n    run = None",
+    "try:\n    from fast import run\nexcept ImportError:\n    run = None",
     "def run(conn): pass\ndef check(conn): pass",
     "def run(conn): pass\ndef helper(a, b): pass",
 ])
@@ -207,7 +225,6 @@ def test_a_run_that_can_take_what_it_is_given_is_accepted(sandbox, check_source,
 @pytest.mark.parametrize("source, kind", [
     ("run = 3", "an int"), ("import os\n\nrun: list = []", "a list"),
     ("run = other = {}", "a dict"),
-    ("def run(): pass\nrun = None", "a NoneType"),
 ])
 def test_a_run_that_is_plain_data_is_told_by_its_type(check_source, source, kind):
     code, lines = check_source(source)

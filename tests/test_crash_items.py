@@ -379,7 +379,7 @@ def test_items_of_a_run_killed_at_any_step_are_done_exactly_once(sandbox, words,
 RECORD = """        ledger.record(item._replace(tries=item.tries + 1), "success", time.time(),
                       time.monotonic() - self.started_s, rows)
 """
-CALL = "        rows = count_rows(self._call_watched())\n"
+CALL = "        rows = None\n        if not self.tool.command:\n"
 ANEW = "        self.database.commit()\n        self.database.begin()\n"
 LEDGER_AFTER = [(RECORD, ANEW + RECORD)]
 EARLY = RECORD.replace("rows)", "None)") + ANEW
@@ -496,7 +496,7 @@ def kill_at_random(sandbox, kills, seed, mutant=(), journal="DELETE"):
             else:
                 process.kill()
         _, err = process.communicate(timeout=60)
-        assert "Traceback" not in err, err
+        assert "Traceback" not in err and process.returncode not in (2, 3), err
         is_over = process.returncode == 0
         assert sandbox.query("PRAGMA integrity_check") == [("ok",)]
         if is_over and find_wrong(sandbox, MANY):

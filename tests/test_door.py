@@ -81,6 +81,7 @@ def test_a_mistake_on_the_command_line_is_told_in_two_sentences(three, words, sa
     ('"--mine", dest="item"', "would reach tools as 'item'"),
     ('"--mine", dest="targets"', "would reach tools as 'targets'"),
     ('"since"', "'since' is not a flag"),
+    ('"--a"); parser.add_subparsers(', "add_subparsers() is not a flag"),
     ('"--a", type="x"', "failed: ValueError: 'x' is not callable"),
     ('"--a"); parser.add_argument("--a"', "conflicting option string: --a"),
     ('"--a"); parser.set_defaults(jobs=4', "set_defaults(jobs=...) would reach tools as 'jobs'"),
@@ -94,6 +95,25 @@ def test_a_flag_that_can_not_be_is_refused_with_a_sentence(quick, declaration, s
     ended = quick.run()
     assert ended.code == 2 and ended.out == "" and says in ended.err
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("default, words", [("monday", []), (None, ["--day", "monday"])])
+def test_a_type_of_a_flag_that_fails_is_told_with_the_flag(quick, default, words):
+    quick.pipeline(f"""
+        TOOL_MAP = {{"t": "t"}}
+        def add_arguments(parser):
+            parser.add_argument("--day", type={{}}.__getitem__, default={default!r})
+    """).tool("t", "print('imported')\ndef run(day): pass")
+    ended = quick.run(*words)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("--day monday: KeyError: 'monday'\n  That comes from its type=")
+
+
+@pytest.mark.parametrize("name", ["5", "('a', 'b')", "b'sales'"])
+def test_a_name_of_the_pipeline_that_is_no_text_is_refused_with_a_sentence(quick, name):
+    ended = quick.pipeline(f'NAME = {name}\nTOOL_MAP = {{"t": "t"}}').run("--list")
+    assert (ended.code, ended.err) == (
+        2, f'NAME is {name}, not text.\n  Write NAME = "sales".\n')
 
 
 def test_verbose_shows_where_add_arguments_failed(quick):

@@ -128,6 +128,29 @@ def test_no_history_writes_nothing(line):
     assert not (line.folder / ".orchestrator").exists()
 
 
+@pytest.mark.parametrize("words", [["--status"], ["--history", "1"], ["--logs"], ["--prune", "1d"]])
+def test_who_looks_into_the_history_is_not_told_what_is_so_without_it(line, words):
+    assert line.run().code == 0
+    ended = line.run("--no-history", *words)
+    assert ended.code == 2 and ended.err.startswith(
+        f"{words[0]} looks into the history for what was done; it does not go with --no-history.")
+
+
+@pytest.mark.parametrize("words", [["--status"], ["--history"], ["--logs"], ["--resume"],
+                                   ["--mark-done", "b"]])
+def test_a_pipeline_of_another_name_is_told_of_the_history_beside(line, words):
+    (line.folder / "broken").touch()
+    assert line.run().code == 1
+    [was] = [path.name for path in (line.folder / ".orchestrator").iterdir() if path.is_dir()]
+    source = line.read("orchestrator.py")
+    (line.folder / "orchestrator.py").write_text("NAME = 'renamed'\n" + source)
+    ended = line.run(*words)
+    assert (ended.code, ended.err) == (2, "There is no history in .orchestrator/renamed.\n"
+                                          f"  There is one of {was!r}: NAME says which it is.\n")
+    assert line.run("a").code == 0
+    assert "There is one of" not in line.run(*words).err
+
+
 @pytest.mark.parametrize("command", ["--status", "--history", "--logs"])
 def test_who_looks_before_the_first_run_is_told_and_makes_nothing(line, command):
     ended = line.run(command)
@@ -819,7 +842,8 @@ def test_a_failure_without_a_change_says_so(line):
     line.run()
     (line.folder / "broken").touch()
     assert find_failure(line.run())[-1].split(None, 1) \
-        == ["changed", "none of the tables, modules and arguments"]
+        == [
+            "changed", "none of the tables, the tools' own modules and the arguments"]
 
 
 def test_a_failure_tells_the_commits_between_and_does_without_git(line):
@@ -856,14 +880,19 @@ def test_a_run_that_is_not_there_is_told_with_the_last_that_is(line, words):
     (["--follow", "--list"], "--follow goes with --logs."), (["--run", "1"], "--run goes with"),
     (["--json"], "--json goes with --list, --plan, --status, --history, --logs, "
       "--items."),
-    (["--prune", "soon"], "--prune: 'soon' is no duration."),
-    (["--wait", "soon"], "'soon' is no duration"),
+    (["--prune", "soon"], "--prune: 'soon' is no duration like \"90s\", \"10m\" or \"7d\"."),
+    (["--wait", "soon"], "'soon' is no duration like"), (["--wait", "-5"], "--wait"),
     (["--status", "--history"], "not allowed with"),
 ])
 def test_words_that_say_nothing_together_are_refused(line, words, says):
     line.run()
     ended = line.run(*words)
     assert ended.code == 2 and says in ended.err and "Traceback" not in ended.err
+
+
+def test_a_duration_on_the_command_line_may_be_a_number_of_seconds(line):
+    assert line.run("--wait", "5").code == 0
+    assert line.run("--prune", "86400").out == "no runs forgotten\n"
 
 
 def test_logs_shows_the_last_run_or_one_tool_or_the_last_lines(line):

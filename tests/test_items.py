@@ -182,9 +182,9 @@ def test_items_may_be_awaited_and_run_and_check_too(world):
     ("return 3", "items() returned an int"),
     ("return b'ab'", "items() returned a bytes"),
     ("return 'a.csv'", "a text that is no SELECT: 'a.csv'; for a single item, return a list"),
-    ("return ['a', None]", "as its 2. item None"),
-    ("return [['a', 'v']]", "as its 1. item ['a', 'v']; an item is a name, or a tuple of name"),
-    ("return ['a', 1.5]", "as its 2. item 1.5"),
+    ("return ['a', None]", "items() gave None as item 2; an item"),
+    ("return [['a', 'v']]", "gave ['a', 'v'] as item 1; an item is a name, or a tuple of name"),
+    ("return ['a', 1.5]", "gave 1.5 as item 2;"),
     ("yield 'a'\n    raise KeyError('k')", "KeyError: 'k'"),
     ("raise SystemExit(3)", "sys.exit(3)"),
     ("yield 'a'\n    raise SystemExit('so')", "sys.exit('so')"),
@@ -326,13 +326,13 @@ def test_a_setup_that_can_not_be_called_is_refused_before_anything_runs(world, s
 # --- names that can not be kept ---
 
 @pytest.mark.parametrize("bad, said", [
-    ("'b\\0c'", "'b\\x00c': it can not be kept by its name: a name has 1 to 500 letters"),
+    ("'b\\0c'", "'b\\x00c': its name can not be kept: one has 1 to 500 letters, none of them NUL"),
     ("'\\ud800'", "'\\ud800': its name is no text that a database keeps: rename the file, or"),
     ("b'\\xff'", "'\\udcff': its name is no text"),
-    ("'x' * 501", "x" * 60 + "...: it can not be kept by its name"),
-    ("''", "'': it can not be kept by its name"),
-    ("('b', 'v' * 501)", "b: it can not be kept by its version"),
-    ("('b', '\\ud800')", "b: its version is no text"),
+    ("'x' * 501", "x" * 60 + "...: its name can not be kept: one has 1 to 500"),
+    ("''", "'': its name can not be kept: one has 1 to 500"),
+    ("('b', 'v' * 501)", "b: its version can not be kept: one has 0 to 500 letters, none of"),
+    ("('b', '\\ud800')", "b: its version is no text that a database keeps: give it another one"),
 ])
 @both
 def test_a_name_that_can_not_be_kept_fails_that_item_alone(world, bad, said, jobs):
@@ -348,9 +348,20 @@ def test_a_name_that_can_not_be_kept_fails_that_item_alone(world, bad, said, job
         assert said in result.errors["t"] and said in world.said()
         assert result.outcomes["t"].items == {
             "listed": 3, "given_up": 0, "pending": 3 - 2 * times, "passed": 2 - 2 * times,
-            "failed": 1, "elsewhere": 0}
+            "failed": 1, "elsewhere": 0, "unfit": 1}
     assert sorted(world.done()) == ["a", "c"]
     assert world.run("c", item="c", jobs=jobs).succeeded == ["t"]
+
+
+@pytest.mark.parametrize("bad, again", [("", ["--resume"]),
+                                        ("b", ["--resume", "--retry-items", "t"])])
+def test_items_that_can_not_be_kept_are_not_told_to_be_tried_again(quick, bad, again):
+    quick.pipeline('TOOL_MAP = {"t": "t"}').tool("t", f"""
+        def items(): return ["a", "", {bad!r}]
+        def run(item): assert item == "a"
+    """)
+    ended = quick.run()
+    assert ended.code == 1 and ended.err.split("orchestrator.py ")[1].split() == again, ended
 
 
 @pytest.mark.parametrize("select", ["SELECT ''", "SELECT NULL", "SELECT 'a' || char(0) || 'b'",

@@ -275,3 +275,36 @@ def test_a_tool_that_takes_ctrl_c_for_itself_leaves_it_to_the_next(quick):
     """)
     ended = quick.run()
     assert ended.code == 130 and "not reached" not in ended.err, ended
+
+
+@pytest.mark.parametrize("how", ["f = open('kept.txt', 'w')", "f = open('kept.txt', 'w'); keep = f",
+                                 "f = None"])
+def test_what_the_engine_says_goes_into_no_file_that_a_tool_opened_for_a_stream(sandbox, how):
+    sandbox.pipeline('TOOL_MAP = {"a": "a", "b": "b", "bad": "bad"}')
+    sandbox.tool("a", f"""
+        import os
+
+        keep = None
+
+        def run():
+            global keep
+            os.close(1)
+            os.close(2)
+            {how}
+            if f:
+                f.write("mine")
+                f.flush()
+        """)
+    sandbox.tool("b", """
+        def run():
+            global kept
+            kept = open("next.txt", "w")
+            print("seen", flush=True)
+        """)
+    sandbox.tool("bad", "def run():\n    raise ValueError('no')")
+
+    ended = sandbox.run()
+
+    assert (ended.code, "ValueError: no" in ended.err) == (1, True)
+    assert (ended.out, sandbox.read("next.txt")) == ("seen\n", "")
+    assert not (sandbox.folder / "kept.txt").exists() or sandbox.read("kept.txt") == "mine"

@@ -851,6 +851,29 @@ def test_items_that_were_done_by_a_run_that_was_cut_off_are_new_to_a_cached_tool
     assert below.run("load", "sum") == []
 
 
+@pytest.mark.parametrize("flag", [{"ORCHESTRATOR_HOME": "other"}, "--no-history"])
+def test_items_that_another_history_has_done_are_new_to_a_cached_tool(below, flag):
+    (below.folder / "names").write_text("x y z")
+    words, env = ([flag], None) if isinstance(flag, str) else ([], flag)
+    assert below.sandbox.run("fetch", "load", *words, env=env).code == 0
+    assert below.run() == ["sum", "top", "show"]
+    assert below.run() == ["show"]
+
+
+def test_a_tool_that_lists_only_what_is_pending_does_nothing_new_where_there_is_nothing(below):
+    below.sandbox.tool("items", """
+        import sqlite3
+        def items(conn):
+            conn.execute("CREATE TABLE IF NOT EXISTS done (name)")
+            done = {name for name, in conn.execute("SELECT name FROM done")}
+            yield from sorted({"u", "v"} - done)
+        def run(conn, item):
+            conn.execute("INSERT INTO done VALUES (?)", (item,))
+    """)
+    assert below.run() == ["load:u", "load:v", "sum", "top", "show"]
+    assert below.run() == ["show"]
+
+
 def test_a_resume_keeps_what_is_cached_below_items_that_did_nothing_new(below):
     assert below.run(broken="show") == ["show"]
     plan = below.plan("--resume")

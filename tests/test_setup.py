@@ -159,13 +159,19 @@ def test_a_connection_in_the_place_of_get_connection_is_refused():
 
 
 @pytest.mark.parametrize("name", ["-fetch", "--list", "+fetch", "fetch+", "-", "+", "",
-                                  " fetch", "fetch ", "fe\ntch", "\x1b[31m"])
+                                  " fetch", "fetch "])
 @pytest.mark.parametrize("table", ["TOOL_MAP", "STAGES"])
 def test_a_name_that_the_command_line_could_not_tell_from_a_flag_is_refused(table, name):
     tools = {**TOOLS, name: "tools.x"} if table == "TOOL_MAP" else TOOLS
     stages = {name: ["fetch"]} if table == "STAGES" else {}
 
     assert has_one_sentence(refusal(tools, stages), table, repr(name), "command line")
+
+
+@pytest.mark.parametrize("name", ["fe\ntch", "\x1b[31m", "\u202etef", "nul\0", "\ud800"])
+def test_a_name_that_can_not_be_shown_is_refused_as_such(name):
+    assert has_one_sentence(refusal({**TOOLS, name: "tools.x"}), "TOOL_MAP", repr(name),
+                            "has letters that can not be shown")
 
 
 @pytest.mark.parametrize("name", ["fetch-all", "a+b", "fetch all", "été", "2013", "a.b", "x"])
@@ -908,7 +914,7 @@ def test_whatever_the_reads_and_writes_each_reader_comes_after_its_writers_or_be
     ('TOOL_MAP["fetch"] = {"module": "fetch", "comits": True}', [],
      "TOOL_MAP['fetch']: there is no option 'comits'.", "Did you mean 'commits'?"),
     ('STAGES["ingest"].append("ingest")', ["fetch"],
-     "STAGES: a stage contains itself: ingest -> ingest.", "Take one of them out of the other."),
+     "STAGES: a stage contains itself: ingest -> ingest.", "Take one of these members out."),
     ('TOOL_MAP["parse"] = "pasre"', [],
      "TOOL_MAP['parse']: there is no module 'pasre'.", "Did you mean 'parse'"),
     ("", ["fetc"], "There is no tool or stage 'fetc'.", "Did you mean 'fetch'?"),
@@ -917,7 +923,7 @@ def test_whatever_the_reads_and_writes_each_reader_comes_after_its_writers_or_be
     ('TOOL_MAP["fetch"] = {"module": "fetch", "needs": ["prase"]}', [],
      "TOOL_MAP['fetch']: no tool 'prase' to need.", "Did you mean 'parse'?"),
     ('TOOL_MAP["fetch"] = {"module": "fetch", "needs": ["fetch"]}', ["parse"],
-     "TOOL_MAP: tools need each other in a circle: fetch -> fetch.", "Take one"),
+     "TOOL_MAP: needs go in a circle: fetch -> fetch.", "Take one"),
     ('TOOL_MAP["fetch"] = {"module": "fetch", "uses": {"db": 3}}; LIMITS = {"db": 2}', [],
      "TOOL_MAP['fetch']: uses 'db' 3 times, but LIMITS has only 2.", "Lower the one"),
     ('TOOL_MAP["fetch"] = {"module": "fetch", "uses": ["db"]}; LIMITS = {"db": 2}', [],

@@ -526,8 +526,9 @@ def test_a_terminal_shows_colours_unless_no_color_is_set(sandbox, env, has_colou
 
 # --- what others wrote into what the engine says ---
 
-GRIP = "\x1b[2J\x1b]0;title\x07\x1b(0\x9b31m\x08\x7f\r\u202egpj\u2066\u200b\u2028"
-GRIPS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+GRIP = "\x1b[2J\x1b]0;title\x07\x1b(0\x9b31m\x08\x7f\r\u202egpj\u2066\u200b\u2028\U000e0041"
+GRIPS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069"
+                   "\U000e0000-\U000e007f]")
 SPEAKING = f"""
 TOOL_MAP = {{"good": "good", "bad": "bad", "odd": {{"module": "odd", "needs": []}}}}
 
@@ -605,8 +606,40 @@ def test_an_error_is_told_at_its_event_and_in_the_closing_table(sandbox, words):
     err = sandbox.run(*words).err
 
     assert err.count("Traceback") == 1  # the tries that failed the same way have a line each
-    assert len([line for line in err.splitlines() if "ValueError: no way" in line]) == 5
+    assert len([line for line in err.splitlines() if "ValueError: no way" in line]) == 4
     assert ".," not in err and "ValueError: no way, try 3 of 3" in summary(err)["bad"]
+
+
+@pytest.mark.parametrize("words", [(), ("-j", "2")])
+@pytest.mark.parametrize("failing", ["b", "bc", "abc"])
+@pytest.mark.parametrize("retries", [0, 1])
+def test_an_error_of_an_item_is_told_at_its_event_and_in_the_closing_table(
+        sandbox, words, failing, retries):
+    options = {"module": "t", "retries": retries, "retry_delay": 0}
+    sandbox.pipeline(f'TOOL_MAP = {{"t": {options}}}').tool("t", f"""
+        def items(): return ["a", "b", "c"]
+        def run(item):
+            print("at", item)
+            if item in {failing!r}: raise ValueError("no " + item + ".")
+    """)
+
+    err = sandbox.run(*words).err
+
+    first = summary(err)["t"].split("ValueError: no ")[1][0]
+    lines = [line for line in err.splitlines() if f"ValueError: no {first}" in line]
+    assert len(lines) == 2 + retries and err.count("Traceback") == 1 and "Last lines" not in err
+    ends = [line for line in err.splitlines() if " items failed" in line]
+    assert len(ends) == 2 and "ValueError" not in ends[0] and "ValueError" in ends[1]
+    assert all(f" {len(failing)} of 3 items failed" in line for line in ends)
+    assert ".;" not in err and ".," not in err
+
+
+def test_the_log_that_takes_both_streams_has_the_last_lines_of_a_tool_once(sandbox):
+    sandbox.pipeline(PIPELINE)
+    sandbox.tool("bad", "def run():\n    print('half')\n    raise ValueError('no')")
+    with open(sandbox.folder / "both", "w") as both:
+        assert sandbox.run("bad", stdout=both, stderr=both).code == 1
+    assert sandbox.read("both").count("half") == 1
 
 
 def test_another_traceback_of_a_try_is_told_too(sandbox):

@@ -56,6 +56,7 @@ def test_an_error_of_several_mistakes_keeps_every_problem_with_its_own_fix_in_or
     ("fetch_c", ["fetch_a", "fetch_b", "render"], "Did you mean 'fetch_b' or 'fetch_a'?"),
     ("zzz", ["fetch", "parse"], "Known: fetch, parse"),
     ("zzz", [], "Known: none"),
+    ("LOAD", ["parse", "load"], "Did you mean 'load'?"),
 ])
 def test_an_unknown_word_is_answered_with_near_ones_or_else_with_all(word, known, said):
     assert format_nearest(word, known) == said

@@ -423,6 +423,24 @@ def test_a_role_that_may_not_make_what_is_temporary_is_told_what_to_grant(quick,
     assert "GRANT SELECT, INSERT, UPDATE, DELETE ON work" in ended.err
 
 
+@pytest.mark.parametrize("may_read", [False, True])
+def test_a_role_with_too_few_rights_on_the_ledger_is_told_what_to_grant(quick, cluster, may_read):
+    owner, store = make_role(cluster, "other", "GRANT ALL ON SCHEMA public TO other")
+    owner.query("GRANT ALL ON work, work_seq_seq TO other")
+    Pipeline(quick, owner).tool("note(conn, item)").run()
+    if may_read:
+        owner.query("GRANT SELECT ON orchestrator_items TO other")
+        owner.query("DELETE FROM orchestrator_items")
+    pipeline = Pipeline(quick, store).tool("note(conn, item)")
+    said = ["permission denied for table orchestrator_items",
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON orchestrator_items to the role"]
+    ended = pipeline.run(code=1)
+    assert all(each in ended.err for each in said), ended
+    for words in ([], ["--items", "tool"], ["--status"]) if not may_read else ():
+        ended = quick.run(*words)
+        assert ended.code == (2 if words else 1) and all(each in ended.err for each in said), ended
+
+
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
 def test_vacuum_is_told_the_way_out_with_and_without_commits(quick, cluster, driver):
     store = make_postgres(driver, cluster)
@@ -430,7 +448,7 @@ def test_vacuum_is_told_the_way_out_with_and_without_commits(quick, cluster, dri
     for options in ({}, {"commits": True}):
         pipeline.write(**options)
         ended = pipeline.tool("do(conn, 'VACUUM work')").run(code=1)
-        assert '"commits": True' in ended.err and "conn.autocommit = True" in ended.err
+        assert 'let the tool say conn.autocommit = True first, with "commits": True' in ended.err
     pipeline.tool("conn.autocommit = True\ndo(conn, 'VACUUM work')").run()
     assert store.ledger() == [(item, "success") for item in "abcde"]
 
