@@ -4601,12 +4601,6 @@ def missing_module(tool):
                          f"{format_path(spec.origin)} hides the folder {first} from Python.",
                          "Rename one of them, or put an empty file __init__.py into the folder.")
     package, dot, _ = tool.module.rpartition(".")
-    file = getattr(find_module(package), "origin", None) or ""
-    folder = os.path.splitext(file)[0]
-    if os.path.isdir(folder):
-        return UserError(f"TOOL_MAP[{tool.name!r}]: {format_path(file)} hides the folder "
-                         f"{format_path(folder)}, so that there is no module {tool.module!r}.",
-                         "Rename the one or the other.")
     places = getattr(find_module(package), "submodule_search_locations", None) or () if package \
         else sys.path[:1]
     there = [package + dot + each.name for each in pkgutil.iter_modules(list(places))]

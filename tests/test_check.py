@@ -112,8 +112,8 @@ def test_a_pipeline_that_hides_the_folder_of_its_tools_is_told_as_such(sandbox):
         ended = sandbox.run(*words, file="sales.py")
 
         assert ended.code == 2 and (ended.out or ended.err).startswith(
-            "TOOL_MAP['load']: sales.py hides the folder sales, so that there is no module "
-            "'sales.load'.\n  Rename the one or the other.\n")
+            "TOOL_MAP['load']: there is no module 'sales.load': the file sales.py hides the folder "
+            "sales from Python.\n  Rename one of them, or put an empty file __init__.py into ")
 
 
 def test_a_package_is_not_imported_to_find_a_module_in_it(sandbox, check):
