@@ -6655,12 +6655,12 @@ class Work:
     if another process does; `source` and `last_success_at`: see Job; `facts`, what a success would
     be built on; `ended_before`, how many items ended in former attempts, which the `tally` of a
     tool with items holds too. State: `width`, how many jobs may go on at a time, fewer for each
-    that got no connection; `has_logged`, whether it used context.log or, in this process,
-    has printed; `lines`, what it logged so in a worker, which joins the log when what it printed
-    has been shown; `listed`, what was said of its items, once that is known; `left`, the next to
-    try; `later`, how many come again at some moment; `size`, how many to do at a time; `jobs`, how
-    many go on; `problem`, the Try that ended the attempt; `done`, the one that did the tool;
-    `cut_off`, what interrupted it; `outcome`, if it is over and the tool comes again.
+    that got no connection; `has_logged`, whether it used context.log or, in this process, printed;
+    `lines`, what it logged so in a worker, which joins the log when what it printed was shown;
+    `listed`, what was said of its items, once that is known; `left`, the next to try; `later`, how
+    many come again at some moment; `size`, how many to do at a time; `jobs`, how many go on;
+    `problem`, the Try that ended the attempt; `done`, the one that did the tool; `cut_off`, what
+    interrupted it; `outcome`, if it is over and the tool comes again.
     """
     cut_off = ""
     tally = listed = problem = done = outcome = None
