@@ -6651,16 +6651,15 @@ class Tally:
 class Work:
     """An attempt of a tool, with that `number`: what is left of it, and what came of the rest.
 
-    Constant: `performer`, who does it; `log`, the file for what it prints, which is `output` too
-    if another process does; `source` and `last_success_at`: see Job; `facts`, what a success would
-    be built on; `ended_before`, how many items ended in former attempts, which the `tally` of a
-    tool with items holds too. State: `width`, how many jobs may go on at a time, fewer for each
-    that got no connection; `has_logged`, whether it used context.log or, in this process, printed;
-    `lines`, what it logged so in a worker, which joins the log when what it printed was shown;
-    `listed`, what was said of its items, once that is known; `left`, the next to try; `later`, how
-    many come again at some moment; `size`, how many to do at a time; `jobs`, how many go on;
-    `problem`, the Try that ended the attempt; `done`, the one that did the tool; `cut_off`, what
-    interrupted it; `outcome`, if it is over and the tool comes again.
+    Constant: `performer`, who does it; `log`, the file for what it prints, which is `output` too if
+    another process does; `source` and `last_success_at`: see Job; `facts`, what a success would be
+    built on; `ended_before`, how many of the items in `tally` ended in former attempts. State:
+    `width`, how many jobs may go on at a time, fewer for each that got no connection; `has_logged`,
+    whether it used context.log or, in this process, printed; `lines`, what it logged so in a
+    worker, to join the log when its output was shown; `listed`, what was said of its items, once
+    that is known; `left`, the next to try; `later`, how many come again; `size`, how many to do at
+    a time; `jobs`, how many go on; `problem`, the Try that ended the attempt; `done`, the one that
+    did the tool; `cut_off`, what interrupted it; `outcome`, if it is over and the tool comes again.
     """
     cut_off = ""
     tally = listed = problem = done = outcome = None
@@ -9072,7 +9071,7 @@ class Screen:
                 text = f"still running, {ran}" + f", {progress}" * bool(progress)
                 self.show(start._replace(at=at, text=text))
             elif progress or start.output:
-                self.area[tool] = f"{ran:>8}  {tool:{self.width}}  {progress or 'running'}"
+                self.area[tool] = f"{ran:>8}  {tool.ljust(self.width)}  {progress or 'running'}"
 
     def clear(self):
         """Take the live area off the screen until something is shown again."""
