@@ -152,12 +152,12 @@ class Watched:
         """Let a tool go on."""
         (self.sandbox.folder / f"{tool}.go").touch()
 
-    def end(self):
+    def end(self, code=0):
         """Read to the end; return all lines that stand on the terminal then, without times."""
         while self.read():
             pass
         os.close(self.master)
-        assert self.process.wait(30) == 0
+        assert self.process.wait(30) == code
         return [re.sub(r"\d\d:\d\d:\d\d  |, [\d.]+ s|   +[\d.]+ s|  [\d.]+ s| in [\d.]+ s.*", "",
                        line).rstrip() for line in self.terminal.lines]
 
@@ -461,6 +461,45 @@ def test_it_changes_ten_times_a_second_at_most_each_time_in_one_piece(monkeypatc
     screen.on_event(Event("log", 1001.0, "run", "a", text="text", level=30))
     assert re.fullmatch("\x1b\\[1A\x1b\\[G\x1b\\[J.*text\n\x1b\\[\\?7l.*\n.*\x1b\\[\\?7h",
                         pieces[-1])
+
+
+def test_no_line_of_the_area_is_left_of_a_run_that_is_refused(start):
+    session = start({"each": """
+def items():
+    wait("each")
+    return ["a"]
+def run(item): pass
+"""}, 60, 10, "-j", "2", "--item", "nobody")
+    session.wait(f"{RAN}  each  running")
+    session.go("each")
+    text = session.end(2)
+    assert text[0].startswith("--item: there is no item 'nobody'")
+    assert "running" not in "".join(text)
+
+
+def test_a_tool_that_ended_is_in_no_area_that_is_drawn_from_then_on(monkeypatch):
+    screen = make_screen(monkeypatch)
+    for name in "ab":
+        screen.on_event(Event("tool_started", 1000.0, "run", name, output="log"))
+    screen.on_event(Event("tick", 1001.0, "run"))
+    assert [line[10:] for line in screen.drawn] == ["a  running", "b  running"]
+    screen.on_event(Event("tool_ended", 1001.01, "run", "a", outcome=Outcome("success")))
+    assert [line[10:] for line in screen.drawn] == ["b  running"]
+
+
+def test_nothing_is_drawn_where_a_tool_left_a_line_open(monkeypatch):
+    class Open(io.StringIO):
+        is_open = True
+
+    screen = make_screen(monkeypatch)
+    monkeypatch.setattr(sys, "stdout", Open())
+    screen.on_event(Event("tool_started", 1000.0, "run", "a"))
+    sys.stdout.is_open = True
+    screen.on_event(Event("progress", 1001.0, "run", "a", done=1))
+    assert screen.drawn == []
+    sys.stdout.is_open = False
+    screen.on_event(Event("progress", 1002.0, "run", "a", done=2))
+    assert [line[10:] for line in screen.drawn] == ["a  2, 1/s"]
 
 
 # --- where there is no live area ---
