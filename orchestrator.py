@@ -6337,14 +6337,16 @@ class Capture:
     runs. Streams and descriptors stay what they are: what C code and child processes print is
     seen, and not kept; that of a tool with a process of its own is.
 
-    Constant: `outputs`, of the descriptors 1 and 2 the number, a duplicate, and what file that is.
-    State: `log`, the file of the attempt that runs, set by who begins it and made at the first
-    byte; `log_fd`; `error`, what could not be written, if anything.
+    Constant: `outputs`, of the descriptors 1 and 2 the number, a duplicate, and what file that is;
+    `make_room`, called before anything is printed. State: `log`, the file of the attempt that runs,
+    set by who begins it and made at the first byte; `log_fd`; `error`, what could not be written,
+    if anything.
     """
     log, log_fd, error = "", -1, ""
 
-    def __init__(self, is_kept):
+    def __init__(self, is_kept, make_room):
         self.streams = {"stdout": sys.stdout, "stderr": sys.stderr} if is_kept else {}
+        self.make_room = make_room
 
     def __enter__(self):
         import threading
@@ -6401,6 +6403,8 @@ class Copier:
     def write(self, text):
         """Write a text, and keep it."""
         stream, capture = self._stream, self._capture
+        if capture.make_room:
+            capture.make_room()
         self.is_open = text[-1:] not in ("", "\n") or not text and self.is_open
         try:
             written = stream.write(text)
@@ -7288,7 +7292,9 @@ class Session(NamedTuple):
 
     retry_items: by tool, the items that are to be tried again though they were given up; all of
     them where there are no names, and of all tools if it is None; redo: by tool, those that are
-    to be done again. find_said: see check_are_taken(). grace_s: see run_pipeline().
+    to be done again. find_said: see check_are_taken(). grace_s: see run_pipeline(). make_room:
+    called before a tool prints in this process, since something may stand there on the screen that
+    has to go.
     """
     pipeline: Pipeline
     plan: Plan
@@ -7304,6 +7310,7 @@ class Session(NamedTuple):
     on_event: Optional[Callable[[Event], None]] = None
     clock: Clock = Clock()
     find_said: Callable[[], Mapping[str, str]] = dict
+    make_room: Optional[Callable[[], None]] = None
 
 
 def run_plan(session):
@@ -7337,7 +7344,7 @@ def run_plan(session):
                            interrupts)
         check_are_taken(setting.arguments, callees, pipeline, session.find_said)
         run = Run(session, setting, interrupts, callees, workers, returned)
-        with Capture(bool(history.folder)) as capture:
+        with Capture(history.folder or session.make_room, session.make_room) as capture:
             kept = Kept(setting, interrupts, returned.find, run_command, show_output)
             kept.callees = callees
             with contextlib.closing(kept):
@@ -7586,16 +7593,15 @@ class Tally:
 class Work:
     """An attempt of a tool, with that `number`: what is left of it, and what came of the rest.
 
-    Constant: `performer`, who does it; `log`, the file for what it prints, which is `output` too
-    if another process does; `source` and `last_success_at`: see Job; `facts`, what a success would
-    be built on; `ended_before`, how many items ended in former attempts, which the `tally` of a
-    tool with items holds too. State: `width`, how many jobs may go on at a time, fewer for each
-    that got no connection; `has_logged`, whether it used context.log or, in this process,
-    has printed; `lines`, what it logged so in a worker, which joins the log when what it printed
-    has been shown; `listed`, what was said of its items, once that is known; `left`, the next to
-    try; `later`, how many come again at some moment; `size`, how many to do at a time; `jobs`, how
-    many go on; `problem`, the Try that ended the attempt; `done`, the one that did the tool;
-    `cut_off`, what interrupted it; `outcome`, if it is over and the tool comes again.
+    Constant: `performer`, who does it; `log`, the file for what it prints, which is `output` too if
+    another process does; `source` and `last_success_at`: see Job; `facts`, what a success would be
+    built on; `ended_before`, how many of the items in `tally` ended in former attempts. State:
+    `width`, how many jobs may go on at a time, fewer for each that got no connection; `has_logged`,
+    whether it used context.log or, in this process, printed; `lines`, what it logged so in a
+    worker, to join the log when its output was shown; `listed`, what was said of its items, once
+    that is known; `left`, the next to try; `later`, how many come again; `size`, how many to do at
+    a time; `jobs`, how many go on; `problem`, the Try that ended the attempt; `done`, the one that
+    did the tool; `cut_off`, what interrupted it; `outcome`, if it is over and the tool comes again.
     """
     cut_off = ""
     tally = listed = problem = done = outcome = None
@@ -7653,6 +7659,14 @@ class Work:
                 self.done = ended
             else:
                 self.problem = ended
+        if self.listed and self.run.clock.monotonic() - doing.started_s > _CHUNK_S:
+            self.tell_progress()  # they take longer than was thought
+            self.run.publish()
+
+    def tell_progress(self):
+        """Tell how many items have ended of those that were pending."""
+        self.run.tell("progress", self.tool.name, done=self.tally.count() - self.ended_before,
+                      total=self.listed["counts"]["pending"])
 
     def take_item(self, ended):
         """Take how an item ended."""
@@ -7771,8 +7785,7 @@ class Work:
                     deaths=item.deaths - 1)
         self.problem = self.problem or problem
         if self.listed:
-            run.tell("progress", tool.name, done=self.tally.count(),
-                     total=self.ended_before + self.listed["counts"]["pending"])
+            self.tell_progress()
 
     def take_no_connection(self, doing, problem):
         """Take it that a worker got no connection for its items, with which the others go on; if
@@ -8669,15 +8682,22 @@ def format_note(outcome):
     return join_reasons(outcome.error, outcome.reason, joint=", ")
 
 
-def format_progress(event, width, elapsed_s):
-    """Return the live line of a tool: count, rate and time left."""
-    rate = event.done / elapsed_s if elapsed_s > 0 else 0.0
+def format_progress(event, since_s, at):
+    """Return how far a tool has told to be, at a moment: count, rate and time left, or "" if it has
+    told nothing. `since_s` is when the count began.
+    """
+    if event.kind != "progress":
+        return ""
+    took_s, so_far_s = event.at - since_s, at - since_s
+    # No item has ended since; so it is not faster than if the next one did so now.
+    rate = min(event.done / took_s, (event.done + 1) / so_far_s) if took_s > 0 else 0.0
     parts = [f"{event.done:,}" + (f" of {event.total:,}" if event.total else "")]
     if rate:
-        parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s")
-        if event.total and event.total > event.done:
-            parts.append(format_duration((event.total - event.done) / rate) + " left")
-    return format_start(event, width) + ", ".join(parts)
+        parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
+        left_s = (event.total or 0) / rate - so_far_s
+        if left_s > 0:
+            parts.append(format_duration(left_s) + " left")
+    return ", ".join(parts)
 
 
 def format_summary(result, next_command, style, unusual):
@@ -11008,7 +11028,11 @@ def carry_out(call, history, resumes=None):
     screen = Screen(sys.stderr, options.quiet, options.verbose,
                     "; --logs shows all of it" * bool(history.folder))
     gc.freeze()  # what is here will stay: no collection during the run need walk it
-    result, unusual = run_plan(session._replace(on_event=screen.on_event)), {}
+    try:
+        result, unusual = run_plan(session._replace(
+            on_event=screen.on_event, make_room=screen.clear if screen.has_area else None)), {}
+    finally:
+        screen.clear()
     if not options.quiet or result.status != "success":
         tell_tails(result, screen)
         try:
@@ -11094,58 +11118,71 @@ def format_retries(flag, asked):
 
 
 class Screen:
-    """The listener of a run on the command line: one line per event, one live line.
+    """The listener of a run on the command line. It writes a line per event, and how far the tools
+    are that run: on a terminal in a live area below all lines, elsewhere now and then in a line.
 
-    State: `started_s`, by tool, when it started; `outputs`, by tool that runs, the file that takes
-    what its worker prints, and how much of it was shown; `tracebacks` that were told last; `last`,
-    the tool that ended last, if what it printed is seen right before; `is_live`, whether the last
-    line is the live one, to be written over, and `shown_s`, when that was; `is_open`, whether a
-    worker's output has no end of its last line; `has_lost`, whether what tools printed did not
-    reach stdout.
+    What a tool prints in this process without Python's streams, its C code and its children, goes
+    unseen. So such a tool is in the live area only once it tells of its progress.
+
+    State: `running`, by tool, the event with which it started, the last that told how far it is,
+    and since when that counts; `outputs`, by tool that runs, the file that takes what its worker
+    prints, and how much of it was shown; `tracebacks` that were told last; `last`, the tool that
+    ended last, if what it printed is seen right before; `text`, what is to be written; `area`, by
+    tool, the lines that are to stand below it, as of `shown_s`, and `drawn`, those that do stand
+    there, the cursor at their end; `is_open`, whether a worker's output has no end of its last
+    line; `has_lost`, whether what tools printed did not reach stdout.
     """
 
     def __init__(self, stream, quiet, verbose, way_out=""):
         self.stream, self.out, self.style = stream, sys.stdout, make_style(stream)
-        self.is_terminal = is_terminal(stream)  # asked once: a tool may close it
+        self.has_area = has_codes(stream) and not quiet  # asked once: a tool may close it
         self.is_one_screen = is_one_file(stream, self.out)
         self.quiet, self.follows = quiet, verbose  # workers' output, which is shown at once
         self.log_level = 10 if verbose else 40 if quiet else 20  # DEBUG, ERROR, INFO
         self.way_out = way_out  # for who misses what did not reach stdout
         self.width = 0  # of the longest name of a tool
-        self.started_s = {}
-        self.outputs, self.tracebacks, self.last = {}, {}, ""
-        self.shown_s = 0.0
-        self.is_live = self.is_open = self.has_lost = False
+        self.running, self.outputs, self.tracebacks, self.last = {}, {}, {}, ""
+        self.text, self.area, self.drawn, self.shown_s = "", {}, [], 0.0
+        self.is_open = self.has_lost = False
 
     def on_event(self, event):
         """Show an event."""
+        tool = event.tool
         if event.kind == "run_started":
             self.width = max(len(step.tool) for step in event.plan.steps)
         elif event.kind == "progress":
-            self.show_live(event)
+            start, last, since_s = self.running[tool]
+            counts_on = 0 < last.done <= event.done  # else it has begun to count now, or anew
+            self.running[tool] = start, event, since_s if counts_on else last.at
         elif event.kind == "log" and event.level >= self.log_level:
             self.has_lost |= event.level == OUTPUT_LOST
             self.show(event)
         elif event.kind == "tool_started":
-            self.started_s[event.tool] = self.shown_s = event.at
-            self.outputs[event.tool] = event.output, 0
-            self.show(event)
+            self.running[tool], self.outputs[tool] = (event, event, 0.0), (event.output, 0)
+            if not (self.has_area and event.output):
+                self.show(event)
         elif event.kind in ("tool_ended", "tool_retried"):
-            self.show_output(event.tool, is_whole=True)
-            if event.outcome.attempts and self.is_one_screen:
-                self.last = event.tool
-            self.show_end(event, event.outcome)
+            self.running.pop(tool, None)
+            self.area.pop(tool, None)
+            self.show_end(event)
         elif event.kind == "tick" and self.follows:
-            for tool in list(self.outputs):
-                self.show_output(tool, is_whole=False)
+            for each in list(self.outputs):
+                self.show_output(each, is_whole=False)
+        self.look_at_running(event.at)
+        if self.text or self.shown_s == event.at:
+            self.draw(self.area)
 
-    def show_end(self, event, outcome):
-        """Write how an attempt ended, without what was just told: the same traceback, its last
-        line, which says the error, or that of an item.
+    def show_end(self, event):
+        """Show how an attempt ended, below what it printed, without what was just told: the same
+        traceback, its last line, which says the error, or that of an item.
         """
+        outcome = event.outcome
+        self.show_output(event.tool, is_whole=True)
+        if outcome.attempts and self.is_one_screen:
+            self.last = event.tool
         traceback = outcome.traceback.rstrip()
         if traceback and traceback != self.tracebacks.get(event.tool):
-            self.write(traceback.removesuffix("\n" + outcome.error))
+            self.text += traceback.removesuffix("\n" + outcome.error) + "\n"
         self.tracebacks[event.tool] = traceback
         if outcome.items and outcome.items["failed"] and not traceback:
             event = event._replace(outcome=outcome._replace(error=""))
@@ -11176,51 +11213,73 @@ class Screen:
             let_go(self.out)
             if str(error):
                 self.has_lost = True
-                self.write(f"stdout could not be written: {error}{self.way_out}")
+                self.text += f"stdout could not be written: {error}{self.way_out}\n"
 
     def show(self, event):
-        """Write the line of an event, unless only failures are wanted."""
+        """Have the line of an event written, unless only failures are wanted."""
         if not self.quiet or event.kind == "log" or event.outcome and event.outcome.error:
-            self.write(format_event(event, self.width, self.style))
+            self.text += format_event(event, self.width, self.style) + "\n"
 
-    def show_live(self, event):
-        """Write the live line, on a terminal and at most ten times a second."""
-        if self.is_terminal and not self.quiet and event.at - self.shown_s >= 0.1:
-            self.end_line()
-            self.shown_s, self.is_live = event.at, True
-            line = format_progress(event, self.width, event.at - self.started_s[event.tool])
-            say("", self.stream, end="\r")
-            say(line[:find_columns(self.stream) - 1], self.stream, end="\x1b[K")
+    def look_at_running(self, at):
+        """Have it shown how far the tools are that run, if it is time to."""
+        period_s = 0.1 if self.has_area else 30.0
+        if self.quiet or 0 <= at - self.shown_s < period_s:
+            return
+        self.shown_s, self.area = at, {}
+        for tool, (start, last, since_s) in self.running.items():
+            progress, ran = format_progress(last, since_s, at), format_duration(at - start.at)
+            if at - start.at < 0.9 * period_s:
+                continue  # it may be over before that is read
+            if not self.has_area:
+                text = f"still running, {ran}" + f", {progress}" * bool(progress)
+                self.show(start._replace(at=at, text=text))
+            elif progress or start.output:
+                self.area[tool] = f"{ran:>8}  {tool.ljust(self.width)}  {progress or 'running'}"
 
     def clear(self):
-        """Make room where the live line is."""
-        if self.is_live:
-            self.is_live = False
-            say("", self.stream, end="\r\x1b[K")
+        """Take the live area off the screen until something is shown again."""
+        self.draw({})
 
-    def end_line(self):
-        """End the line on the terminal that a tool has left without an end."""
+    def draw(self, area):
+        """Write the text that there is, and below it a live area instead of the one that stands
+        there, all at once, but nothing where a tool has left a line without an end.
+        """
+        text, self.text = self.text, ""
         open_ones = [each for each in (self, sys.stdout, sys.stderr)
                      if getattr(each, "is_open", False)]
-        if open_ones and self.is_one_screen and not self.is_live:
-            say("", self.stream)
-        for each in open_ones:
-            each.is_open = False
+        if text:
+            flush(sys.stdout)  # what the tool printed belongs before what we say of it
+            text = "\n" * bool(open_ones and self.is_one_screen) + text
+            for each in open_ones:
+                each.is_open = False
+        if self.drawn or area and (text or not open_ones):
+            text = self.frame(text, list(area.values()))
+        if text:
+            say(text, self.stream, end="")
 
-    def write(self, text):
-        """Write a line, over the live one."""
-        self.clear()
-        flush(sys.stdout)  # what the tool printed belongs before what we say of it
-        self.end_line()
-        say(text, self.stream)
+    def frame(self, text, lines):
+        """Return a text between what erases the live area and what draws these lines as the new
+        one, as far as there is room.
+        """
+        columns, rows = find_size(self.stream)
+        # A terminal that has become narrower has broken the lines that were too long for it.
+        up = sum(-(-len(line) // columns) for line in self.drawn) - 1
+        erase = f"{_INK}{up}A" * (up > 0) + f"{_INK}G{_INK}J" if self.drawn else ""
+        if len(lines) >= rows:
+            lines[rows - 2:] = [f"{'':10}and {len(lines) - rows + 2} more"]
+        self.drawn = [line[:columns - 3] for line in lines]  # room for the ^C of who presses that
+        area = "\n".join(self.drawn)
+        # Wide letters may be more than fit; so the terminal is not to break lines by itself.
+        return f"{erase}{text}{_INK}?7l{area}{_INK}?7h"
 
 
-def find_columns(terminal):
-    """Return the width of a terminal, or what is usual where it does not tell."""
+def find_size(terminal):
+    """Return the columns and rows of a terminal, or what is usual where it does not tell."""
     try:
-        return os.get_terminal_size(terminal.fileno()).columns or 80
+        columns, rows = os.get_terminal_size(terminal.fileno())
     except (OSError, ValueError):
-        return 80
+        return 80, 24
+    return columns or 80, rows or 24
 
 
 def is_one_file(stream, other):
@@ -11238,8 +11297,13 @@ def is_terminal(stream):
 
 def make_style(stream):
     """Return the style for a stream: colours on a terminal, unless NO_COLOR is set."""
-    has_colours = os.environ.get("TERM", "dumb") != "dumb" or "WT_SESSION" in os.environ
-    return Style(has_colours and not os.environ.get("NO_COLOR") and is_terminal(stream), _INK)
+    return Style(has_codes(stream) and not os.environ.get("NO_COLOR"), _INK)
+
+
+def has_codes(stream):
+    """Return whether a stream is a terminal that knows codes for colours and for the cursor."""
+    is_known = os.environ.get("TERM", "dumb") != "dumb" or "WT_SESSION" in os.environ
+    return is_known and is_terminal(stream)
 
 
 # How a code of the engine's own begins until it is written. No tool can know it; so all others in

@@ -1,5 +1,4 @@
 """The room DOOR: the command line as its user meets it."""
-import io
 import json
 import os
 import re
@@ -9,7 +8,7 @@ import sys
 import pytest
 from conftest import SQLITE
 
-from orchestrator import VERSION, Event, Screen, main
+from orchestrator import VERSION, main
 
 TABLES = '''
 TOOL_MAP = {"fetch": "t.say", "parse": "t.say", "render": "t.say"}
@@ -248,30 +247,6 @@ def test_a_reader_that_leaves_is_no_error(three):
     shell = f'"{sys.executable}" orchestrator.py --help | head -c 5'
     ended = subprocess.run(shell, shell=True, cwd=three.folder, capture_output=True, text=True)
     assert ended.stdout == "usage" and ended.stderr == ""
-
-
-@pytest.mark.parametrize("columns, shown", [(0, "1m 15s left"), (None, "1m 15s left"), (8, "")])
-def test_a_live_line_fits_the_terminal_also_one_that_does_not_tell_its_width(
-        monkeypatch, columns, shown):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-        def fileno(self):
-            return 2
-
-    def get_terminal_size(fd):
-        if columns is None:
-            raise OSError("Inappropriate ioctl for device")
-        return os.terminal_size((columns, 0))
-
-    monkeypatch.setattr(os, "get_terminal_size", get_terminal_size)
-    stream = Terminal()
-    screen = Screen(stream, quiet=False, verbose=False)
-    screen.on_event(Event("tool_started", 0.0, "run", "t"))
-    screen.on_event(Event("progress", 60.0, "run", "t", done=4, total=9))
-    written, = stream.getvalue().split("\r")[1:]
-    assert shown in written and len(written.replace("\x1b[K", "")) < (columns or 80)
 
 
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device")

@@ -21,6 +21,7 @@ def sandbox(quick):
 
 PLAIN, COLOURED = Style(False), Style(True)
 ESCAPE = re.compile(r"\x1b\[\d*m")
+LIVE = re.compile(r"\x1b\[(\d*A|G|J|\?7[lh])")  # what draws and erases the live area
 
 TOOLS = {"fetch": "fetch_files", "parse": "parse_files", "render": "render_page"}
 STAGES = {"ingest": ["fetch", "parse"], "full": ["ingest", "render"]}
@@ -384,11 +385,19 @@ def test_colours_change_no_letter_of_an_event():
     (50, 250, 5.0, "50 of 250, 10/s, 20.0 s left"),
     (250, 250, 5.0, "250 of 250, 50/s"),
     (0, 250, 5.0, "0 of 250"),
+    (3, 5, 180.0, "3 of 5, 0.017/s, 2m 00s left"),
 ])
-def test_the_live_line_has_count_rate_and_time_left(done, total, elapsed_s, said):
-    event = Event("progress", 0.0, "id", "parse", done=done, total=total)
+def test_progress_is_count_rate_and_time_left(done, total, elapsed_s, said):
+    event = Event("progress", 100.0 + elapsed_s, "id", "parse", done=done, total=total)
 
-    assert format_progress(event, 6, elapsed_s)[10:] == "parse   " + said
+    assert format_progress(event, 100.0, event.at) == said
+
+
+def test_the_time_left_goes_on_between_two_items_until_one_is_slower():
+    event = Event("progress", 180.0, "id", "parse", done=3, total=5)
+
+    assert format_progress(event, 0.0, 210.0) == "3 of 5, 0.017/s, 1m 30s left"
+    assert format_progress(event, 0.0, 400.0) == "3 of 5, 0.01/s, 1m 40s left"
 
 
 def make_result(**outcomes):
@@ -560,7 +569,7 @@ def test_nothing_that_the_engine_says_takes_hold_of_a_terminal(speaking, words):
     speaking.run()
 
     ended = speaking.run(*words)
-    seen = ESCAPE.sub("", run_on_terminal(speaking, *words, env={})).replace("\x1b[K", "")
+    seen = LIVE.sub("", ESCAPE.sub("", run_on_terminal(speaking, *words, env={})))
 
     assert ended.code in (0, 1, 2) and not GRIPS.findall(ended.out + ended.err)
     assert not GRIPS.findall(seen.replace("\r", ""))
