@@ -614,9 +614,10 @@ def test_an_interrupt_is_not_tried_again(modules, retry, jobs):
 
 @both
 @pytest.mark.parametrize("source, says", [
-    ("import no_such_module", "no_such_module"), ("def run(:", "SyntaxError"),
+    ("import no_such_module\ndef run(): pass", "no_such_module"), ("def run(:", "SyntaxError"),
     ("x = 1", "no function run"), ("def run(conn, unheard_of): pass", "unheard_of"),
-    ("raise ValueError('at import')", "at import"), ("import sys; sys.exit(1)", "sys.exit"),
+    ("def run(): pass\nraise ValueError('at import')", "at import"),
+    ("import sys; sys.exit(1)\ndef run(): pass", "sys.exit"),
 ])
 def test_a_module_that_can_not_be_called_is_refused_before_anything_ran(
         modules, retry, jobs, source, says):
