@@ -843,6 +843,7 @@ def read_cache_s(value):
 
 _QUOTED = r"""\\.|"(\\.|[^"\\])*"|'[^']*'"""
 _OF_SHELL = r"[|&;]{1,2}|2>&1|(\d?>>?|<)"
+_IN_SHELL = rf"({_OF_SHELL}).*|.*;|~(/.*)?|.*\$[\w({{].*"  # in a text, without quotes
 _IDENTIFIER = r"[^\W\d]\w*"
 # `{identifier}` stands for an argument; `${name}` is a shell's, and `%{name}` curl's.
 BRACES = re.compile(r"(?<![$%])\{(" + _IDENTIFIER + r")\}")
@@ -861,7 +862,7 @@ def read_command(value):
                         ) from None
     accept(words, isinstance(words, (list, tuple)) and words and words[0].strip()
            and not any("\0" in word for word in words))
-    pattern, bare = (_OF_SHELL + ".*", re.sub(_QUOTED, "''", value).split()) if is_text \
+    pattern, bare = (_IN_SHELL, re.sub(_QUOTED, "''", value).split()) if is_text \
         else (_OF_SHELL, words)
     found = next((word for word in bare if re.fullmatch(pattern, word)), None)
     if found:
@@ -1300,8 +1301,9 @@ def describe_age(tool, past):
     """
     cache, fresh = 'never: TOOL_MAP does not say "cache" of it', find_staleness(tool, past)
     if tool.cache_s is not None:
-        cache = "as long as nothing of it changes" + f", for {format_duration(tool.cache_s)}" * (
-            tool.cache_s < float("inf"))
+        cache = "as long as nothing of it changes"
+        if tool.cache_s < float("inf"):
+            cache += f", for {format_duration(tool.cache_s)}"
     if not fresh and tool.fresh_for_s < float("inf"):
         left_s = past.find_whole_success(tool.name).ended_at + tool.fresh_for_s - past.now
         fresh = f"for {format_duration(left_s)} more"
@@ -4753,7 +4755,8 @@ def find_command_misfits(tool, takes, available):
             yield problem[:-1] + " but --backfill.", "Run it so, or take that out."
         else:
             yield problem, (f"{format_nearest(name, sorted(known))}\nOr declare "
-                            f"--{name.replace('_', '-')} in add_arguments().")
+                            f"--{name.replace('_', '-')} in add_arguments(), or, if the program "
+                            f"is to get the braces, put a blank into them: {{ {name} }}.")
 
 
 def find_results(tool, takes, available):
@@ -4783,8 +4786,9 @@ def find_item_misfits(tool, has_own_items, run_takes):
                    "take it.", f"Write `def {tool.function}(conn, item):`.")
     elif tool.batch != 1 or tool.outputs:
         what = repr("batch") if tool.batch != 1 else f"'writes': {tool.outputs[0]!r}"
-        yield (f"{what} is for tools with items, and {tool.module} has no function items().",
-               f"Write one, or take {what} out.")
+        lack = f"and {tool.module} has no function items()" if tool.module else "which it has not"
+        yield (f"{what} is for tools with items, {lack}.",
+               f'Write one, say "items": "raw/*.csv", or take {what} out.')
 
 
 def load_callees(tools, available, interrupts):
@@ -6076,6 +6080,8 @@ class Lister(Doer):
                            format_nearest(job.only, sorted(ledger.names)[:10_000]))
         is_hopeless = bool(given_up) and not ledger.has_passed()
         self.database.commit()
+        if self.tool.outputs:
+            check_outputs(self.tool, ledger.names)
         if self.gone:
             self.tell("event", {"kind": "log", "level": 20, "text": (
                 f"{len(self.gone):,} of {count_items(listed)} pending again: their output is gone: "
@@ -6221,11 +6227,26 @@ def find_files(pattern, base):
     return sorted(found.items())
 
 
+def find_outputs(tool, item):
+    """Return the names of the files that a tool writes for an item."""
+    parts = {"item": item, "stem": os.path.splitext(os.path.basename(item))[0]}
+    return [re.sub(OF_ITEM, lambda brace: parts[brace[1]], name) for name in tool.outputs]
+
+
 def find_missing(tool, item, base):
     """Return the first file that a tool writes for an item and that is not there; "" if all are."""
-    parts = {"item": item, "stem": os.path.splitext(os.path.basename(item))[0]}
-    names = [re.sub(OF_ITEM, lambda brace: parts[brace[1]], name) for name in tool.outputs]
-    return next((name for name in names if not os.path.exists(os.path.join(base, name))), "")
+    return next((name for name in find_outputs(tool, item)
+                 if not os.path.exists(os.path.join(base, name))), "")
+
+
+def check_outputs(tool, items):
+    """Raise UserError if a tool would write one file for two of its items."""
+    items_of = {}
+    for item in sorted(items):
+        for name in find_outputs(tool, item):
+            if items_of.setdefault(name, item) != item:
+                raise UserError(f"{name} would be written for two items, {items_of[name]} and "
+                                f"{item}: put {{item}} in place of {{stem}} into 'writes'")
 
 
 def format_retry(tool):
@@ -7133,7 +7154,7 @@ def started(words, kept, out):
             process = Popen([find_executable(words[0], base) or words[0], *words[1:]], cwd=base,
                             stdin=DEVNULL, stdout=out, stderr=STDOUT, pass_fds=life[:1],
                             start_new_session=ENDS_GROUPS or bool(kept.show),
-                            env={"PYTHONUNBUFFERED": "1", **os.environ})  # so that it is live
+                            env=make_environment())
         except (OSError, ValueError) as error:
             raise SaysFailed(f"{words[0]} could not be started: {error}") from error
         try:
@@ -7146,6 +7167,14 @@ def started(words, kept, out):
     finally:
         for fd in life:
             os.close(fd)
+
+
+def make_environment():
+    """Return the environment of a command: in it, `python` is the one that runs this also where
+    another program starts it, and what it prints is seen at once.
+    """
+    folders = [os.path.dirname(sys.executable or ""), os.environ.get("PATH", os.defpath)]
+    return {"PYTHONUNBUFFERED": "1", **os.environ, "PATH": os.pathsep.join(filter(None, folders))}
 
 
 def wait_for_end(process, show_more):
@@ -7193,8 +7222,8 @@ def has_group(process):
 def read_last_line(file, start):
     """Return the last line of a file, from a place on, that is not blank; "" if there is none."""
     file.seek(max(start, file.seek(0, os.SEEK_END) - (1 << 16)))
-    lines = clean(file.read().decode("utf-8", "replace")).splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    lines = map(clean, reversed(file.read().decode("utf-8", "replace").splitlines()))
+    return next(filter(None, map(str.strip, lines)), "")
 
 
 def take_signals():
@@ -7570,6 +7599,12 @@ class Tally:
         if len(self.failed) < _TOLD_ITEMS:
             self.failed[name] = error
 
+    def count_all(self, listed, ended_before):
+        """Return the counts of items that history keeps."""
+        counts = listed["counts"]
+        return {**counts, "pending": counts["pending"] + ended_before, **self.ended,
+                "unfit": self.unfit}
+
     def sum_up(self, listed):
         """Return how the items ended of which that was said, as one Try of their tool."""
         passed, failed, elsewhere = self.ended.values()
@@ -7836,15 +7871,7 @@ class Work:
                        self.number, self.run.clock.monotonic() - self.started_s,
                        self.log if has_log else "",
                        ended.result.kept if isinstance(ended.result, Packed) else None,
-                       self.count_items())
-
-    def count_items(self):
-        """Return the counts of items that history keeps."""
-        if not self.listed:
-            return None
-        counts = self.listed["counts"]
-        return {**counts, "pending": counts["pending"] + self.ended_before, **self.tally.ended,
-                "unfit": self.tally.unfit}
+                       self.listed and self.tally.count_all(self.listed, self.ended_before))
 
 
 _RUNNING = Outcome("running")
@@ -9887,6 +9914,7 @@ def read_makefile(draft, text):
         else:
             draft.stages[target] = find_needed([target], True)
     draft.stages["full"] = find_needed([*rules][:1], True)
+    draft.stages = {name: tools for name, tools in draft.stages.items() if tools}
 
 
 _STARTS = r"(?:subprocess|sp)\.(?:run|call|check_call|check_output|Popen)|os\.system"
@@ -9911,7 +9939,7 @@ def read_value(node, known, names=r"(?:str\()?args\.(\w+)\)?|str\((\w+)\)"):
         return read_value(node.value, known, r"(?:args\.)?(\w+)")
     if not name:
         raise ValueError
-    return f"{{{name[name.lastindex]}}}"
+    return known.get(name[name.lastindex], f"{{{name[name.lastindex]}}}")
 
 
 def read_python(draft, text):

@@ -34,7 +34,7 @@ from conftest import ENGINE_MARK, ENVIRONMENT, TOP
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 
-OLD = "ee3190e5598580c4ab106a90c5aad3eb90b70a95"  # the first with commands, arguments, results by name
+OLD = "ee3190e5598580c4ab106a90c5aad3eb90b70a95"  # the first with commands and results by name
 SHORT = range(168, 192)  # three pipelines of each kind, which together meet much
 
 

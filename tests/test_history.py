@@ -878,7 +878,7 @@ def test_a_run_that_is_not_there_is_told_with_the_last_that_is(line, words):
     (["--logs", "bb"], "There is no tool 'bb'."), (["--status", "bb"], "There is no tool or stage"),
     (["--last", "2"], "--last goes with --history."), (["--tail", "2"], "--tail goes with --logs."),
     (["--follow", "--list"], "--follow goes with --logs."), (["--run", "1"], "--run goes with"),
-    (["--json"], "--json goes with --list, --plan, --status, --history, --logs, "
+    (["--json"], "--json goes with --list, --plan, --graph, --why, --status, --history, --logs, "
       "--items."),
     (["--prune", "soon"], "--prune: 'soon' is no duration like \"90s\", \"10m\" or \"7d\"."),
     (["--wait", "soon"], "'soon' is no duration like"), (["--wait", "-5"], "--wait"),

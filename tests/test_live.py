@@ -144,7 +144,7 @@ class Watched:
             rows = self.terminal.show()[-len(patterns):]
             return len(rows) == len(patterns) and all(map(re.fullmatch, patterns, rows))
 
-        end_s = time.monotonic() + 20
+        end_s = time.monotonic() + 60
         while not is_seen():
             assert self.read() and time.monotonic() < end_s, self.terminal.show()
 

@@ -147,7 +147,7 @@ def test_the_data_of_a_run_has_all_figures(line):
     assert tools["check"]["log"] == ["looking at line 7"]
     assert tools["check"]["traceback"].endswith("ValueError: line 7 is broken\n")
     assert tools["load"]["items"] == {"listed": 50, "given_up": 0, "pending": 50, "passed": 25,
-                                      "failed": 25, "elsewhere": 0}
+                                      "failed": 25, "elsewhere": 0, "unfit": 0}
     assert tools["load"]["failures"] \
         == {f"day {n}": f"ValueError: no day {n}" for n in range(1, 40, 2)}
 

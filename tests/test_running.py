@@ -366,6 +366,8 @@ def test_a_signal_while_modules_are_imported_says_that_nothing_had_run(
         import pathlib, time
         pathlib.Path("started").touch()
         time.sleep(60)
+        def run():
+            pass
     """)
     process = sandbox.start()
     wait_until((sandbox.folder / "started").exists)
