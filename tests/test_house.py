@@ -394,7 +394,7 @@ def test_no_class_is_longer_than_two_hundred_and_fifty_lines():
 TOKENS = {
     "MARK": 331, "WORDS": 1666, "SETUP": 2639, "PLANNING": 3146, "HISTORY": 5912,
     "CONNECTION": 2670, "LEDGER": 3290, "MODULES": 4464, "CALLING": 7816, "WORKERS": 3208,
-    "RUNNING": 8224, "VIEWS": 4154, "DOOR": 9493,
+    "RUNNING": 8257, "VIEWS": 4154, "DOOR": 9493,
 }
 
 
