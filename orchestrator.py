@@ -7631,15 +7631,15 @@ class Work:
     Constant: `performer`, who does it; `log`, the file for what it prints, which is `output` too if
     another process does; `source` and `last_success_at`: see Job; `facts`, what a success would be
     built on; `ended_before`, how many of the items in `tally` ended in former attempts. State:
-    `width`, how many jobs may go on at a time, fewer for each that got no connection; `has_logged`,
-    whether it used context.log or, in this process, printed; `lines`, what it logged so in a
-    worker, to join the log when its output was shown; `listed`, what was said of its items, once
-    that is known; `left`, the next to try; `later`, how many come again; `size`, how many to do at
-    a time; `jobs`, how many go on; `problem`, the Try that ended the attempt; `done`, the one that
+    `width`, how many jobs may go on, fewer for each that got no connection; `has_logged`, whether
+    it used context.log or printed in this process; `lines`, what it logged so in a worker, to join
+    the log when its output was shown; `listed`, what was said of its items; `told`, how many ended,
+    as told last; `left`, the next to try; `later`, how many come again; `size`, how many to do at a
+    time; `jobs`, how many go on; `problem`, the Try that ended the attempt; `done`, the one that
     did the tool; `cut_off`, what interrupted it; `outcome`, if it is over and the tool comes again.
     """
     cut_off = ""
-    tally = listed = problem = done = outcome = None
+    tally = listed = told = problem = done = outcome = None
     later = jobs = 0
     left, facts, has_logged = (), (), False
     source, last_success_at = "", None
@@ -7694,14 +7694,16 @@ class Work:
                 self.done = ended
             else:
                 self.problem = ended
-        if self.listed and self.run.clock.monotonic() - doing.started_s > _CHUNK_S:
+        if self.run.clock.monotonic() - doing.started_s > _CHUNK_S:
             self.tell_progress()  # they take longer than was thought
             self.run.publish()
 
     def tell_progress(self):
-        """Tell how many items have ended of those that were pending."""
-        self.run.tell("progress", self.tool.name, done=self.tally.count() - self.ended_before,
-                      total=self.listed["counts"]["pending"])
+        """Tell how many items have ended of those that were pending, if that is new."""
+        done = self.listed and self.tally.count() - self.ended_before
+        if done != self.told:
+            self.told, total = done, self.listed["counts"]["pending"]
+            self.run.tell("progress", self.tool.name, done=done, total=total)
 
     def take_item(self, ended):
         """Take how an item ended."""
@@ -7819,8 +7821,7 @@ class Work:
                 run.former[tool.name, name] = item.slip, doing.job.source, item._replace(
                     deaths=item.deaths - 1)
         self.problem = self.problem or problem
-        if self.listed:
-            self.tell_progress()
+        self.tell_progress()
 
     def take_no_connection(self, doing, problem):
         """Take it that a worker got no connection for its items, with which the others go on; if
@@ -8054,6 +8055,8 @@ class Run(Starter):
         for message in said:
             self.hear(message)
         if not said:
+            for work in self.open.values():
+                work.tell_progress()
             self.tell("tick")
 
     def hear(self, message):
