@@ -1300,6 +1300,8 @@ def describe_age(tool, past):
     that need it, and how long.
     """
     cache, fresh = 'never: TOOL_MAP does not say "cache" of it', find_staleness(tool, past)
+    if past.has_items(tool):
+        cache = "never, since it has items, of which each is done once"
     if tool.cache_s is not None:
         cache = "as long as nothing of it changes"
         if tool.cache_s < float("inf"):
@@ -8655,7 +8657,8 @@ def format_why(shown, style):
     facts = {"tool": shown["tool"], "is": shown["module"], "does": shown["summary"],
              "plan": shown["problem"] if plan is None
              else f"{plan['action']}, in wave {plan['wave']}: {plan['reason']}",
-             "needs": "all before it" if needs == ALL_BEFORE else format_some(needs or []),
+             "needs": format_some(needs or []) if needs != ALL_BEFORE
+             else "all before it" * (plan["wave"] > 1),
              "needed by": format_some(shown["needed_by"]),
              "expected": format_duration(plan and plan["expected_s"]),
              "cache": shown["cache"], "fresh": shown["fresh"]}
@@ -9756,7 +9759,8 @@ class Draft:
     def format(self):
         """Return the tables as text."""
         lines = [f"    {spell(name)}: {row}" if isinstance(name, str) else f"    # not read: {row}"
-                 for name, row in self.rows.items()] + ["}", "", "STAGES = {"]
+                 for name, row in self.rows.items()] or ["    # nothing that starts a program"]
+        lines += ["}", "", "STAGES = {"]
         lines += [f"    {spell(name)}: {spell(tools)}," for name, tools in self.stages.items()]
         lines += ["}", *["\n\ndef add_arguments(parser):"] * bool(self.flags)]
         lines += [f"    parser.add_argument({spell('--' + name)}, {how})"
@@ -9956,6 +9960,8 @@ def read_python(draft, text):
         kind = type(node).__name__
         if kind == "Call" and re.fullmatch(_STARTS, ast.unparse(node.func)):
             return read_call(node, ast.unparse(node), known)
+        if kind == "Call" and re.match(r"\w*", ast.unparse(node.func))[0] in own:
+            draft.note(node.lineno, ast.unparse(node))
         if kind == "Assign" and known:
             name = ast.unparse(node.targets[0])
             with contextlib.suppress(ValueError):
@@ -9986,7 +9992,14 @@ def read_python(draft, text):
         except (ValueError, LookupError):
             draft.note(node.lineno, code)
 
-    read(ast.parse(text, draft.path), {"sys.executable": "python"})
+    tree = ast.parse(text, draft.path)
+    nodes = [*ast.walk(tree)]
+    # What these do is in other lines, or files, and depends on what they are given.
+    own = {each.name for each in nodes if isinstance(each, ast.FunctionDef) and each.args.args}
+    own.update(alias.asname or alias.name for each in nodes for alias in getattr(each, "names", ())
+               if isinstance(alias, ast.alias)
+               and os.path.exists(os.path.join(draft.folder, alias.name + ".py")))
+    read(tree, {"sys.executable": "python"})
 
 
 # === 14 DOOR ====================================================================================

@@ -689,3 +689,32 @@ def test_a_connection_that_is_lost_while_a_command_works_has_it_not_run_again(sa
     assert not (sandbox.folder / "lost").exists()
     assert sandbox.query("SELECT status, deaths FROM orchestrator_items WHERE tool = 'use'") \
         == [("success", 0)]
+
+
+@pytest.mark.parametrize("command", [
+    ["env", "python", "who.py"], ["sh", "-c", "python who.py | cat"], "nice python who.py"])
+def test_python_is_the_one_that_runs_this_also_behind_another_program(quick, command):
+    write_tables(quick, a=command)
+    (quick.folder / "who.py").write_text("import sys\nprint(sys.prefix)")
+
+    ended = quick.run(env={"PATH": "/usr/bin:/bin"})
+
+    assert ended.out == f"{sys.prefix}\n", ended
+
+
+@pytest.mark.parametrize("text, word", [
+    ("python s.py; echo 1", "s.py;"), ("python s.py $OUT/x", "$OUT/x"), ("ls ~/out", "~/out"),
+    ("ls ~", "~"), ("echo $(date)", "$(date)"), ("ls ${x}", "${x}")])
+def test_what_only_a_shell_does_with_a_text_is_refused_unless_it_is_in_quotes(text, word):
+    with pytest.raises(UserError) as error:
+        load_pipeline({"a": {"command": text}})
+    assert f"'command' has {word!r}, but it is run without a shell" in str(error.value)
+    first, _, rest = text.partition(" ")
+    quoted = load_pipeline({"a": {"command": f"{first} '{rest}'"}})
+    assert quoted.tools["a"].command == (first, rest)
+
+
+def test_the_error_is_what_one_sees_last_of_a_line_that_is_written_over(quick):
+    write_tables(quick, a=sh(r"printf 'at 0%%\rat 50%%\rno room'; exit 3"))
+
+    assert "exit code 3: no room" in quick.run().err

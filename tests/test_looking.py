@@ -248,6 +248,15 @@ def test_why_tells_that_a_tool_is_not_in_the_plan_or_what_is_wrong_with_that(sho
     assert unknown.code == 2 and "Did you mean 'report'?" in unknown.err
 
 
+def test_why_of_a_tool_that_is_cached_for_ever_has_no_time_to_tell(quick):
+    quick.pipeline('TOOL_MAP = {"a": {"module": "tools:orders", "cache": True}}')
+    quick.tool("tools", TOOLS)
+
+    out = quick.run("--why", "a").out
+
+    assert "cache  as long as nothing of it changes\n" in out and "needs" not in out
+
+
 def test_why_is_data_too(shop):
     shop.run()
 

@@ -324,3 +324,16 @@ def test_a_tool_without_items_may_share_its_module_with_one_that_writes_for_each
     make_sorted(quick, {**SORTED, "u": {"module": "t", "writes": "{stem}"}})
     ended = quick.run("u")
     assert ended.code == 2 and "TOOL_MAP['u']: 'writes': '{stem}' is for tools with" in ended.err
+
+
+@PARALLEL
+def test_two_items_that_would_write_one_file_are_refused_before_either_is_done(quick, words):
+    make(quick, csv(items="raw/*/*.csv", writes=["out/{stem}.txt"]),
+         "raw/2023/sales.csv", "raw/2024/sales.csv", "raw/2024/costs.csv")
+
+    ended = quick.run(*words)
+
+    assert ended.code == 1 and (
+        "out/sales.txt would be written for two items, raw/2023/sales.csv and raw/2024/sales.csv: "
+        "put {item} in place of {stem} into 'writes'") in ended.err, ended
+    assert "done" not in [name for name, in quick.query("SELECT name FROM sqlite_master")]

@@ -362,6 +362,32 @@ def test_what_only_a_run_of_python_can_tell_is_not_read(read, text):
     assert tables.tools == {} and len(tables.not_read) == 1
 
 
+def test_what_functions_and_modules_of_the_runner_do_is_named_and_not_left_out(read, tmp_path):
+    (tmp_path / "load.py").touch()
+    tables = read("a.py", """
+        import load, sys
+        def run(command):
+            subprocess.run(command, shell=True)
+        run("python a.py")
+        load.main()
+        print(sys.path)
+    """)
+
+    assert tables.tools == {}
+    assert tables.not_read == ["line 4: subprocess.run(command, shell=True)",
+                               "line 5: run('python a.py')", "line 6: load.main()"]
+
+
+def test_a_loop_over_numbers_gives_each_its_own(read):
+    tables = read("a.py", """
+        for year in [2022, 2023]:
+            subprocess.run(["python", "train.py", "--year", str(year)])
+    """)
+
+    assert [row["command"] for row in tables.tools.values()] == [
+        "python train.py --year 2022", "python train.py --year 2023"]
+
+
 @pytest.mark.parametrize("text, problem", [
     ("if:\n", "a.py: invalid syntax"), ("x = " + "1 + " * 3000 + "1\n", "a.py: maximum recursion"),
 ])
