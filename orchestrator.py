@@ -143,6 +143,7 @@ import itertools
 import operator
 import re
 import time
+from _thread import get_ident
 from heapq import heappop, heappush
 from typing import (
     Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
@@ -5397,8 +5398,26 @@ class Interrupts:
         return result
 
 
+def hold_signals():
+    """Keep signals for the moment of a fork: one that reached the child before it takes signals as
+    if there were no engine would be lost, and who sent it, as a Pool does that ends, would wait.
+    """
+    if Interrupts.lasting:
+        _HELD[get_ident()] = _signal.pthread_sigmask(_signal.SIG_BLOCK,
+                                                     find_signals(*Interrupts.NAMES))
+
+
+def let_signals_come():
+    """Take the signals that came meanwhile."""
+    if get_ident() in _HELD:
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, _HELD.pop(get_ident()))
+
+
+_HELD = {}  # by thread, which signals were blocked before it forks
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=Interrupts.leave_all)
+    os.register_at_fork(before=hold_signals, after_in_parent=let_signals_come,
+                        after_in_child=Interrupts.leave_all)
+    os.register_at_fork(after_in_child=let_signals_come)
 
 
 def choose_arguments(takes, available):

@@ -1,9 +1,12 @@
 """What a tool does to its process ends with it."""
 import os
+import signal
 import sys
 
 import pytest
 from conftest import SQLITE
+
+from orchestrator import run_pipeline
 
 NO_DATABASE = "def get_connection(): return None\n\n"
 CHANGES = {
@@ -308,3 +311,25 @@ def test_what_the_engine_says_goes_into_no_file_that_a_tool_opened_for_a_stream(
     assert (ended.code, "ValueError: no" in ended.err) == (1, True)
     assert (ended.out, sandbox.read("next.txt")) == ("seen\n", "")
     assert not (sandbox.folder / "kept.txt").exists() or sandbox.read("kept.txt") == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.parametrize("options", [{}, {"isolate": True}], ids=["here", "isolated"])
+def test_a_child_that_a_tool_forks_takes_a_signal_from_its_first_moment_on(modules, options):
+    modules(t="""
+        import os, signal, time
+        def run():
+            ends = []
+            for _ in range(50):
+                pid = os.fork()
+                if not pid:
+                    time.sleep(0.2)
+                    os._exit(7)
+                os.kill(pid, signal.SIGTERM)
+                ends.append(os.waitpid(pid, 0)[1])
+            return ends
+    """)
+
+    result = run_pipeline([], {"t": {"module": "t", **options}})
+
+    assert set(result.results["t"]) == {signal.SIGTERM}, result.errors
