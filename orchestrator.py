@@ -723,6 +723,7 @@ def make_tool(name, value):
                         f'Write "{name}": "folder.module".')
 
     def read_option(key, given):
+        """Return what an option says. Raise UserError that says where it stands, if it is wrong."""
         if key not in OPTIONS:
             raise UserError(f"{where}: there is no option {key!r}.",
                             format_nearest(str(key), OPTIONS))
@@ -1121,6 +1122,13 @@ class Order:
         line = sorted(filter(self.bits.get, tools), key=self.bits.get)
         return [(one, other) for one, other in zip(line, line[1:])
                 if not self.before[other] & self.bits[one]]
+
+    def find_last(self, tools):
+        """Return those of some tools that do not come before another one of them."""
+        before = 0
+        for tool in tools:
+            before |= self.before[tool] & ~self.bits[tool]
+        return [tool for tool in tools if not self.bits[tool] & before]
 
     def add_last(self, needs, tools, users):
         """Let each user need those of the tools that do not come after it, but for those that
@@ -2025,7 +2033,7 @@ def open_lock(path):
 def lock_bytes(fd, first, count, free=False):
     """Lock bytes of a file, or free them; return False if another process has one of them."""
     try:
-        if os.name == "nt":
+        if IS_WINDOWS:
             import msvcrt
             os.lseek(fd, first, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_UNLCK if free else msvcrt.LK_NBLCK, count)
@@ -2394,10 +2402,13 @@ class Store:
         return self.ask("SELECT run_id FROM attempts WHERE tool = ? AND attempt > 0 "
                         "ORDER BY attempt_id DESC LIMIT 1", tool)
 
-    def load_attempts_of(self, tool, count, statuses="%"):
-        """Return the last rows of `attempts` of a tool, the newest first."""
-        return self.load("SELECT * FROM attempts WHERE tool = ? AND status LIKE ? "
-                         "ORDER BY attempt_id DESC LIMIT ?", tool, statuses, count)
+    def load_attempts_of(self, tool, count, that_failed=False):
+        """Return the last rows of `attempts` of a tool, the newest first: of all, or of those that
+        failed, be it in part.
+        """
+        return self.load("SELECT * FROM attempts WHERE tool = ? AND (status IN ('failed', "
+                         "'partial') OR NOT ?) ORDER BY attempt_id DESC LIMIT ?",
+                         tool, that_failed, count)
 
     def find_good_run(self, tool):
         """Return the row of the last run in which a tool was called and succeeded; else None."""
@@ -4089,7 +4100,7 @@ class Parameters(NamedTuple):
 
 ANYTHING = Parameters(takes_all=True)  # what is taken where that can not be told
 _SUMMARY_LENGTH = 72  # of a command's text
-_PROGRAM_BYTES = 2**26  # a longer file is data that a command is given
+_PROGRAM_BYTES = 2**20  # a longer file is data that a command is given, or made by a compiler
 # what the braces of a command may name beside arguments, and what a run() would take it from
 _BRACES_OF_ENGINE = {"item": "item", "stem": "item", "version": "item", "run_id": "context",
                      "tool": "context", "attempt": "context"}
@@ -4804,6 +4815,8 @@ def load_callees(tools, available, interrupts):
     loaded = {}  # tools may share a function
 
     def load(_, tool):
+        """Return one of the tools, imported; of a function and options that came before, the same.
+        """
         # and what it must be like depends on these options
         key = (tool.module, tool.function, tool.command, tool.given_items is None, tool.outputs,
                tool.batch, tool.cache_s, *tool.arguments)
@@ -5223,6 +5236,7 @@ def make_log(tool, tell):
             return self.manager.disable < level >= self.getEffectiveLevel()
 
         def callHandlers(self, record):
+            """Hand a line to the handlers that there are, or else to the run."""
             if self.hasHandlers():
                 super().callHandlers(record)
             if self.parent.hasHandlers():
@@ -5526,11 +5540,11 @@ class Setting(NamedTuple):
 
 class Kept:
     """What a process keeps from job to job: its connection, the tools that it has imported, its
-    slip, the threads that are known. And where processes differ: `interrupts`, how signals reach
-    tools; `ask(job, name)`, which returns the result of a tool that a job may see, the names of
-    all for None, or for Outcome how all ended that have; `show`, which shows what a command prints,
-    None where that goes into the log by itself; `pack`, what a result is made into before the
-    commit. `run_command` is that of WORKERS.
+    slip, the threads that are known, and how many there were. And where processes differ:
+    `interrupts`, how signals reach tools; `ask(job, name)`, which returns the result of a tool that
+    a job may see, the names of all for None, or for Outcome how all ended that have; `show`, which
+    shows what a command prints, None where that goes into the log by itself; `pack`, what a result
+    is made into before the commit. `run_command` is that of WORKERS.
     """
     slip, slip_fd = "", -1
 
@@ -5543,6 +5557,7 @@ class Kept:
             lambda: interrupts.signal is not None)
         import threading
         self.callees, self.threads = {}, {*threading.enumerate()}
+        self.thread_count = threading.active_count()
 
     def load(self, tool):
         """Return a tool, imported. Raise UserError if that can not be done."""
@@ -5589,15 +5604,22 @@ def perform(job, setting, send, kept):
     problem = doer.do()
     if doer.has_items:
         kept.interrupts.put_back()
+    if threading.active_count() != kept.thread_count:
+        tell_threads(doer, kept)
+    doer.tell("ended", problem)
+
+
+def tell_threads(doer, kept):
+    """Tell which threads a job has left running, but for those that libraries keep."""
+    import threading
     left = {*threading.enumerate()} - kept.threads
     kept.threads |= left
-    left = list(itertools.filterfalse(is_of_library, left))
-    if left:
-        names = ", ".join(sorted(thread.name for thread in left))
+    kept.thread_count = threading.active_count()
+    names = ", ".join(sorted(thread.name for thread in left if not is_of_library(thread)))
+    if names:
         doer.tell("event", {"kind": "log", "level": 30, "text": (
             f"it has left {names} running: join() a thread before the function that started it "
             "returns")})
-    doer.tell("ended", problem)
 
 
 def is_of_library(thread):
@@ -6273,7 +6295,7 @@ def check_outputs(tool, items):
 def format_retry(tool):
     """Return what to type to have the items of a tool tried again that are given up."""
     import shlex
-    word = f'"{tool}"' if os.name == "nt" and " " in tool else shlex.quote(tool)
+    word = f'"{tool}"' if IS_WINDOWS and " " in tool else shlex.quote(tool)
     return f"--retry-items {word} tries again"
 
 
@@ -7251,7 +7273,7 @@ def take_signals():
     """Take signals as a program does that has just been started, though the fork server blocks
     some; but SIGURG writes where each thread is, in C code too, to this process's stderr.
     """
-    if os.name != "nt":
+    if not IS_WINDOWS:
         import faulthandler
         import signal
         faulthandler.register(signal.SIGURG, 2)
@@ -7300,7 +7322,7 @@ def point_output(into):
 @contextlib.contextmanager
 def bounded_memory(limit_bytes):
     """Bound the memory of this process and its children, where the system can: not on Windows."""
-    if limit_bytes is None or os.name == "nt":
+    if limit_bytes is None or IS_WINDOWS:
         yield
         return
     import resource
@@ -7317,7 +7339,7 @@ def bounded_memory(limit_bytes):
 
 def count_children():
     """Return what changes when this process starts another, waited for or not."""
-    if os.name == "nt":
+    if IS_WINDOWS:
         return False, 0
     import resource
     try:
@@ -7394,7 +7416,7 @@ def run_plan(session):
                            interrupts)
         check_are_taken(setting.arguments, callees, pipeline, session.find_said)
         run = Run(session, setting, interrupts, callees, workers, returned)
-        with Capture(history.folder or session.make_room, session.make_room) as capture:
+        with Capture(bool(history.folder or session.make_room), session.make_room) as capture:
             kept = Kept(setting, interrupts, returned.find, run_command, show_output)
             kept.callees = callees
             with contextlib.closing(kept):
@@ -8331,7 +8353,7 @@ def count_jobs(jobs):
                         "Give how many tools may run side by side; 0 means one for each core.")
     affinity = getattr(os, "sched_getaffinity", None)
     jobs = jobs or (len(affinity(0)) if affinity else os.cpu_count() or 1)
-    return min(jobs, 30) if os.name == "nt" else jobs  # it waits for 63 handles, two of a worker
+    return min(jobs, 30) if IS_WINDOWS else jobs  # it waits for 63 handles, two of a worker
 
 
 def check_keywords(name, item, home, resume, grace_s, wait_s, on_event):
@@ -8521,6 +8543,7 @@ def make_list(pipeline, tools, find_summary, find_last):
     tools_of = {stage.name: {*stage.tools} for stage in pipeline.stages.values()}
 
     def make_tool(name):
+        """Return the row of a tool."""
         tool, last = pipeline.tools[name], find_last(name)
         return {"name": name, "module": describe_call(tool), "summary": find_summary(tool),
                 "needs": pipeline.needs[name],
@@ -8576,14 +8599,9 @@ def make_graph(steps, find_last):
     """Return what --graph shows, as data: each tool of a plan with its last status and what it
     waits for, but for what another one of these waits for, too.
     """
-    order, tools = Order({step.tool: step.edges for step in steps}), []
-    for step in steps:
-        implied = 0
-        for need in step.edges:
-            implied |= order.before[need] & ~order.bits[need]
-        tools.append({"tool": step.tool, "status": (find_last(step.tool) or {}).get("status"),
-                      "needs": [each for each in step.edges if not order.bits[each] & implied]})
-    return {"tools": tools}
+    order = Order({step.tool: step.edges for step in steps})
+    return {"tools": [{"tool": step.tool, "status": (find_last(step.tool) or {}).get("status"),
+                       "needs": order.find_last(step.edges)} for step in steps]}
 
 
 _LINES = " ╵╷│╴┘┐┤╶└┌├─┴┬┼"  # by the sum of where they lead: 1 up, 2 down, 4 left, 8 right
@@ -9077,7 +9095,7 @@ def tell_facts(shown):
 
 def tell_note(tool):
     """Return why a tool ended as it did, in one line."""
-    return ", ".join(filter(None, [tool["error"], tool["reason"]]))
+    return join_reasons(tool["error"], tool["reason"], joint=", ")
 
 
 def tell_more_failures(tool):
@@ -9254,8 +9272,7 @@ def lay_out(needs):
     """
     order, layers, lines, rows, places = Order(needs), {}, {}, {}, {}
     for tool, needed in needs.items():
-        near = [need for need in needed if not any(
-            order.before[other] & order.bits[need] for other in needed if other != need)]
+        near = order.find_last(needed)
         layers[tool], lines[tool] = max((layers[need] + 1 for need in near), default=0), []
         for need in near:
             last = need
@@ -9730,7 +9747,6 @@ def make_tables(path, folder):
 
 
 _SCRIPT = r"(?<!\S)-m\s+(?:\w+\.)*(\w+)|([\w-]+)\.(?:py|sh|bash|R|jl|js|pl|sql|ipynb)\b"
-_ARGUMENT = r"(?<![$%])\{([^\W\d]\w*)\}"  # {name} in a command
 _NO_CODE = r"'[^']*'|\\.|\"[^\"$`\\]*\""  # what means nothing to a shell
 _CODE = r"[|<>&;()*?`$[\n]|(?<!\S)~|^\w+=|\{\S*[,.]\S*\}"  # what it is needed for, in the rest
 _PREFACE = """\
@@ -9771,7 +9787,7 @@ class Draft:
             if re.fullmatch(r"[\w./-]+\.(py|sh)", word) \
                     and not os.path.exists(os.path.join(self.folder, word)):
                 self.rows[name] += f"  # not in {self.folder}: {word}"
-        for flag in re.findall(_ARGUMENT, text):
+        for flag in BRACES.findall(text):
             self.flags.setdefault(flag, "required=True")
         return name
 
@@ -9802,7 +9818,7 @@ def spell(value):
 
 def refuse_braces(text):
     """Raise ValueError if a text has braces of its own that would be taken for an argument."""
-    if re.search(_ARGUMENT, text):
+    if BRACES.search(text):
         raise ValueError
 
 
@@ -9848,6 +9864,9 @@ def read_shell(draft, text):
              "bash -c" if "bash" in text.partition("\n")[0] else "sh -c").split()
 
     def find(found):
+        """Return what stands for a variable; what is in quotes, as it is. Raise ValueError for one
+        of which only a run can tell the value.
+        """
         name = found[2] or found[4] or ""
         if found[1] and (found[1][0] != '"' or "$" not in found[1]):
             return found[1]
@@ -10000,6 +10019,7 @@ def read_python(draft, text):
             read(each, known if is_sure else None)
 
     def read_call(node, code, known):
+        """Add what a call starts, or name it where that can not be told."""
         try:
             words = read_value(node.args[0], known) if known else ""
             is_text = code.startswith("os.") or "shell=True" in code
@@ -10574,7 +10594,7 @@ def command_why(call):
     past = make_past(call.pipeline, history, call.arguments, Clock().wall(), {}, False)
     needed_by = [each for each, needs in call.pipeline.needs.items()
                  if needs != ALL_BEFORE and name in needs]
-    failure = next(iter(history.load_attempts_of(name, 1, "failed")), None)
+    failure = next(iter(history.load_attempts_of(name, 1, that_failed=True)), None)
     answer(call, make_why(tool, find_summary(tool), needed_by, step, problem,
                           describe_age(tool, past), history.load_attempts_of(name, 5),
                           failure), format_why)
@@ -10600,6 +10620,7 @@ def command_check(call):
     if not pipeline.mistakes:
         for target in call.options.targets:
             expand_target(pipeline, target)
+
     def may_see(tool, name):
         return pipeline.needs[tool] == ALL_BEFORE or name in pipeline.needs[tool]
 
@@ -11138,7 +11159,7 @@ def tell_failure(call, history, result, style):
         return
     outcome, now = result.outcomes[tool], history.find_run(result.run_id)
     own, words = call.pipeline.tools[tool].module, call.pipeline.tools[tool].command
-    own = own and find_module(own).origin
+    own = own and getattr(find_module(own), "origin", None)
     frames = re.findall(r'^ +File "(.+)", line (\d+)', outcome.traceback, re.M)
     places = frames[-1:] + [frame for frame in frames if frame[0] == own]
     changed = find_differences(good, now) + format_changed(good["arguments"], now["arguments"])
@@ -11497,7 +11518,7 @@ def find_program():
 def format_command(call, *words):
     """Return how one would start this program with other words, in the system's shell."""
     words = (*call.program, *words)
-    if os.name == "nt":
+    if IS_WINDOWS:
         from subprocess import list2cmdline
         return list2cmdline(words)
     import shlex

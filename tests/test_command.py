@@ -353,18 +353,21 @@ def test_a_signal_ends_a_command_with_all_that_it_started(sandbox, words, number
     wait_until(lambda: not any(map(is_alive, read_pids(sandbox.folder))))
 
 
+def end_at_work(sandbox, number, *words):
+    """Send a signal to a run when its command has noted its id; return the run's exit code."""
+    process = sandbox.start(*words)
+    wait_until(lambda: read_pids(sandbox.folder))
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    return process.returncode
+
+
 @pytest.mark.parametrize("words", ["", "-j 2"])
 def test_a_command_is_asked_to_end_before_it_is_killed(sandbox, words):
     write_tables(sandbox, a=sh("trap 'sleep 0.2; echo cleaned > cleaned; exit 1' TERM; "
                                "echo $$ > pids; while :; do sleep 0.01; done"))
-    process = sandbox.start(*words.split())
-    try:
-        wait_until(lambda: read_pids(sandbox.folder))
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=20)
-    finally:
-        process.kill()
-    assert process.returncode == 130 and sandbox.read("cleaned") == "cleaned\n"
+    assert end_at_work(sandbox, signal.SIGINT, *words.split()) == 130
+    assert sandbox.read("cleaned") == "cleaned\n"
 
 
 def test_what_a_shell_started_has_the_grace_though_the_shell_went_at_once(sandbox):
@@ -379,14 +382,8 @@ def test_what_a_shell_started_has_the_grace_though_the_shell_went_at_once(sandbo
         while True: time.sleep(1)
     """))
     write_tables(sandbox, a=sh("python3 slow.py; true"))
-    process = sandbox.start()
-    try:
-        wait_until(lambda: read_pids(sandbox.folder))
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)
-    finally:
-        process.kill()
-    assert process.returncode == 143 and (sandbox.folder / "cleaned").exists()
+    assert end_at_work(sandbox, signal.SIGTERM) == 143
+    assert (sandbox.folder / "cleaned").exists()
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

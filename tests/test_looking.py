@@ -257,6 +257,18 @@ def test_why_of_a_tool_that_is_cached_for_ever_has_no_time_to_tell(quick):
     assert "cache  as long as nothing of it changes\n" in out and "needs" not in out
 
 
+def test_why_tells_a_failure_of_some_items_too(quick):
+    quick.pipeline('TOOL_MAP = {"a": {"module": "a"}}').tool("a", """
+        def items(): return ["x", "y"]
+        def run(item): assert item == "x", "no " + item
+    """)
+    assert quick.run().code == 1
+
+    out = quick.run("--why", "a").out
+
+    assert "It failed last in run 1:\n" in out and "AssertionError: no y" in out
+
+
 def test_why_is_data_too(shop):
     shop.run()
 
