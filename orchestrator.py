@@ -11478,7 +11478,8 @@ def make_next_command(result, call):
             # All of the tool, unless the named are for sure those that have failed.
             are_those = o.items["failed"] == o.items["pending"] == len(names)
             words += format_retries("--retry-items", {tool: names if are_those else ()})
-        elif tool in redo and not o.items:  # else they are pending
+        elif tool in redo and not o.items and o.reason != NOT_AGAIN:
+            # Else they are pending, or what was asked for is not there.
             words += format_retries("--redo", {tool: redo[tool]})
     if not left:
         return ""

@@ -278,3 +278,15 @@ def test_run_pipeline_takes_what_is_to_be_done_again(modules, redo, wanted):
         run_pipeline([], {"t": "redone"}, None, connect, redo={"t": ["x"]})
     with pytest.raises(UserError, match=r"redo is 5, not a list of names"):
         run_pipeline([], {"t": "redone"}, None, connect, redo=5)
+
+
+def test_an_item_that_is_not_there_is_not_asked_for_again_in_the_next_command(quick):
+    quick.pipeline('TOOL_MAP = {"first": "first", "a": "a"}')
+    quick.tool("first", "def run(): pass")
+    quick.tool("a", "def items(): return ['x']\ndef run(item): pass")
+    assert quick.run().code == 0
+
+    ended = quick.run("--redo", "a", "y")
+
+    assert ended.code == 1 and "--redo: y can not be done again" in ended.err
+    assert ended.err.endswith("orchestrator.py --resume\n"), ended
